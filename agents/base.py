@@ -1,0 +1,149 @@
+"""What an agent is given, and what it must be.
+
+An agent sees a search in one of two ways: as a Gymnasium environment that takes one decision a step, or as a
+`Problem` whose whole strategies it has scored. Both end at the same evaluator, which counts, keeps the best
+and writes the journal; an agent only asks.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, SupportsFloat
+
+import gymnasium
+import numpy as np
+import numpy.typing as npt
+
+Removed = tuple[int, ...]
+"""A strategy as its integers: units removed from each decision."""
+
+
+class Problem(Protocol):
+    """The decisions, their costs and the budgets, seen from the outside. A ratio is the share removed."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of the decisions, in order."""
+
+    @property
+    def totals(self) -> Sequence[int]:
+        """Units of each decision."""
+
+    @property
+    def maxima(self) -> npt.NDArray[np.float64]:
+        """Largest ratio of each decision."""
+
+    @property
+    def budgets(self) -> Sequence[Any]:
+        """The budgets; empty where nothing limits the search."""
+
+    def snap(self, ratios: Any) -> Removed:
+        """Returns the nearest feasible counts."""
+
+    def project(self, ratios: Any) -> Removed:
+        """Returns the counts after the least common shift upwards that meets every budget."""
+
+    def land(self, ratios: Any) -> Removed:
+        """Returns the counts after the common shift, either way, that lands on the budget."""
+
+    def cost(self, removed: Sequence[int]) -> dict[str, float]:
+        """Returns every cost by name."""
+
+    def met(self, removed: Sequence[int]) -> bool:
+        """Returns whether every budget is met."""
+
+    def least(self, chosen: Sequence[int]) -> int:
+        """Returns the least count for the next decision from which the budgets can still be met."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a proposal turned out to be worth.
+
+    Attributes:
+        removed: The strategy that was scored.
+        accuracy: In [0, 1].
+        reward: The search's reward; may be minus infinity.
+        met: Whether every budget is met.
+    """
+
+    removed: Removed
+    accuracy: float
+    reward: float
+    met: bool
+
+
+@dataclass(frozen=True)
+class SearchTask:
+    """A search to be done.
+
+    Attributes:
+        problem: The whole-strategy view.
+        env: The layer-by-layer view; its last step goes to the same evaluator as ``score``.
+        score: Scores whole strategies, in order.
+        episodes: Episodes of the environment, or evaluations of an agent that proposes whole strategies.
+        seed: What an agent draws depends on this and on the rewards alone: a killed search is resumed by
+            running the agent again and reading the outcomes back, and ``episodes`` may have grown by then.
+        on_update: Called with figures of the agent under slash names (agent/critic_loss), for a tracker.
+    """
+
+    problem: Problem
+    env: gymnasium.Env[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+    score: Callable[[Sequence[Removed]], list[Result]]
+    episodes: int
+    seed: int
+    on_update: Callable[[Mapping[str, float]], None] | None = None
+
+
+class Agent(ABC):
+    """Searches. An agent is its settings: it holds no state between two searches.
+
+    Attributes:
+        name: What configurations call it.
+        steps: True where it uses the environment, False where it proposes whole strategies.
+    """
+
+    name: ClassVar[str]
+    steps: ClassVar[bool]
+
+    @abstractmethod
+    def search(self, task: SearchTask) -> None:
+        """Spends the task's episodes."""
+
+
+class FiniteReward(gymnasium.RewardWrapper[Any, Any]):
+    """Gives a learner a finite reward in place of minus infinity.
+
+    A value function cannot be fitted to -inf. The stand-in must be worse than any finite reward: the default
+    -2 is twice the worst ``-error``; a reward on another scale needs its own. The outcome in ``info`` and all
+    that is recorded of the search keep the -inf.
+    """
+
+    def __init__(self, env: gymnasium.Env[Any, Any], stand_in: float = -2.0) -> None:
+        """Wraps ``env``.
+
+        Raises:
+            ValueError: ``stand_in`` is not finite.
+        """
+        super().__init__(env)
+        if not math.isfinite(stand_in):
+            raise ValueError(
+                f"the stand-in for an infinite reward is {stand_in}; it must be finite, like -2.0"
+            )
+        self.stand_in = stand_in
+
+    def reward(self, reward: SupportsFloat) -> float:
+        """Returns the reward, or the stand-in for -inf.
+
+        Raises:
+            ValueError: The reward is NaN or plus infinity.
+        """
+        value = float(reward)
+        if value == -math.inf:
+            return self.stand_in
+        if not math.isfinite(value):
+            raise ValueError(f"the environment gave the reward {value}; a learner needs a number or -inf")
+        return value

@@ -1,0 +1,89 @@
+"""Policies that learn nothing, and are hard to beat: print them beside every learned result."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import ClassVar
+
+import numpy as np
+
+from agents.base import Agent, Problem, Removed, SearchTask
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Uniform(Agent):
+    """One ratio for every decision: the least that meets the budget. One evaluation.
+
+    Attributes:
+        ratio: The ratio to begin from, raised where the budget asks for more; needed without a budget.
+    """
+
+    name: ClassVar[str] = "uniform"
+    steps: ClassVar[bool] = False
+
+    ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses a ratio that is none."""
+        if self.ratio is not None and not 0.0 <= self.ratio < 1.0:
+            raise ValueError(
+                f"agent.ratio={self.ratio} must be in [0, 1): the share removed from every decision"
+            )
+
+    def search(self, task: SearchTask) -> None:
+        """Scores the one strategy.
+
+        Raises:
+            ValueError: There is neither a budget nor a ratio.
+        """
+        if self.ratio is None and not task.problem.budgets:
+            raise ValueError(
+                "agent=uniform with budget=none has no ratio to use; set agent.ratio, like agent.ratio=0.5"
+            )
+        task.score([task.problem.project([self.ratio or 0.0] * len(task.problem.names))])
+
+
+@dataclass(frozen=True)
+class Random(Agent):
+    """Ratios drawn uniformly, shifted together so that they land on the budget.
+
+    Attributes:
+        batch: Strategies scored in one call; it changes no result.
+        redraws: Draws in a row that may repeat earlier strategies before the search ends for want of new
+            ones.
+    """
+
+    name: ClassVar[str] = "random"
+    steps: ClassVar[bool] = False
+
+    batch: int = 8
+    redraws: int = 100
+
+    def __post_init__(self) -> None:
+        """Refuses counts below one."""
+        if self.batch < 1 or self.redraws < 1:
+            raise ValueError(f"agent.batch={self.batch} and agent.redraws={self.redraws} must be at least 1")
+
+    def search(self, task: SearchTask) -> None:
+        """Scores ``task.episodes`` different strategies, or all that could be found."""
+        strategies = list(islice(self._draw(task.problem, np.random.default_rng(task.seed)), task.episodes))
+        if len(strategies) < task.episodes:
+            log.warning("only %d different strategies found of %d asked for", len(strategies), task.episodes)
+        for start in range(0, len(strategies), self.batch):
+            task.score(strategies[start : start + self.batch])
+
+    def _draw(self, problem: Problem, rng: np.random.Generator) -> Iterator[Removed]:
+        """Different strategies, without end unless repeats run into ``redraws``."""
+        seen: set[Removed] = set()
+        repeats = 0
+        while repeats < self.redraws:
+            removed = problem.land(rng.uniform(0.0, problem.maxima))
+            repeats = repeats + 1 if removed in seen else 0
+            if repeats == 0:
+                seen.add(removed)
+                yield removed

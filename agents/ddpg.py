@@ -1,0 +1,296 @@
+"""AMC's DDPG, said as what it changes in Stable-Baselines3's.
+
+He et al., "AMC: AutoML for Model Compression and Acceleration on Mobile Devices", ECCV 2018; the numbers that
+the paper leaves open are those of the authors' release.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gymnasium import spaces
+from stable_baselines3 import DDPG
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.vec_env import DummyVecEnv
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from agents.base import Agent, FiniteReward, SearchTask
+from agents.exploration import WARMUPS, TruncatedNormalNoise, Warmup
+from agents.replay import EpisodeReplayBuffer
+
+log = logging.getLogger(__name__)
+
+Actions = npt.NDArray[np.float32]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Computes on one thread, and puts the number of threads back.
+
+    The networks are too small for more: two threads gain a quarter on an idle machine and cost a factor of
+    ten on a busy one, waiting for each other. One also makes what is learnt independent of the machine's
+    number of cores.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class AMCDDPG(DDPG):
+    """DDPG with AMC's exploration, replay and two learning rates.
+
+    What differs from Stable-Baselines3: actions are drawn from a truncated normal in action units; the
+    warm-up draws whole episodes and is counted in episodes; the replay buffer is an `EpisodeReplayBuffer`;
+    actor and critic have learning rates of their own that no schedule overwrites; `train` says the same
+    update with fewer and larger operations. The actor's tanh is AMC's sigmoid up to scale, and the critic's
+    first layer sees state and action together, as AMC's does.
+    """
+
+    def __init__(
+        self,
+        env: DummyVecEnv,
+        settings: DDPGAgent,
+        steps: int,
+        warmup: Warmup,
+        rng: np.random.Generator,
+        *,
+        seed: int,
+        on_update: Callable[[Mapping[str, float]], None] | None = None,
+    ) -> None:
+        """Builds the networks.
+
+        Args:
+            env: One or several environments whose episodes all have ``steps`` steps.
+            settings: The numbers.
+            steps: Steps of an episode.
+            warmup: Draws the actions of a warm-up episode.
+            rng: Of the noise.
+            seed: Of the networks' initial weights and of the replay buffer.
+            on_update: Called with losses, sigma and baseline after each `train`.
+        """
+        self.settings, self.steps, self.on_update = settings, steps, on_update
+        self.noise = TruncatedNormalNoise(settings.sigma, settings.sigma_decay, settings.warmup_episodes)
+        self._warmup, self._warmup_actions, self._noise_rng = warmup, np.empty((0, 0, 1)), rng
+        episodic = env.num_envs == 1
+        super().__init__(
+            "MlpPolicy",
+            env,
+            learning_rate=settings.actor_lr,
+            buffer_size=settings.replay_transitions or settings.replay_episodes * steps,
+            learning_starts=settings.warmup_episodes * steps,
+            batch_size=settings.batch_size,
+            tau=settings.tau,
+            gamma=settings.gamma,
+            # episodic training takes one environment; several end together, after `steps` steps
+            train_freq=(1, "episode") if episodic else (steps, "step"),
+            gradient_steps=settings.updates * steps * env.num_envs,
+            replay_buffer_class=EpisodeReplayBuffer,
+            replay_buffer_kwargs={
+                "seed": seed,
+                "baseline_rate": settings.baseline_rate,
+                "store": settings.store,
+                "rescale": settings.rescale,
+            },
+            policy_kwargs={"net_arch": list(settings.hidden)},
+            seed=seed,
+            device="cpu",
+        )
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        for network, rate in ((self.actor, self.settings.actor_lr), (self.critic, self.settings.critic_lr)):
+            # one fused step over all parameters: the networks are small, and calls cost more than arithmetic
+            network.optimizer = torch.optim.Adam(network.parameters(), lr=rate, fused=True)
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[Actions, Actions]:
+        """Draws one action for each environment.
+
+        Returns:
+            The actions [environments, 1] in action units, and the same scaled to [-1, 1] for the replay
+            buffer.
+        """
+        assert isinstance(self.action_space, spaces.Box)
+        low, high = self.action_space.low.astype(np.float64), self.action_space.high.astype(np.float64)
+        if self.num_timesteps < learning_starts:
+            action = self._warmup_step(n_envs)
+        else:
+            assert isinstance(self._last_obs, np.ndarray)
+            with torch.no_grad(), one_thread():
+                scaled = self.actor.mu(torch.from_numpy(self._last_obs)).numpy().astype(np.float64)
+            mean = low + 0.5 * (scaled + 1.0) * (high - low)
+            action = self.noise.draw(mean, low, high, self._episode_num, self._noise_rng)
+        return action.astype(np.float32), (2.0 * (action - low) / (high - low) - 1.0).astype(np.float32)
+
+    def _warmup_step(self, n_envs: int) -> npt.NDArray[np.float64]:
+        step = self.num_timesteps // n_envs % self.steps
+        if step == 0:
+            self._warmup_actions = np.stack([self._warmup() for _ in range(n_envs)], axis=1)[..., None]
+        actions: npt.NDArray[np.float64] = self._warmup_actions[step]
+        return actions
+
+    @one_thread()
+    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+        """Updates critic, actor and targets ``gradient_steps`` times."""
+        assert isinstance(self.replay_buffer, EpisodeReplayBuffer)
+        actor, critic = self.actor.mu, self.critic.q_networks[0]
+        target_actor, target_critic = self.actor_target.mu, self.critic_target.q_networks[0]
+        online: list[Tensor] = [*critic.parameters(), *actor.parameters()]
+        targets: list[Tensor] = [*target_critic.parameters(), *target_actor.parameters()]
+        losses = []
+        for batch in self.replay_buffer.sample_many(gradient_steps, batch_size):
+            goal = batch.rewards
+            if self.gamma > 0:
+                with torch.no_grad():
+                    then = batch.next_observations
+                    goal = goal + (1 - batch.dones) * self.gamma * _value(
+                        target_critic, then, target_actor(then)
+                    )
+            critic_loss = F.mse_loss(_value(critic, batch.observations, batch.actions), goal)
+            _descend(critic_loss, critic, self.critic.optimizer)
+            actor_loss = -_value(critic, batch.observations, actor(batch.observations)).mean()
+            _descend(actor_loss, actor, self.actor.optimizer)
+            with torch.no_grad():
+                torch._foreach_lerp_(targets, online, self.tau)
+            losses.append((critic_loss.detach(), actor_loss.detach()))
+        self._n_updates += gradient_steps
+        self._report(losses)
+
+    def _report(self, losses: list[tuple[Tensor, Tensor]]) -> None:
+        if self.on_update is None or not losses:
+            return
+        assert isinstance(self.replay_buffer, EpisodeReplayBuffer)
+        critic_loss, actor_loss = (float(torch.stack(column).mean()) for column in zip(*losses, strict=True))
+        self.on_update(
+            {
+                "agent/critic_loss": critic_loss,
+                "agent/actor_loss": actor_loss,
+                "agent/sigma": self.noise.sigma_at(self._episode_num - 1),
+                "agent/baseline": self.replay_buffer.baseline or 0.0,
+            }
+        )
+
+
+def _value(critic: nn.Module, observations: Tensor, actions: Tensor) -> Tensor:
+    """Q [batch, 1]."""
+    value: Tensor = critic(torch.cat([observations, actions], dim=1))
+    return value
+
+
+def _descend(loss: Tensor, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """One step of ``network`` alone: gradients of whatever else the loss runs through are not computed."""
+    parameters = list(network.parameters())
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+
+
+@dataclass(frozen=True)
+class DDPGAgent(Agent):
+    """Searches with AMC's DDPG, one decision a step. The defaults are the numbers of AMC's release.
+
+    Attributes:
+        warmup_episodes: Episodes of random actions before the first update.
+        warmup: How they are drawn: "uniform" over the action range (AMC) or "landing" on the budget.
+        sigma: Standard deviation of the noise before truncation, in action units.
+        sigma_decay: Its factor per episode after the warm-up.
+        actor_lr: Adam's learning rate for the actor.
+        critic_lr: Adam's learning rate for the critic.
+        tau: Weight of the new network in the target network, per update.
+        gamma: Discount. 1 is AMC's; since every transition already carries the episode's final reward, 0 fits
+            the critic to that reward itself, without bootstrapping.
+        batch_size: Transitions per update.
+        updates: Updates per step of the environment, done at the end of each episode.
+        replay_episodes: Episodes that the replay buffer holds.
+        replay_transitions: Its size in transitions; overrules ``replay_episodes``.
+        store: The action that is learnt from: "raw" as the policy gave it, or "executed" after the bound.
+        baseline_rate: Weight of the newest batch in the moving average subtracted from rewards; 0 for none.
+        rescale: Divide rewards by the standard deviation of those in the replay buffer; not in AMC.
+        hidden: Hidden layers of actor and critic.
+        infinite_reward: What the learner is told in place of minus infinity.
+    """
+
+    name: ClassVar[str] = "ddpg"
+    steps: ClassVar[bool] = True
+
+    warmup_episodes: int = 100
+    warmup: str = "uniform"
+    sigma: float = 0.5
+    sigma_decay: float = 0.95
+    actor_lr: float = 1e-4
+    critic_lr: float = 1e-3
+    tau: float = 0.01
+    gamma: float = 1.0
+    batch_size: int = 64
+    updates: int = 1
+    replay_episodes: int = 100
+    replay_transitions: int | None = None
+    store: str = "raw"
+    baseline_rate: float = 0.5
+    rescale: bool = False
+    hidden: tuple[int, ...] = (300, 300)
+    infinite_reward: float = -2.0
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot work, all of it at once."""
+        object.__setattr__(self, "hidden", tuple(self.hidden))  # configurations give lists
+        rules = {
+            "warmup_episodes": (self.warmup_episodes >= 1, "at least 1: the first update needs an episode"),
+            "warmup": (self.warmup in WARMUPS, f"one of {sorted(WARMUPS)}"),
+            "sigma": (self.sigma >= 0, "at least 0"),
+            "sigma_decay": (0 < self.sigma_decay <= 1, "in (0, 1]"),
+            "actor_lr": (self.actor_lr > 0, "above 0"),
+            "critic_lr": (self.critic_lr > 0, "above 0"),
+            "tau": (0 < self.tau <= 1, "in (0, 1]"),
+            "gamma": (0 <= self.gamma <= 1, "in [0, 1]"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "updates": (self.updates >= 0, "at least 0"),
+            "replay_episodes": (self.replay_episodes >= 1, "at least 1"),
+            "replay_transitions": (
+                self.replay_transitions is None or self.replay_transitions >= 1,
+                "at least 1",
+            ),
+            "store": (self.store in ("raw", "executed"), "raw or executed"),
+            "baseline_rate": (0 <= self.baseline_rate <= 1, "in [0, 1]"),
+        }
+        wrong = [
+            f"agent.{k}={getattr(self, k)!r} must be {rule}" for k, (ok, rule) in rules.items() if not ok
+        ]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+
+    def search(self, task: SearchTask) -> None:
+        """Runs ``task.episodes`` episodes of ``task.env``."""
+        if task.episodes <= self.warmup_episodes:
+            log.warning(
+                "search.episodes=%d ends within the warm-up of agent.warmup_episodes=%d: nothing is learnt",
+                task.episodes,
+                self.warmup_episodes,
+            )
+        steps = len(task.problem.names)
+        self.learner(task).learn(task.episodes * steps, log_interval=None)  # type: ignore[arg-type]
+
+    def learner(self, task: SearchTask) -> AMCDDPG:
+        """Returns the untrained learner of a task; all it draws comes from the task's seed."""
+        warmup_rng, noise_rng = np.random.default_rng(task.seed).spawn(2)
+        return AMCDDPG(
+            DummyVecEnv([lambda: FiniteReward(task.env, self.infinite_reward)]),
+            self,
+            steps=len(task.problem.names),
+            warmup=WARMUPS[self.warmup](task.problem, warmup_rng),
+            rng=noise_rng,
+            seed=task.seed,
+            on_update=task.on_update,
+        )

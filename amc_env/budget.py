@@ -1,0 +1,167 @@
+"""Budgets, and the search problem as whole strategies see it.
+
+One rule bounds every cost exactly, after rounding: the least count for the next decision is the smallest feasible one
+for which the cost, with everything later at its maximum, is within the limit. Costs never rise when more is removed,
+so bisection finds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from amc_env.costs import Cost
+from amc_env.errors import UserError
+from amc_env.strategy import Grid, Strategy, as_ratios
+
+_BISECTIONS = 48  # halvings of a shift in ratios; far below one unit of any layer
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit on a cost.
+
+    Attributes:
+        cost: What is limited.
+        limit: The most it may be, in the cost's unit.
+        ratio: The share of the original cost that ``limit`` is.
+    """
+
+    cost: Cost
+    limit: float
+    ratio: float
+
+    @classmethod
+    def of(cls, cost: Cost, decisions: int, *, ratio: float | None = None, limit: float | None = None) -> Budget:
+        """A budget from a share of the original cost or from an absolute limit.
+
+        Raises:
+            UserError: Neither or both are given, or the value is out of range.
+        """
+        if (ratio is None) == (limit is None):
+            raise UserError(
+                f"a budget on {cost.name} takes budget.ratio or budget.limit, one of the two; "
+                f"got ratio={ratio}, limit={limit}"
+            )
+        whole = cost([0] * decisions)
+        if ratio is not None:
+            if not 0.0 < ratio <= 1.0:
+                raise UserError(f"budget.ratio={ratio} is outside (0, 1]: the share of {cost.name} that may remain")
+            return cls(cost, ratio * whole, ratio)
+        assert limit is not None
+        if not limit > 0.0:
+            raise UserError(f"budget.limit={limit} must be above 0 {cost.unit}")
+        return cls(cost, limit, limit / whole)
+
+
+class Problem:
+    """Decisions, costs and budgets together: everything about a strategy but its accuracy.
+
+    Args:
+        grids: The decisions' feasible counts, in the order of decisions.
+        costs: All costs that outcomes state.
+        budgets: Limits that must hold; none for an accuracy-guaranteed search.
+
+    Raises:
+        UserError: A budget is below the least that the decisions can reach.
+    """
+
+    def __init__(self, grids: Sequence[Grid], costs: Sequence[Cost], budgets: Sequence[Budget] = ()):
+        if not grids:
+            raise UserError("there is nothing to decide: no channel group can be pruned with these settings")
+        self.grids = tuple(grids)
+        self.costs = tuple(costs)
+        self.budgets = tuple(budgets)
+        self.names = tuple(grid.name for grid in grids)
+        self.totals = tuple(grid.total for grid in grids)
+        self.most = tuple(grid.count(grid.size - 1) for grid in grids)
+        self.maxima = np.array([grid.max_ratio for grid in grids])
+        unreachable = [
+            f"budget {b.cost.name} <= {b.limit:,.0f} ({b.ratio:.3g} of the original) cannot be reached: the least is "
+            f"{b.cost(self.most):,.0f} ({self.least_ratio(b.cost):.3g}); raise budget.ratio or max_ratio, or lower "
+            "channel_multiple"
+            for b in self.budgets
+            if not self._within(self.most, b)
+        ]
+        if unreachable:
+            raise UserError("; ".join(unreachable))
+
+    @staticmethod
+    def _within(removed: Sequence[int], budget: Budget) -> bool:
+        return budget.cost(removed) <= budget.limit * (1 + 1e-12)  # the limit itself is a rounded product
+
+    def least_ratio(self, cost: Cost) -> float:
+        """The least share of the original cost that the decisions can reach."""
+        return cost(self.most) / cost([0] * len(self.grids))
+
+    def cost(self, removed: Sequence[int]) -> dict[str, float]:
+        """All costs of a strategy, by name."""
+        return {cost.name: cost(removed) for cost in self.costs}
+
+    def met(self, removed: Sequence[int]) -> bool:
+        """Whether every budget holds."""
+        return all(self._within(removed, budget) for budget in self.budgets)
+
+    def strategy(self, removed: Sequence[int]) -> Strategy:
+        """The strategy of these counts."""
+        return Strategy(self.names, self.totals, tuple(int(r) for r in removed))
+
+    def least(self, chosen: Sequence[int]) -> int:
+        """The least feasible count for decision ``len(chosen)``, given the counts before it.
+
+        Returns:
+            The smallest feasible count that can still meet every budget with everything later at its maximum; the
+            largest feasible count where none can (the counts chosen were not bounded).
+        """
+        t = len(chosen)
+        grid = self.grids[t]
+        later = self.most[t + 1 :]
+        low, high = 0, grid.size - 1
+        while low < high:
+            middle = (low + high) // 2
+            if self.met((*chosen, grid.count(middle), *later)):
+                high = middle
+            else:
+                low = middle + 1
+        return grid.count(high)
+
+    def snap(self, ratios: Sequence[float]) -> tuple[int, ...]:
+        """The nearest feasible counts."""
+        values = as_ratios(ratios, len(self.grids))
+        return tuple(grid.snap(value) for grid, value in zip(self.grids, values, strict=True))
+
+    def _shifted(self, values: np.ndarray, shift: float) -> tuple[int, ...]:
+        return self.snap(np.clip(values + shift, 0.0, self.maxima))
+
+    def project(self, ratios: Sequence[float]) -> tuple[int, ...]:
+        """Counts within every budget by the least common shift of all ratios.
+
+        The least ``shift >= 0`` for which ``snap(min(max_i, ratio_i + shift))`` meets every budget. Bounding decision
+        by decision instead would dump all cuts on the last ones.
+        """
+        return self._least_shift(as_ratios(ratios, len(self.grids)), 0.0)
+
+    def land(self, ratios: Sequence[float]) -> tuple[int, ...]:
+        """Counts on the budget: ratios shifted either way by the least amount that still meets every budget.
+
+        Without a budget the counts are `snap`'s.
+        """
+        values = as_ratios(ratios, len(self.grids))
+        return self._least_shift(values, -1.0) if self.budgets else self.snap(values)
+
+    def _least_shift(self, values: np.ndarray, low: float) -> tuple[int, ...]:
+        best = self._shifted(values, low)
+        if self.met(best):
+            return best
+        high = 1.0
+        best = self._shifted(values, high)
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            counts = self._shifted(values, middle)
+            if self.met(counts):
+                high, best = middle, counts
+            else:
+                low = middle
+        return best

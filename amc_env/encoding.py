@@ -1,0 +1,182 @@
+"""AMC's state: eleven features that describe the decision now taken.
+
+He et al., ECCV 2018, section 3.1: (t, n, c, h, w, stride, k, FLOPs[t], reduced, rest, a_{t-1}). Two things
+differ from the authors' release on purpose. All features are scaled by fixed constants, so that a policy can
+be carried to another network, where the release scales by each network's own extremes. And the three cost
+features are differences of one and the same cost function, where the release mixes parameters with FLOPs,
+always counts every depthwise layer as still to come, and takes undecided layers for cut to their bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from amc_env.errors import UserError
+
+if TYPE_CHECKING:
+    from amc_env.budget import Problem
+    from amc_env.layers import LayerGraph
+    from amc_env.strategy import Grid
+
+FEATURES: Final = (
+    "index",
+    "out_channels",
+    "in_channels",
+    "height",
+    "width",
+    "stride",
+    "kernel",
+    "macs",
+    "reduced",
+    "rest",
+    "previous_ratio",
+)
+"""Names of the features, in the order of the observation."""
+
+LARGEST: Final = {
+    "index": 255,
+    "out_channels": 4095,
+    "in_channels": 4095,
+    "height": 511,
+    "width": 511,
+    "stride": 7,
+    "kernel": 15,
+}
+"""Size ``s`` becomes ``log(1 + s) / log(1 + LARGEST)``, cut off at 1."""
+
+
+@dataclass(frozen=True)
+class DecisionDescription:
+    """What is fixed about one decision: its first consumer in forward order.
+
+    Attributes:
+        name: The decision's name.
+        out_channels: Output channels (features) of the consumer, n.
+        in_channels: Input channels (features) of the consumer, c.
+        height: Height of the consumer's input in pixels; 1 for a linear layer.
+        width: Width of the consumer's input in pixels; 1 for a linear layer.
+        stride: The larger of the consumer's strides; 1 for a linear layer.
+        kernel: The larger side of the consumer's kernel; 1 for a linear layer.
+    """
+
+    name: str
+    out_channels: int
+    in_channels: int
+    height: int
+    width: int
+    stride: int
+    kernel: int
+
+
+def describe(graph: LayerGraph, grids: Sequence[Grid]) -> tuple[DecisionDescription, ...]:
+    """Describes the decisions of ``grids`` by the layers that read their channels.
+
+    Raises:
+        UserError: A grid's name is no channel group of the graph, or nothing reads the group.
+    """
+    layers = {layer.name: layer for layer in graph.layers}
+    groups = {group.name: group for group in graph.groups}
+    described = []
+    for grid in grids:
+        if grid.name not in groups or not groups[grid.name].consumers:
+            raise UserError(
+                f"decision {grid.name!r} is no channel group that a layer reads; there are {sorted(groups)}"
+            )
+        first = min((layers[name] for name in groups[grid.name].consumers), key=lambda layer: layer.index)
+        described.append(
+            DecisionDescription(
+                name=grid.name,
+                out_channels=first.out_channels,
+                in_channels=first.in_channels,
+                height=first.in_size[0],
+                width=first.in_size[1],
+                stride=_largest(first.stride),
+                kernel=_largest(first.kernel),
+            )
+        )
+    return tuple(described)
+
+
+class Encoder:
+    """Turns the counts chosen so far into the observation of the next decision.
+
+    ==  ==============  =====================================================================================
+    #   feature         value in [0, 1]
+    ==  ==============  =====================================================================================
+    0   index           decision t, from 0: log(1 + t) / log(256)
+    1   out_channels    of the decision's first consumer: log(1 + n) / log(4096)
+    2   in_channels     of the same: log(1 + c) / log(4096)
+    3   height          of the same layer's input: log(1 + h) / log(512)
+    4   width           of the same layer's input: log(1 + w) / log(512)
+    5   stride          of the same: log(1 + stride) / log(8)
+    6   kernel          of the same: log(1 + k) / log(16)
+    7   macs            MACs of all members in the whole network: cost(nothing) - cost(all of t), share of W
+    8   reduced         MACs removed by the decisions taken: cost(nothing) - cost(taken), share of W
+    9   rest            MACs that later decisions could remove: cost(taken) - cost(taken, all later), of W
+    10  previous_ratio  the ratio executed for decision t - 1 (after snapping and the bound); 0 at t = 0
+    ==  ==============  =====================================================================================
+
+    W is the MACs of the whole network, and decisions that a cost's list leaves out are untouched (nothing
+    removed).
+    """
+
+    def __init__(self, descriptions: Sequence[DecisionDescription], problem: Problem) -> None:
+        """Computes what does not change during a search.
+
+        Args:
+            descriptions: One for each decision of the problem, in its order.
+            problem: The search problem; its costs must include 'macs'.
+
+        Raises:
+            UserError: The descriptions are not the problem's decisions, or it has no cost 'macs'.
+        """
+        names = tuple(description.name for description in descriptions)
+        if names != tuple(problem.names):
+            raise UserError(f"descriptions of {names} do not fit the decisions {tuple(problem.names)}")
+        self._macs = _macs_of(problem)
+        self._totals = tuple(problem.totals)
+        count = len(names)
+        self._whole = self._macs((0,) * count)
+        self._fixed = np.array([_sizes(t, d) for t, d in enumerate(descriptions)], dtype=np.float64)
+        alone = [(0,) * t + (self._totals[t],) + (0,) * (count - t - 1) for t in range(count)]
+        self._alone = [self._whole - self._macs(removed) for removed in alone]
+
+    def __call__(self, chosen: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Returns the observation [11] before decision ``len(chosen)``.
+
+        Args:
+            chosen: Removed counts of the decisions taken so far, as executed; fewer than there are decisions.
+        """
+        t, count = len(chosen), len(self._totals)
+        taken = tuple(chosen)
+        now = self._macs(taken + (0,) * (count - t))
+        without_later = self._macs((*taken, 0, *self._totals[t + 1 :]))
+        shares = np.array([self._alone[t], self._whole - now, now - without_later]) / self._whole
+        previous = taken[-1] / self._totals[t - 1] if taken else 0.0
+        features = np.concatenate([self._fixed[t], shares, [previous]])
+        return np.asarray(np.clip(features, 0.0, 1.0), dtype=np.float32)
+
+
+def _sizes(t: int, d: DecisionDescription) -> list[float]:
+    sizes = (t, d.out_channels, d.in_channels, d.height, d.width, d.stride, d.kernel)
+    return [math.log1p(size) / math.log1p(most) for size, most in zip(sizes, LARGEST.values(), strict=True)]
+
+
+def _macs_of(problem: Problem) -> Callable[[Sequence[int]], float]:
+    """The problem's MACs as a function of removed counts, defined up to everything removed."""
+    for cost in problem.costs:
+        if cost.name == "macs":
+            return cost
+    raise UserError(
+        f"the state needs the cost 'macs', the problem has {[cost.name for cost in problem.costs]}"
+    )
+
+
+def _largest(value: int | Sequence[int]) -> int:
+    return value if isinstance(value, int) else max(value)

@@ -1,0 +1,167 @@
+"""The evaluator: strategies in, outcomes out. Every policy is judged here and nowhere else."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from amc_env.budget import Problem
+from amc_env.errors import UserError
+from amc_env.pruning.candidate import Candidates, Keeps
+from amc_env.pruning.folding import Folder
+from amc_env.pruning.repair import Repair
+from amc_env.strategy import Strategy
+
+log = logging.getLogger(__name__)
+
+ORIGINAL = "original"
+"""The start of a search that begins with the uncut network's weights."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a strategy is worth.
+
+    Attributes:
+        strategy: The strategy.
+        accuracy: On the search split, in [0, 1].
+        costs: All costs by name.
+        met: Whether every budget holds.
+        repair: Name of the repair that it was scored with.
+        start: Name of the weights that it was cut from.
+    """
+
+    strategy: Strategy
+    accuracy: float
+    costs: Mapping[str, float]
+    met: bool
+    repair: str
+    start: str = ORIGINAL
+
+
+@dataclass(frozen=True)
+class Key:
+    """What identifies an evaluation."""
+
+    start: str
+    repair: str
+    removed: tuple[int, ...]
+
+
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 250) -> float:
+    """Share of images [N, ...] (normalised) whose largest logit is their label [N], in [0, 1].
+
+    The model is scored in the mode it is in; put it in eval mode first.
+    """
+    with torch.inference_mode():
+        hits = torch.zeros((), dtype=torch.int64, device=images.device)
+        for start in range(0, len(images), batch_size):
+            part = slice(start, start + batch_size)
+            hits += (model(images[part]).argmax(1) == labels[part]).sum()
+    return int(hits) / len(images)
+
+
+class Scorer:
+    """Scores cut networks on fixed images: batch norms folded, in one memory layout and batch size.
+
+    Args:
+        model: The uncut network, in eval mode.
+        images: Normalised images of the search split, [N, C, H, W].
+        labels: Their labels, int64 [N].
+        batch_size: Images of a batch.
+        channels_last: Memory format of images and weights. It may move logits by rounding only.
+    """
+
+    def __init__(
+        self, model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int = 250, channels_last: bool = True
+    ):
+        if images.ndim == 4 and channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        self._images = images
+        self._labels = labels
+        self._batch_size = batch_size
+        self.folder = Folder(model, images[:4], channels_last=channels_last and images.ndim == 4)
+
+    def __call__(self, model: nn.Module) -> float:
+        """Accuracy of a cut network, in [0, 1]."""
+        return accuracy(self.folder(model), self._images, self._labels, self._batch_size)
+
+
+class Evaluator:
+    """Turns strategies into outcomes; the same one is never scored twice.
+
+    Scoring is a pure function of (start, repair, strategy): it draws nothing, and leaves the global random state alone.
+
+    Args:
+        candidates: Builds networks.
+        problem: Costs and budgets.
+        scorer: Accuracy of a cut network.
+        repairs: Repairs by name, or how to make them: they are made when first asked for.
+        repair: Name of the repair that strategies are scored with by default.
+        memo: Accuracies known already; a journal keeps them across runs.
+    """
+
+    def __init__(
+        self,
+        candidates: Candidates,
+        problem: Problem,
+        scorer: Callable[[nn.Module], float],
+        repairs: Mapping[str, Callable[[], Repair]],
+        repair: str,
+        memo: MutableMapping[Key, Outcome] | None = None,
+    ):
+        self.problem = problem
+        self.repair = repair
+        self.candidates = candidates
+        self.hits = 0
+        self.evaluations = 0
+        self._scorer = scorer
+        self._makers = repairs
+        self._repairs: dict[str, Repair] = {}
+        self._memo: MutableMapping[Key, Outcome] = {} if memo is None else memo
+
+    def evaluate(self, strategies: Sequence[Strategy], *, repair: str | None = None) -> list[Outcome]:
+        """Scores strategies, in order; from memory where they are known.
+
+        Raises:
+            UserError: A candidate's outputs are not numbers.
+        """
+        return [self._one(strategy, repair or self.repair) for strategy in strategies]
+
+    def _one(self, strategy: Strategy, repair: str) -> Outcome:
+        key = Key(ORIGINAL, repair, strategy.removed)
+        known = self._memo.get(key)
+        if known is not None:
+            self.hits += 1
+            return known
+        model, _ = self._mended(strategy, repair)
+        value = self._scorer(model)
+        costs = self.problem.cost(strategy.removed)
+        outcome = Outcome(strategy, value, costs, self.problem.met(strategy.removed), repair)
+        self._memo[key] = outcome
+        self.evaluations += 1
+        return outcome
+
+    def _mended(self, strategy: Strategy, repair: str) -> tuple[nn.Module, Keeps]:
+        keeps = self.candidates.keeps(strategy.removed)
+        model = self.candidates.cut(strategy.removed)
+        if any(strategy.removed):
+            self._repair(repair)(model, strategy.removed, keeps)
+        return model, keeps
+
+    def _repair(self, name: str) -> Repair:
+        if name not in self._repairs:
+            if name not in self._makers:
+                raise UserError(f"unknown repair {name!r}; there are {', '.join(self._makers)}")
+            self._repairs[name] = self._makers[name]()
+        return self._repairs[name]
+
+    def network(self, outcome: Outcome) -> tuple[nn.Module, Keeps]:
+        """The network that was scored, bit for bit, as one of its own, and what stayed of the uncut one."""
+        model, keeps = self._mended(outcome.strategy, outcome.repair)
+        return copy.deepcopy(model), keeps

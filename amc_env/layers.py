@@ -1,0 +1,433 @@
+"""The layer graph: what a network is made of and which of its channels go together.
+
+torch-pruning's DependencyGraph (Fang et al., "DepGraph", CVPR 2023) traces the coupled channels once per network; its
+index maps are taken out, merged by (module, side) in original coordinates, and proved on the network itself before
+they are believed. No graph is traced during a search.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from amc_env.errors import UserError
+from amc_env.surgery import Keeps, resize, silence_inputs
+
+Side = Literal["in", "out"]
+CHANNELWISE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.PReLU)
+"""Modules with one entry per channel: they are cut with the channels that pass through them."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer.
+
+    Attributes:
+        name: Qualified module name.
+        index: Place in forward order, from 0.
+        kind: ``conv`` or ``linear``.
+        in_channels: Input channels (features).
+        out_channels: Output channels (features).
+        kernel: Height and width of the kernel, (1, 1) for a linear layer.
+        stride: Vertical and horizontal stride.
+        groups: Groups of the convolution.
+        bias: Whether it has a bias.
+        in_size: Height and width of its input; (positions, 1) for a linear layer.
+        out_size: Height and width of its output.
+        free: A fixed selection that costs nothing (an option-A shortcut): no MACs are charged, it is never repaired.
+    """
+
+    name: str
+    index: int
+    kind: Literal["conv", "linear"]
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    groups: int
+    bias: bool
+    in_size: tuple[int, int]
+    out_size: tuple[int, int]
+    free: bool = False
+
+    @property
+    def depthwise(self) -> bool:
+        """One filter per channel: input and output channels are the same thing."""
+        return 1 < self.groups == self.in_channels == self.out_channels
+
+    @property
+    def positions(self) -> int:
+        """Places at which the layer is applied to one example."""
+        return self.out_size[0] * self.out_size[1]
+
+
+@dataclass(frozen=True)
+class ChannelWise:
+    """A module with ``params_per_channel`` parameters for each of its channels, e.g. a batch norm."""
+
+    name: str
+    channels: int
+    params_per_channel: int
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One dimension of one module that a group cuts.
+
+    Attributes:
+        module: Qualified module name.
+        side: ``out`` or ``in``; modules with one channel dimension have ``out`` only.
+        size: Entries of the uncut dimension.
+        positions: int64, shape [units, m]: the entries of the dimension that go with each unit of the group.
+    """
+
+    module: str
+    side: Side
+    size: int
+    positions: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Channels that can only be cut together: one decision.
+
+    Attributes:
+        name: The first layer, in forward order, whose outputs they are.
+        total: Units. A unit is one channel or, where grouped convolutions take part, one channel of every group.
+        channels: Channels of the first layer that they stand for.
+        members: Every dimension that is cut.
+        producers: Layers whose outputs are cut, in forward order.
+        consumers: Layers whose inputs are cut, in forward order; depthwise ones ride along and are not among them.
+    """
+
+    name: str
+    total: int
+    channels: int
+    members: tuple[Member, ...]
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A layer whose outputs are left whole, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class LayerGraph:
+    """Layers in forward order, their coupled channels, and what stays whole.
+
+    Attributes:
+        layers: Convolutions and linear layers in forward order.
+        channelwise: Batch norms and the like.
+        groups: Coupled channels, in the forward order of their first consumer.
+        whole: Layers whose outputs are not pruned, with the reason.
+        other_params: Parameters outside the modules above.
+    """
+
+    layers: tuple[Layer, ...]
+    channelwise: tuple[ChannelWise, ...]
+    groups: tuple[ChannelGroup, ...]
+    whole: tuple[Whole, ...]
+    other_params: int
+
+    @classmethod
+    def trace(cls, model: nn.Module, example: Tensor) -> LayerGraph:
+        """Traces a network once.
+
+        Args:
+            model: The network; it is copied, not changed.
+            example: A batch of inputs, [N, ...]; one example is enough.
+
+        Raises:
+            UserError: The network cannot be traced at all, or no channel of it can be pruned.
+        """
+        return _trace(model, example)
+
+    def layer(self, name: str) -> Layer:
+        """The layer of that name."""
+        return next(layer for layer in self.layers if layer.name == name)
+
+    def only(self, left_out: Mapping[str, str]) -> LayerGraph:
+        """The graph without the groups named in ``left_out`` (name to reason), which are reported whole."""
+        whole = tuple(Whole(name, reason) for name, reason in left_out.items())
+        groups = tuple(group for group in self.groups if group.name not in left_out)
+        return replace(self, groups=groups, whole=self.whole + whole)
+
+
+def _trace(model: nn.Module, example: Tensor) -> LayerGraph:
+    twin = copy.deepcopy(model).eval()
+    for parameter in twin.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    layers = _layers(twin, example)
+    groups: list[ChannelGroup] = []
+    whole: list[Whole] = []
+    for raw in _raw_groups(twin, example[:1]):
+        found = _channel_group(raw, twin, layers)
+        if isinstance(found, Whole):
+            whole.append(found)
+        else:
+            groups.append(found)
+    groups, refuted = _proved(twin, example, groups)
+    seen = {member.module for group in groups for member in group.members if member.side == "out"}
+    whole = [w for w in whole + refuted if w.name not in seen]
+    named = {w.name for w in whole} | seen
+    whole += [Whole(n, "its channels could not be traced") for n, layer in layers.items() if n not in named]
+    if not groups:
+        reasons = "; ".join(f"{w.name}: {w.reason}" for w in whole[:8]) or "no convolution or linear layer was run"
+        raise UserError(f"no channel of this network can be pruned ({reasons})")
+    order = {name: layer.index for name, layer in layers.items()}
+    groups.sort(key=lambda group: (order[group.consumers[0]], order[group.name]))
+    channelwise, other = _rest(twin, layers)
+    whole.sort(key=lambda w: order.get(w.name, len(order)))
+    return LayerGraph(tuple(layers.values()), channelwise, tuple(groups), tuple(whole), other)
+
+
+def _layers(model: nn.Module, example: Tensor) -> dict[str, Layer]:
+    """Runs the network once and writes down its layers by name, in forward order."""
+    layers: dict[str, Layer] = {}
+    names = {module: name for name, module in model.named_modules()}
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        layer = _layer(names[module], len(layers), module, inputs[0], output)
+        before = layers.get(layer.name)
+        if before is None:
+            layers[layer.name] = layer
+        else:  # a shared module: every call is paid for
+            size = (before.out_size[0] * before.out_size[1] + layer.positions, 1)
+            layers[layer.name] = replace(before, out_size=size)
+
+    handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    try:
+        with torch.no_grad():
+            model(example[:1])
+    except Exception as error:  # a user's network may raise anything
+        shape = tuple(example[:1].shape)
+        raise UserError(f"the network does not run on inputs of shape {shape}: {first_line(error)}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return layers
+
+
+def _layer(name: str, index: int, module: nn.Module, inputs: Tensor, output: Tensor) -> Layer:
+    free = bool(getattr(module, "free", False))
+    if isinstance(module, nn.Conv2d):
+        return Layer(
+            name=name,
+            index=index,
+            kind="conv",
+            in_channels=module.in_channels,
+            out_channels=module.out_channels,
+            kernel=(module.kernel_size[0], module.kernel_size[1]),
+            stride=(module.stride[0], module.stride[1]),
+            groups=module.groups,
+            bias=module.bias is not None,
+            in_size=(inputs.shape[-2], inputs.shape[-1]),
+            out_size=(output.shape[-2], output.shape[-1]),
+            free=free,
+        )
+    assert isinstance(module, nn.Linear)
+    size = (max(1, output[0].numel() // module.out_features), 1)
+    features = module.in_features, module.out_features
+    return Layer(name, index, "linear", *features, (1, 1), (1, 1), 1, module.bias is not None, size, size, free)
+
+
+def _rest(model: nn.Module, layers: Mapping[str, Layer]) -> tuple[tuple[ChannelWise, ...], int]:
+    """Channel-wise modules, and the number of parameters outside of them and of the layers."""
+    channelwise = []
+    counted: set[int] = set()
+    for name, module in model.named_modules():
+        own = [p for p in module.parameters(recurse=False) if id(p) not in counted]
+        if name in layers:
+            counted.update(id(p) for p in own)
+        elif isinstance(module, CHANNELWISE):
+            channels = channels_of(module, "out")
+            size = sum(p.numel() for p in own)
+            if channels and size % channels == 0:
+                channelwise.append(ChannelWise(name, channels, size // channels))
+                counted.update(id(p) for p in own)
+    return tuple(channelwise), sum(p.numel() for p in model.parameters() if id(p) not in counted)
+
+
+def channels_of(module: nn.Module, side: Side) -> int:
+    """Size of a module's channel dimension; 0 for a module that has none that we know of."""
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels if side == "in" else module.out_channels
+    if isinstance(module, nn.Linear):
+        return module.in_features if side == "in" else module.out_features
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        return module.num_features
+    if isinstance(module, nn.PReLU):
+        return module.num_parameters if module.num_parameters > 1 else 0
+    return 0
+
+
+def _raw_groups(model: nn.Module, example: Tensor) -> Iterator[list[tuple[nn.Module, Side, list[int], list[int]]]]:
+    """torch-pruning's groups as plain lists of (module, side, positions, root channels)."""
+    try:
+        # Fresh dictionaries: the library's mutable defaults would keep the copy alive.
+        graph = tp.DependencyGraph().build_dependency(
+            model, example_inputs=example, unwrapped_parameters=None, customized_pruners={}, verbose=False
+        )
+        groups = list(graph.get_all_groups(ignored_layers=[], root_module_types=[nn.Conv2d, nn.Linear]))
+    except Exception as error:  # the tracer gives up in many ways
+        raise UserError(f"the network cannot be traced for coupled channels: {first_line(error)}") from error
+    for group in groups:
+        items = []
+        for item in group:
+            side: Side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
+            items.append((item.dep.target.module, side, list(item.idxs), list(item.root_idxs)))
+        yield items
+
+
+def _channel_group(
+    raw: list[tuple[nn.Module, Side, list[int], list[int]]], model: nn.Module, layers: Mapping[str, Layer]
+) -> ChannelGroup | Whole:
+    """Merges one raw group by (module, side), or says why its channels stay whole."""
+    modules = dict(model.named_modules())
+    names = {module: name for name, module in modules.items()}
+    root = names[raw[0][0]]
+    pairs: dict[tuple[str, Side], set[tuple[int, int]]] = {}
+    for module, side, positions, roots in raw:
+        reason = _unsupported(module, names)
+        if reason:
+            return Whole(root, reason)
+        if module not in names or not channels_of(module, side):
+            continue  # an operation of the tracer without a dimension of its own
+        layer = layers.get(names[module])
+        if not isinstance(module, nn.Conv2d | nn.Linear) or (layer and layer.depthwise):
+            side = "out"
+        pairs.setdefault((names[module], side), set()).update(zip(roots, positions, strict=True))
+    channels = channels_of(raw[0][0], "out")
+    blocks = max((layers[n].groups for n, _ in pairs if n in layers and not layers[n].depthwise), default=1)
+    try:
+        members = tuple(
+            _member((n, side), channels_of(modules[n], side), links, channels, blocks)
+            for (n, side), links in pairs.items()
+        )
+    except ValueError as error:
+        return Whole(root, str(error))
+    order = {name: layer.index for name, layer in layers.items()}
+    ran = [m for m in members if m.module in layers and not layers[m.module].depthwise]
+    producers = sorted((m.module for m in ran if m.side == "out"), key=order.__getitem__)
+    consumers = sorted((m.module for m in ran if m.side == "in"), key=order.__getitem__)
+    if not consumers:
+        return Whole(root, "its channels are the network's output")
+    return ChannelGroup(producers[0], channels // blocks, channels, members, tuple(producers), tuple(consumers))
+
+
+def _unsupported(module: nn.Module, names: Mapping[nn.Module, str]) -> str | None:
+    if isinstance(module, nn.Parameter):
+        return f"its channels meet a parameter outside a module, of shape {tuple(module.shape)}"
+    known = isinstance(module, (nn.Conv2d, nn.Linear, *CHANNELWISE)) or module not in names
+    return None if known else f"its channels pass through {names[module]}, a {type(module).__name__}"
+
+
+def _member(
+    key: tuple[str, Side], size: int, links: Iterable[tuple[int, int]], channels: int, blocks: int
+) -> Member:
+    """Positions by unit. With grouped convolutions, unit u is channel u of every block."""
+    name, side = key
+    by_root: dict[int, list[int]] = {}
+    for root, position in sorted(links):
+        by_root.setdefault(root, []).append(position)
+    if len(by_root) != channels or len({len(p) for p in by_root.values()}) != 1:
+        raise ValueError(f"its channels do not map evenly onto {name}")
+    if channels % blocks:
+        raise ValueError(f"{channels} channels do not split into the {blocks} groups of {name}")
+    table = torch.tensor([by_root[root] for root in range(channels)])
+    units = channels // blocks
+    table = table.reshape(blocks, units, -1).transpose(0, 1).reshape(units, -1)
+    if table.unique().numel() != table.numel():
+        raise ValueError(f"its channels overlap in {name}")
+    return Member(name, side, size, table.sort(dim=1).values)
+
+
+def _proved(
+    model: nn.Module, example: Tensor, groups: list[ChannelGroup]
+) -> tuple[list[ChannelGroup], list[Whole]]:
+    """Keeps the groups whose cut network computes what the network with those channels silenced computes."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn((2, *example.shape[1:]), generator=generator).to(example.device, example.dtype)
+    taken: dict[tuple[str, Side], set[int]] = {}
+    good: list[ChannelGroup] = []
+    bad: list[Whole] = []
+    for group in groups:
+        reason = _refuted(model, inputs, [group])
+        spots = {(m.module, m.side): set(m.positions.flatten().tolist()) for m in group.members}
+        if reason is None and any(taken.get(key, set()) & spot for key, spot in spots.items()):
+            reason = "its channels overlap with those of another group"
+        if reason is None:
+            good.append(group)
+            for key, spot in spots.items():
+                taken.setdefault(key, set()).update(spot)
+        else:
+            bad.extend(Whole(name, reason) for name in group.producers)
+    if len(good) > 1:
+        reason = _refuted(model, inputs, good)
+        if reason is not None:
+            raise UserError(f"the network cannot be cut in several places at once: {reason}")
+    return good, bad
+
+
+@torch.no_grad()
+def _refuted(model: nn.Module, inputs: Tensor, groups: Sequence[ChannelGroup]) -> str | None:
+    """Cuts every second unit of the groups; the reason why that is not the same as silencing them, or None."""
+    units = [torch.arange(0, group.total, 2) for group in groups]
+    keeps = keeps_of(groups, units)
+    small, masked = resize(copy.deepcopy(model), keeps), copy.deepcopy(model)
+    modules = dict(masked.named_modules())
+    for group, kept in zip(groups, units, strict=True):
+        gone = torch.ones(group.total, dtype=torch.bool)
+        gone[kept] = False
+        for member in group.members:
+            if member.side == "in" and member.module in group.consumers:
+                silence_inputs(modules[member.module], member.positions[gone].flatten())
+    want = masked(inputs)
+    try:
+        got = small(inputs)
+    except Exception as error:  # shapes no longer fit: the coupling is not what the tracer believes
+        return f"cut by itself the network no longer runs ({first_line(error)})"
+    if not isinstance(got, Tensor) or not isinstance(want, Tensor):
+        return "the network's output is not one tensor"
+    if got.shape != want.shape:
+        return "its channels are the network's output"
+    gap = (got - want).abs().max().item()
+    scale = max(want.abs().max().item(), 1e-6)
+    return None if gap <= 1e-3 * scale else "cut and masked networks disagree (the channels are mixed elsewhere)"
+
+
+def keeps_of(groups: Sequence[ChannelGroup], kept_units: Sequence[Tensor]) -> Keeps:
+    """What stays of every dimension when ``kept_units`` (ascending, one tensor a group) stay of the groups."""
+    sizes: dict[tuple[str, Side], int] = {}
+    gone: dict[tuple[str, Side], list[Tensor]] = {}
+    for group, kept in zip(groups, kept_units, strict=True):
+        lost = torch.ones(group.total, dtype=torch.bool)
+        lost[kept] = False
+        for member in group.members:
+            key = member.module, member.side
+            gone.setdefault(key, []).append(member.positions[lost].flatten())
+            sizes[key] = member.size
+    keeps: Keeps = {}
+    for (module, side), lists in gone.items():
+        stay = torch.ones(sizes[module, side], dtype=torch.bool)
+        stay[torch.cat(lists)] = False
+        keeps.setdefault(module, {})[side] = stay.nonzero().flatten()
+    return keeps
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+

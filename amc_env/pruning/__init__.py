@@ -1,0 +1,1 @@
+"""What is pruned and how: granularities, criteria, calibration, repair, and the candidate networks."""

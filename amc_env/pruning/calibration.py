@@ -1,0 +1,148 @@
+"""Calibration: what flows through the uncut network, as far as repair needs it.
+
+Inputs and outputs of layers are sampled at a few random output positions of every image, at the same places for the
+same seed, strides and padding respected.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from amc_env.layers import Layer
+
+_CHUNK = 250  # images of a calibration batch
+
+
+class Spots:
+    """The output positions at which a layer is sampled.
+
+    Args:
+        layer: The layer.
+        images: Number of images.
+        per_image: Positions drawn from each image; every position is taken once where there are no more than that.
+        seed: Positions are a function of this seed and the layer's name.
+    """
+
+    def __init__(self, layer: Layer, images: int, per_image: int, seed: int):
+        height, width = layer.out_size
+        digest = hashlib.sha256(f"{seed}/{layer.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        if height * width <= per_image:
+            flat = torch.arange(height * width).expand(images, -1)
+        else:
+            flat = torch.randint(height * width, (images, per_image), generator=generator)
+        self._width = width
+        self._flat = flat
+
+    def outputs(self, output: Tensor, images: slice = slice(None)) -> Tensor:
+        """Samples [images * positions, channels] of an output [N, C, H, W] or [N, ..., C]."""
+        flat = self._flat[images].to(output.device)
+        if output.ndim == 4:
+            index = flat[:, None].expand(-1, output.shape[1], -1)
+            return output.flatten(2).gather(2, index).transpose(1, 2).reshape(-1, output.shape[1])
+        tokens = output.reshape(output.shape[0], -1, output.shape[-1])
+        return tokens.gather(1, flat[..., None].expand(-1, -1, tokens.shape[-1])).flatten(0, 1)
+
+    def inputs(self, module: nn.Module, inputs: Tensor, images: slice = slice(None)) -> Tensor:
+        """Samples [images * positions, in_channels * kh * kw] of what the layer sees at those positions."""
+        if isinstance(module, nn.Linear):
+            return self.outputs(inputs, images)
+        assert isinstance(module, nn.Conv2d)
+        padded = F.pad(inputs, module._reversed_padding_repeated_twice)
+        flat = self._flat[images].to(inputs.device)
+        rows = _along(flat // self._width, module, 0)
+        columns = _along(flat % self._width, module, 1)
+        places = (rows[..., :, None] * padded.shape[-1] + columns[..., None, :]).flatten(1)
+        channels = padded.shape[1]
+        taken = padded.flatten(2).gather(2, places[:, None].expand(-1, channels, -1))
+        area = module.kernel_size[0] * module.kernel_size[1]
+        return taken.reshape(len(flat), channels, -1, area).transpose(1, 2).reshape(-1, channels * area)
+
+
+def _along(position: Tensor, module: nn.Conv2d, axis: int) -> Tensor:
+    offsets = torch.arange(module.kernel_size[axis], device=position.device) * module.dilation[axis]
+    return position[..., None] * module.stride[axis] + offsets
+
+
+def repairable(module: nn.Module, layer: Layer) -> bool:
+    """Whether least squares can mend a layer: not depthwise, not a fixed selection, padded with zeros."""
+    zeros = not isinstance(module, nn.Conv2d) or module.padding_mode == "zeros"
+    return zeros and not layer.depthwise and not layer.free
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Sums over samples of a layer's inputs x and outputs y, float64; g groups of the convolution.
+
+    Attributes:
+        xx: Sum of x x', [g, n, n] with n = in_channels / g * kh * kw, columns of a channel side by side.
+        xy: Sum of x y', [g, n, out_channels / g].
+        x: Sum of x, [g, n].
+        y: Sum of y, [g, out_channels / g].
+        count: Number of samples.
+    """
+
+    xx: Tensor
+    xy: Tensor
+    x: Tensor
+    y: Tensor
+    count: int
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor, groups: int) -> Moments:
+        """Moments of samples x [S, in], y [S, out]."""
+        xs = x.double().reshape(len(x), groups, -1).transpose(0, 1)
+        ys = y.double().reshape(len(y), groups, -1).transpose(0, 1)
+        across = xs.transpose(1, 2)
+        return cls(across @ xs, across @ ys, xs.sum(1), ys.sum(1), len(x))
+
+    def __add__(self, other: Moments) -> Moments:
+        """Moments of both sets of samples."""
+        sums = (self.xx + other.xx, self.xy + other.xy, self.x + other.x, self.y + other.y)
+        return Moments(*sums, self.count + other.count)
+
+    def centred(self) -> Moments:
+        """The same about the means."""
+        xx = self.xx - self.x[:, :, None] * self.x[:, None, :] / self.count
+        xy = self.xy - self.x[:, :, None] * self.y[:, None, :] / self.count
+        return Moments(xx, xy, self.x, self.y, self.count)
+
+
+@torch.no_grad()
+def record(
+    model: nn.Module, layers: Sequence[Layer], images: Tensor, *, per_image: int, seed: int
+) -> dict[str, Moments]:
+    """Moments of the named layers over calibration images, in one hooked pass.
+
+    Args:
+        model: The uncut network, in eval mode.
+        layers: Layers to record.
+        images: Calibration images, [N, ...], normalised.
+        per_image: Positions sampled from each image.
+        seed: Seed of the positions.
+    """
+    found: dict[str, Moments] = {}
+    part = slice(0, 0)
+    handles = []
+    for layer in layers:
+        spots = Spots(layer, len(images), per_image, seed)
+
+        def hook(module: nn.Module, x: tuple[Tensor, ...], y: Tensor, layer: Layer = layer, s: Spots = spots) -> None:
+            moments = Moments.of(s.inputs(module, x[0], part), s.outputs(y, part), layer.groups)
+            found[layer.name] = found[layer.name] + moments if layer.name in found else moments
+
+        handles.append(model.get_submodule(layer.name).register_forward_hook(hook))
+    try:
+        for start in range(0, len(images), _CHUNK):
+            part = slice(start, min(start + _CHUNK, len(images)))
+            model(images[part])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

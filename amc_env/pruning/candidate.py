@@ -1,0 +1,78 @@
+"""From a strategy to its network, by index maps that are computed once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from amc_env.layers import LayerGraph, keeps_of
+from amc_env.surgery import Keeps, cut_tensors, resize, set_sizes
+
+__all__ = ["Candidates", "Keeps", "resize"]
+
+
+class Candidates:
+    """Builds the networks of strategies.
+
+    One skeleton is cut anew for every strategy: only tensors and sizes change, so a candidate costs milliseconds.
+
+    Args:
+        model: The network that is pruned; it is copied, not changed.
+        graph: Its layer graph, one group a decision.
+        orders: For every group its units from worth most to worth least, int64 [units].
+    """
+
+    def __init__(self, model: nn.Module, graph: LayerGraph, orders: Sequence[Tensor]):
+        self.graph = graph
+        self.orders = tuple(orders)
+        self._original = copy.deepcopy(model).eval()
+        self.skeleton = copy.deepcopy(self._original)
+        self._pairs = [
+            (name, module, self.skeleton.get_submodule(name)) for name, module in self._original.named_modules()
+        ]
+        self._sizes = {
+            name: {k: v for k, v in vars(module).items() if isinstance(v, int)} for name, module, _ in self._pairs
+        }
+
+    @property
+    def original(self) -> nn.Module:
+        """The uncut network."""
+        return self._original
+
+    def keeps(self, removed: Sequence[int]) -> Keeps:
+        """What stays of every module when ``removed`` units are gone, the least worth first."""
+        units = [
+            order[: len(order) - count].sort().values
+            for order, count in zip(self.orders, removed, strict=True)
+        ]
+        return keeps_of(self.graph.groups, units)
+
+    def cut(self, removed: Sequence[int]) -> nn.Module:
+        """The skeleton cut to a strategy: valid until the next call, in eval mode, its tensors its own."""
+        keeps = self.keeps(removed)
+        for name, original, module in self._pairs:
+            sides = keeps.get(name, {})
+            cut = cut_tensors(original, sides) if sides else {}
+            for key, parameter in original._parameters.items():
+                if parameter is not None:
+                    value = cut[key] if key in cut else parameter.detach().clone()
+                    module._parameters[key] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+            for key, buffer in original._buffers.items():
+                if buffer is not None:
+                    module._buffers[key] = cut[key] if key in cut else buffer.clone()
+            if sides:
+                vars(module).update(self._sizes[name])
+                set_sizes(module, sides)
+        return self.skeleton.eval()
+
+    def build(self, removed: Sequence[int]) -> nn.Module:
+        """A network of its own, cut to a strategy."""
+        return resize(copy.deepcopy(self._original), self.keeps(removed))
+
+
+def with_state(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of a network's state dict that later changes do not reach."""
+    return {key: value.detach().clone() for key, value in module.state_dict().items()}

@@ -1,0 +1,366 @@
+"""Repair: what mends a cut network before it is scored.
+
+Least squares replaces a layer's weights by those that give the uncut network's outputs best from the inputs that
+stayed (He et al., "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017; AMC section 3.4). Inputs and outputs are those of the
+uncut network, and the kept sets are nested in one order, so the leading blocks of one Cholesky factor a layer hold
+every solution of a search. The sequential form goes front to back on what reaches each layer in the cut network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from amc_env.errors import UserError
+from amc_env.layers import Layer
+from amc_env.pruning.calibration import Moments, Spots, record, repairable
+from amc_env.pruning.candidate import Candidates
+from amc_env.pruning.topology import Run, Topology
+from amc_env.surgery import Keeps
+
+_RIDGE = 1e-6  # relative to the mean variance of the inputs: dead and duplicate channels must not break the solve
+_CHUNK = 250
+
+
+class Repair(Protocol):
+    """Mends cut networks in place."""
+
+    @property
+    def name(self) -> str:
+        """Its name in conf."""
+        ...
+
+    def __call__(self, model: nn.Module, removed: Sequence[int], keeps: Keeps) -> None:
+        """Mends ``model``, which was cut to ``keeps`` by removing ``removed`` units of the groups."""
+        ...
+
+
+class NoRepair:
+    """Leaves the cut network as it is."""
+
+    name = "none"
+
+    def __call__(self, model: nn.Module, removed: Sequence[int], keeps: Keeps) -> None:
+        """Does nothing."""
+
+
+class Both:
+    """One repair after another."""
+
+    def __init__(self, name: str, parts: Sequence[Repair]):
+        self.name = name
+        self._parts = parts
+
+    def __call__(self, model: nn.Module, removed: Sequence[int], keeps: Keeps) -> None:
+        """Mends by each part in turn."""
+        for part in self._parts:
+            part(model, removed, keeps)
+
+
+class BatchNorm:
+    """Re-estimates the statistics of all batch norms from fixed training images.
+
+    Args:
+        images: Normalised training images [N, C, H, W]; images, order and batch are the same for every candidate.
+        batch: Images of a batch.
+    """
+
+    name = "batch_norm"
+
+    def __init__(self, images: Tensor, batch: int = 250):
+        self._images = images
+        self._batch = min(batch, len(images))
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, removed: Sequence[int], keeps: Keeps) -> None:
+        """Replaces running means and variances by their cumulative average over the images."""
+        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+        norms = [m for m in norms if m.running_mean is not None]
+        if not norms:
+            return
+        before = [(m.momentum, m.training) for m in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+        whole = len(self._images) // self._batch * self._batch  # a short last batch would weigh as much as a full one
+        for start in range(0, whole, self._batch):
+            model(self._images[start : start + self._batch])
+        for norm, (momentum, training) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.train(training)
+
+
+def _absorbs(layer: Layer, topology: Topology) -> bool:
+    """Whether an intercept has a place to go: the layer's own bias, or the mean of the batch norm after it."""
+    return layer.bias or layer.name in topology.norm_after
+
+
+def _put(model: nn.Module, layer: Layer, topology: Topology, weight: Tensor, intercept: Tensor | None) -> None:
+    """Writes a solution [out, in, ...] and its intercept [out] into a cut network."""
+    module = model.get_submodule(layer.name)
+    old = module.weight
+    assert isinstance(old, nn.Parameter)
+    old.data = weight.reshape(old.shape).to(old.dtype)
+    if intercept is None:
+        return
+    if layer.bias:
+        module.bias.data = intercept.to(old.dtype)  # type: ignore[union-attr]
+    else:
+        norm = model.get_submodule(topology.norm_after[layer.name])
+        norm.running_mean = norm.running_mean - intercept.to(old.dtype)  # type: ignore[operator]
+
+
+def _ridged(xx: Tensor, ridge: float) -> Tensor:
+    """A Gram matrix with a ridge relative to its mean diagonal, so that it always factors."""
+    diagonal = xx.diagonal(dim1=-2, dim2=-1)
+    lift = ridge * diagonal.mean(-1, keepdim=True).clamp_min(1e-12)
+    return xx + torch.diag_embed(lift.expand_as(diagonal))
+
+
+def _solve(moments: Moments, intercept: bool, ridge: float) -> tuple[Tensor, Tensor | None]:
+    """Weights [out, n] (groups stacked) and intercept [out] that give y best from x."""
+    about = moments.centred() if intercept else moments
+    factor = torch.linalg.cholesky(_ridged(about.xx, ridge))
+    solution = torch.cholesky_solve(about.xy, factor)
+    weight = solution.transpose(1, 2).flatten(0, 1)
+    if not intercept:
+        return weight, None
+    offset = (moments.y - (solution * moments.x[:, :, None]).sum(1)) / moments.count
+    return weight, offset.flatten()
+
+
+class _Columns:
+    """Where a consumer's input channels stand in the order in which they are cut."""
+
+    def __init__(self, candidates: Candidates, layer: Layer):
+        self.layer = layer
+        self.area = layer.kernel[0] * layer.kernel[1]
+        self.local = layer.in_channels // layer.groups
+        ranks = torch.full((layer.in_channels,), -1)
+        feeding = 0
+        for group, order in zip(candidates.graph.groups, candidates.orders, strict=True):
+            for member in group.members:
+                if (member.module, member.side) == (layer.name, "in"):
+                    feeding += 1
+                    place = torch.empty_like(order)
+                    place[order] = torch.arange(len(order))
+                    ranks[member.positions] = place[:, None].expand_as(member.positions)
+        self.nested = feeding == 1
+        self.order = torch.sort(ranks[: self.local], stable=True).indices  # most worth first; whole ones before them
+
+    def columns(self, channels: Tensor) -> Tensor:
+        """Columns of the moments that belong to (local) channels, in their order."""
+        return (channels[:, None] * self.area + torch.arange(self.area)).flatten()
+
+
+class LeastSquares:
+    """Least squares on the uncut network's inputs and outputs, for every layer that lost inputs.
+
+    Args:
+        candidates: The builder of candidates: layers, groups and the order in which units go.
+        topology: Where intercepts can go.
+        images: Normalised calibration images of the training set, [N, C, H, W].
+        per_image: Output positions sampled from each image.
+        seed: Seed of the positions.
+        ridge: Ridge relative to the mean variance of the inputs.
+    """
+
+    name = "least_squares"
+
+    def __init__(
+        self,
+        candidates: Candidates,
+        topology: Topology,
+        images: Tensor,
+        *,
+        per_image: int = 16,
+        seed: int = 0,
+        ridge: float = _RIDGE,
+    ):
+        self._topology = topology
+        self._ridge = ridge
+        layers = repairable_consumers(candidates)
+        self._columns = {layer.name: _Columns(candidates, layer) for layer in layers}
+        self._moments = record(candidates.original, layers, images, per_image=per_image, seed=seed)
+        self._factors: dict[str, tuple[Tensor, Moments]] = {}
+        self._solved: dict[tuple[str, tuple[int, ...]], tuple[Tensor, Tensor | None]] = {}
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, removed: Sequence[int], keeps: Keeps) -> None:
+        """Puts the solutions into every consumer that lost inputs."""
+        for name, columns in self._columns.items():
+            sides = keeps.get(name, {})
+            kept = sides.get("in")
+            if kept is None or len(kept) == columns.layer.in_channels:
+                continue
+            weight, intercept = self._solution(columns, kept[kept < columns.local])
+            out = sides.get("out")
+            if out is not None:
+                weight = weight[out]
+                intercept = None if intercept is None else intercept[out]
+            _put(model, columns.layer, self._topology, weight, intercept)
+
+    def _solution(self, columns: _Columns, kept: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The solution for kept (local, ascending) channels, all outputs, solved once."""
+        key = columns.layer.name, tuple(kept.tolist())
+        if key not in self._solved:
+            solve = self._leading if columns.nested else self._sub
+            self._solved[key] = solve(columns, kept)
+        return self._solved[key]
+
+    def _leading(self, columns: _Columns, kept: Tensor) -> tuple[Tensor, Tensor | None]:
+        """From the leading block of the one factor: kept sets are nested."""
+        name = columns.layer.name
+        intercept = _absorbs(columns.layer, self._topology)
+        if name not in self._factors:
+            ordered = columns.columns(columns.order).to(self._moments[name].xx.device)
+            moments = _select(self._moments[name], ordered)
+            about = moments.centred() if intercept else moments
+            self._factors[name] = torch.linalg.cholesky(_ridged(about.xx, self._ridge)), moments
+        factor, moments = self._factors[name]
+        about = moments.centred() if intercept else moments
+        size = len(kept) * columns.area
+        solution = torch.cholesky_solve(about.xy[:, :size], factor[:, :size, :size])
+        offset = None
+        if intercept:
+            offset = (moments.y - (solution * moments.x[:, :size, None]).sum(1)) / moments.count
+            offset = offset.flatten()
+        ascending = columns.order[: len(kept)].argsort()
+        back = columns.columns(ascending).to(solution.device)
+        return solution[:, back].transpose(1, 2).flatten(0, 1), offset
+
+    def _sub(self, columns: _Columns, kept: Tensor) -> tuple[Tensor, Tensor | None]:
+        """From the sub-Gram: a consumer fed by several groups has no single order."""
+        moments = self._moments[columns.layer.name]
+        moments = _select(moments, columns.columns(kept).to(moments.xx.device))
+        return _solve(moments, _absorbs(columns.layer, self._topology), self._ridge)
+
+
+def _select(moments: Moments, columns: Tensor) -> Moments:
+    xx = moments.xx[:, columns][:, :, columns]
+    return Moments(xx, moments.xy[:, columns], moments.x[:, columns], moments.y, moments.count)
+
+
+def repairable_consumers(candidates: Candidates) -> list[Layer]:
+    """Layers that can lose inputs and that least squares can mend, in forward order."""
+    names = {name for group in candidates.graph.groups for name in group.consumers}
+    modules = dict(candidates.original.named_modules())
+    return [x for x in candidates.graph.layers if x.name in names and repairable(modules[x.name], x)]
+
+
+class Sequential:
+    """Least squares front to back, on what reaches each layer in the network as cut and mended so far.
+
+    The target is the uncut network's output before batch norm, mended for the error that the shortcut carries: the
+    difference of the two shortcuts divided by the batch norm's scale is added. One pass over the calibration images
+    mends all layers, each as its turn comes.
+
+    Args:
+        candidates: The builder of candidates.
+        topology: The traced network.
+        images: Normalised calibration images, run as one batch.
+        per_image: Output positions sampled from each image.
+        seed: Seed of the positions.
+        ridge: Ridge relative to the mean variance of the inputs.
+
+    Raises:
+        UserError: The network cannot be traced symbolically.
+    """
+
+    name = "sequential"
+
+    def __init__(
+        self,
+        candidates: Candidates,
+        topology: Topology,
+        images: Tensor,
+        *,
+        per_image: int = 16,
+        seed: int = 0,
+        ridge: float = _RIDGE,
+    ):
+        if topology.graph is None:
+            raise UserError(
+                f"repair=sequential does not work for this network: {topology.reason}; use repair=least_squares"
+            )
+        self._topology = topology
+        self._images = images
+        self._ridge = ridge
+        self._layers = {layer.name: layer for layer in repairable_consumers(candidates)}
+        self._spots = {
+            name: Spots(layer, len(images), per_image, seed) for name, layer in self._layers.items()
+        }
+        self._targets: dict[str, Tensor] = {}
+        self._shortcuts: dict[str, Tensor] = {}
+        self._record(candidates.original)
+
+    @torch.no_grad()
+    def _record(self, original: nn.Module) -> None:
+        run = Run(original, self._topology)
+        part = slice(0, 0)
+        targets: dict[str, list[Tensor]] = {name: [] for name in self._layers}
+        shortcuts: dict[str, list[Tensor]] = {name: [] for name in self._layers}
+
+        def visit(name: str, module: nn.Module, x: Tensor, shortcut: Tensor | None) -> Tensor:
+            y: Tensor = module(x)
+            if name in self._layers:
+                targets[name].append(self._spots[name].outputs(y, part))
+                if shortcut is not None:
+                    shortcuts[name].append(self._spots[name].outputs(shortcut, part))
+            return y
+
+        for start in range(0, len(self._images), _CHUNK):
+            part = slice(start, min(start + _CHUNK, len(self._images)))
+            run(self._images[part], visit)
+        self._targets = {name: torch.cat(parts) for name, parts in targets.items() if parts}
+        self._shortcuts = {name: torch.cat(parts) for name, parts in shortcuts.items() if parts}
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, removed: Sequence[int], keeps: Keeps) -> None:
+        """Mends every layer that lost inputs, front to back."""
+        cut = {
+            name
+            for name, layer in self._layers.items()
+            if "in" in keeps.get(name, {}) and len(keeps[name]["in"]) < layer.in_channels
+        }
+        if not cut:
+            return
+
+        def visit(name: str, module: nn.Module, x: Tensor, shortcut: Tensor | None) -> Tensor:
+            if name in cut:
+                self._mend(model, name, x, shortcut, keeps[name].get("out"))
+            y: Tensor = module(x)
+            return y
+
+        Run(model, self._topology)(self._images, visit)
+
+    def _mend(self, model: nn.Module, name: str, x: Tensor, shortcut: Tensor | None, out: Tensor | None) -> None:
+        layer, spots = self._layers[name], self._spots[name]
+        module = model.get_submodule(name)
+        target = self._targets[name]
+        wanted = self._shortcuts.get(name)
+        if out is not None:
+            target = target[:, out]
+            wanted = None if wanted is None else wanted[:, out]
+        if wanted is not None and shortcut is not None:
+            target = target + (wanted - spots.outputs(shortcut)) / self._scale(model, name)
+        groups = layer.groups
+        moments = Moments.of(spots.inputs(module, x), target, groups)
+        weight, intercept = _solve(moments, _absorbs(layer, self._topology), self._ridge)
+        _put(model, layer, self._topology, weight, intercept)
+
+    def _scale(self, model: nn.Module, name: str) -> Tensor:
+        """What the batch norm after a layer multiplies its outputs by, [out]; ones without a batch norm."""
+        norm_name = self._topology.norm_after.get(name)
+        if norm_name is None:
+            return torch.ones(1, device=self._images.device)
+        norm = model.get_submodule(norm_name)
+        assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) and norm.running_var is not None
+        scale = (norm.running_var + norm.eps).rsqrt()
+        scale = scale if norm.weight is None else scale * norm.weight
+        tiny = 1e-3 * scale.abs().max()  # a channel that is scaled away cannot carry the shortcut's error
+        return torch.where(scale.abs() < tiny, torch.full_like(scale, float("inf")), scale)

@@ -1,0 +1,168 @@
+"""What comes after what: batch norms behind layers, and the other operand of residual additions.
+
+Read from a symbolic trace (torch.fx). A network that cannot be traced loses these comforts by name: batch norms are
+not folded for scoring, and the sequential repair is refused.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+
+_ADDS = (operator.add, operator.iadd, torch.add)
+
+
+class _Tracer(fx.Tracer):
+    """Leaves every layer whole, also subclasses that live outside torch.nn."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        known = isinstance(m, nn.Conv2d | nn.Linear | nn.BatchNorm1d | nn.BatchNorm2d)
+        return known or super().is_leaf_module(m, module_qualified_name)
+
+
+@dataclass(frozen=True, eq=False)
+class Topology:
+    """What a symbolic trace tells of a network.
+
+    Attributes:
+        graph: The traced operations; None where tracing failed.
+        reason: Why tracing failed, else empty.
+        norm_after: Layer name to the batch norm that alone reads its output.
+        partner: Layer name to the operation whose result is added to its (normalised) output: the shortcut.
+    """
+
+    graph: fx.Graph | None
+    reason: str = ""
+    norm_after: dict[str, str] = field(default_factory=dict)
+    partner: dict[str, fx.Node] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Topology:
+        """Traces ``model`` (in eval mode)."""
+        try:
+            graph = _Tracer().trace(model)
+        except Exception as error:  # symbolic tracing fails in many ways; the caller says what that costs
+            return cls(None, f"torch.fx cannot trace it ({type(error).__name__}: {error})".splitlines()[0])
+        modules = dict(model.named_modules())
+        calls: dict[str, list[fx.Node]] = {}
+        for node in graph.nodes:
+            if node.op == "call_module":
+                calls.setdefault(str(node.target), []).append(node)
+        norm_after: dict[str, str] = {}
+        partner: dict[str, fx.Node] = {}
+        for name, nodes in calls.items():
+            if len(nodes) != 1 or not isinstance(modules[name], nn.Conv2d | nn.Linear):
+                continue
+            last, norm = nodes[0], _norm(nodes[0], modules, calls)
+            if norm is not None:
+                norm_after[name] = str(norm.target)
+                last = norm
+            other = _added(last)
+            # Two layers that are added to each other (a projection shortcut): the first in forward order is mended.
+            if other is not None and nodes[0] not in _ancestors(other, partner):
+                partner[name] = other
+        return cls(graph, "", norm_after, partner)
+
+    def order(self) -> list[fx.Node]:
+        """The operations in an order where a layer runs after the shortcut that is added to its output."""
+        assert self.graph is not None
+        done: dict[fx.Node, None] = {}
+        stack = [(node, False) for node in reversed(list(self.graph.nodes))]
+        while stack:
+            node, ready = stack.pop()
+            if node in done:
+                continue
+            if ready:
+                done[node] = None
+                continue
+            stack.append((node, True))
+            stack.extend((need, False) for need in reversed(_needs(node, self.partner)) if need not in done)
+        return list(done)
+
+
+def _needs(node: fx.Node, partner: dict[str, fx.Node]) -> list[fx.Node]:
+    """What must have run before an operation: its inputs and, for a layer, its shortcut."""
+    shortcut = partner.get(str(node.target)) if node.op == "call_module" else None
+    return [*node.all_input_nodes, *([] if shortcut is None else [shortcut])]
+
+
+def _norm(node: fx.Node, modules: dict[str, nn.Module], calls: dict[str, list[fx.Node]]) -> fx.Node | None:
+    users = list(node.users)
+    if len(users) != 1 or users[0].op != "call_module":
+        return None
+    module = modules[str(users[0].target)]
+    tracked = isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.running_mean is not None
+    return users[0] if tracked and len(calls[str(users[0].target)]) == 1 else None
+
+
+def _added(node: fx.Node) -> fx.Node | None:
+    users = list(node.users)
+    if len(users) != 1:
+        return None
+    add = users[0]
+    is_add = (add.op == "call_function" and add.target in _ADDS) or (
+        add.op == "call_method" and add.target in ("add", "add_")
+    )
+    others = [arg for arg in add.args if isinstance(arg, fx.Node) and arg is not node]
+    return others[0] if is_add and not add.kwargs and len(add.args) == 2 and len(others) == 1 else None
+
+
+def _ancestors(node: fx.Node, partner: dict[str, fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(_needs(node, partner))
+    return found
+
+
+Visit = Callable[[str, nn.Module, Tensor, Tensor | None], Tensor]
+"""Runs a layer: (name, module, its input, the shortcut that will be added to its output or None) -> its output."""
+
+
+class Run:
+    """Executes a traced network operation by operation, so that layers can be changed as their turn comes.
+
+    Args:
+        model: The network, or a skeleton of it, that the topology was taken from.
+        topology: Its topology; must have a graph.
+    """
+
+    def __init__(self, model: nn.Module, topology: Topology):
+        assert topology.graph is not None
+        self._module = fx.GraphModule(model, topology.graph)
+        self._topology = topology
+        self._order = topology.order()
+        self._last: dict[fx.Node, int] = {}
+        for step, node in enumerate(self._order):
+            for need in _needs(node, topology.partner):
+                self._last[need] = step
+
+    def __call__(self, inputs: Tensor, visit: Visit) -> Tensor:
+        """The network's output on ``inputs`` [N, ...], every layer run by ``visit``."""
+        interpreter = fx.Interpreter(self._module, garbage_collect_values=False)
+        interpreter.args_iter = iter([inputs])
+        values = interpreter.env
+        output: Tensor | None = None
+        for step, node in enumerate(self._order):
+            module = self._module.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                name = str(node.target)
+                partner = self._topology.partner.get(name)
+                shortcut = None if partner is None else values[partner]
+                values[node] = visit(name, module, values[node.all_input_nodes[0]], shortcut)
+            else:
+                values[node] = interpreter.run_node(node)
+            if node.op == "output":
+                output = values[node]
+            for need in _needs(node, self._topology.partner):
+                if self._last[need] == step:
+                    values.pop(need, None)
+        assert isinstance(output, Tensor)
+        return output

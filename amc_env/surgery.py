@@ -1,0 +1,96 @@
+"""Cutting channels out of modules by plain indexing.
+
+Everything is said in the coordinates of the uncut network, so several groups may touch one dimension (concatenation,
+flattening) without shifting one another's offsets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+Keeps = dict[str, dict[str, Tensor]]
+"""Module name to {"in": kept entries, "out": kept entries}, int64 and ascending; an absent side is whole."""
+
+
+def resize(model: nn.Module, keeps: Keeps) -> nn.Module:
+    """Cuts an uncut network down to ``keeps``, in place.
+
+    Parameters are replaced by new ones that share no memory with the old; attributes such as ``out_channels`` follow.
+
+    Returns:
+        ``model``.
+    """
+    modules = dict(model.named_modules())
+    for name, sides in keeps.items():
+        module = modules[name]
+        for key, tensor in cut_tensors(module, sides).items():
+            if key in module._parameters:
+                old = module._parameters[key]
+                assert old is not None
+                module._parameters[key] = nn.Parameter(tensor, requires_grad=old.requires_grad)
+            else:
+                module._buffers[key] = tensor
+        set_sizes(module, sides)
+    return model
+
+
+def cut_tensors(module: nn.Module, sides: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The module's own tensors cut to ``sides``, by name; only those that change."""
+    cut: dict[str, Tensor] = {}
+    out, into = sides.get("out"), sides.get("in")
+    for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+        value = tensor.detach()
+        if value.ndim == 0:
+            continue
+        if out is not None:
+            cut[key] = value = value.index_select(0, out.to(value.device))
+        if into is not None and key == "weight" and isinstance(module, nn.Conv2d | nn.Linear):
+            local = _local_inputs(module, into)
+            if local is not None:
+                cut[key] = value.index_select(1, local.to(value.device))
+    return cut
+
+
+def _local_inputs(module: nn.Conv2d | nn.Linear, into: Tensor) -> Tensor | None:
+    """Entries of the weight's input dimension that stay; every group of a convolution loses the same ones."""
+    if isinstance(module, nn.Linear) or module.groups == 1:
+        return into
+    size = module.in_channels // module.groups
+    return None if size == 1 else into[into < size]
+
+
+def set_sizes(module: nn.Module, sides: Mapping[str, Tensor]) -> None:
+    """Makes the module's attributes agree with its cut tensors; ``sides`` index the uncut module."""
+    out = sides["out"].numel() if "out" in sides else None
+    into = sides["in"].numel() if "in" in sides else None
+    if isinstance(module, nn.Conv2d):
+        depthwise = 1 < module.groups == module.in_channels == module.out_channels
+        if depthwise and out is not None:
+            module.groups = module.in_channels = out
+        if into is not None:
+            module.in_channels = into
+        if out is not None:
+            module.out_channels = out
+    elif isinstance(module, nn.Linear):
+        module.in_features = module.in_features if into is None else into
+        module.out_features = module.out_features if out is None else out
+    elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and out is not None:
+        module.num_features = out
+    elif isinstance(module, nn.PReLU) and out is not None:
+        module.num_parameters = out
+
+
+def silence_inputs(module: nn.Module, gone: Tensor) -> None:
+    """Zeroes the weights that read the inputs ``gone``, in place: what those channels hold no longer matters."""
+    assert isinstance(module, nn.Conv2d | nn.Linear)
+    with torch.no_grad():
+        if isinstance(module, nn.Linear) or module.groups == 1:
+            module.weight[:, gone] = 0
+            return
+        size = module.in_channels // module.groups
+        per_group = module.weight.view(module.groups, -1, *module.weight.shape[1:])
+        for channel in gone.tolist():
+            per_group[channel // size, :, channel % size] = 0

@@ -1,0 +1,57 @@
+"""What all commands share: how mistakes end, and how a run is named so that it can be gone on with."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from amc_env.errors import UserError
+
+USER_MISTAKE = 2
+INTERRUPTED = 130
+
+
+def run_command(command: Callable[[], object]) -> int:
+    """Runs a Hydra application; a user's mistake is one line on stderr.
+
+    Returns:
+        The exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed with a traceback
+    try:
+        command()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        print(f"error: {_line(error)}", file=sys.stderr)  # noqa: T201 -- the one line a mistake ends with
+        return USER_MISTAKE
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+def _line(error: BaseException) -> str:
+    """The message in one line; Hydra says what was wrong in its own words and in those of its cause."""
+    texts = [str(error)]
+    if isinstance(error, HydraException) and error.__cause__ is not None:
+        texts.append(str(error.__cause__))
+    return " ".join(" ".join(texts).split())
+
+
+def run_folder() -> Path:
+    """The folder of the run that Hydra began."""
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def command_line(program: str, folder: Path | None = None) -> str:
+    """The command that started this run; with ``folder``, the one that goes on with it."""
+    hydra = HydraConfig.get()
+    overrides = [o for o in hydra.overrides.task if folder is None or not o.startswith("hydra.run.dir=")]
+    if folder is not None:
+        overrides.append(f"hydra.run.dir={folder}")
+    return shlex.join([program, *overrides])

@@ -1,0 +1,212 @@
+"""What a run shows while it goes and when it ends. Nothing else in the project writes to the terminal except logging."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+from rich.table import Table
+from rich.text import Text
+
+from search.formatting import budget_lines, comparison, duration, percent
+
+
+@dataclass(frozen=True)
+class SearchStatus:
+    """Where a search stands after an episode.
+
+    Attributes:
+        done: episodes behind us, this one included.
+        reward: of this episode.
+        best_reward: of the best so far; the next two belong to it.
+        best_accuracy: on the search split, in [0, 1].
+        best_cost_ratio: its cost as a share of the original's, in [0, 1].
+        cost: name of that cost as shown, such as 'MACs'.
+        evaluations: strategies scored.
+        cache_hits: strategies met again and not scored.
+    """
+
+    done: int
+    reward: float
+    best_reward: float
+    best_accuracy: float
+    best_cost_ratio: float
+    evaluations: int
+    cache_hits: int
+    cost: str = "MACs"
+
+
+class Progress:
+    """Shows a search and its fine-tuning: bars in a terminal, a line now and then elsewhere.
+
+    In a terminal the bars stay at the bottom and log lines scroll above them. Elsewhere (a file, a pipe, a CI log) a line
+    is written at the start of a stage, at each tenth of it, and after `every_s` seconds of silence.
+
+    Example:
+        with Progress(episodes=400, epochs=10) as progress:
+            progress.episode(status)
+            progress.epoch(1, loss=0.31)
+    """
+
+    def __init__(
+        self, episodes: int = 0, epochs: int = 0, console: Console | None = None, every_s: float = 10.0
+    ) -> None:
+        self.console = console or Console(stderr=True)
+        self._shown: dict[str, _Stage] = {}
+        self._totals = {"search": episodes, "fine-tune": epochs}
+        self._every_s = every_s
+        self._bars = Bars(
+            TextColumn("{task.description:<9}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            expand=True,
+        )
+        self._live: Live | None = None
+        self._handlers: list[tuple[logging.StreamHandler[Any], Any]] = []
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._live = Live(self._view(), console=self.console, refresh_per_second=4)
+            streams = (sys.stdout, sys.stderr)
+            self._live.start()
+            self._redirect_logging(streams)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handler, stream in self._handlers:
+            handler.setStream(stream)
+        self._handlers.clear()
+        if self._live is not None:
+            self._live.update(self._view())
+            self._live.stop()
+            self._live = None
+
+    def episode(self, status: SearchStatus) -> None:
+        """Show a finished episode."""
+        now = f"reward {status.reward:.4f}"
+        best = (
+            f"best {status.best_reward:.4f} (search accuracy {percent(status.best_accuracy)}, "
+            f"{percent(status.best_cost_ratio, 1)} of {status.cost})"
+        )
+        self._advance(
+            "search",
+            status.done,
+            f"{now}  {best}",
+            f"{status.evaluations} scored, {status.cache_hits} cached",
+        )
+
+    def epoch(self, done: int, loss: float, accuracy: float | None = None) -> None:
+        """Show a finished fine-tuning epoch; accuracy, in [0, 1], only where it was measured."""
+        text = f"loss {loss:.4f}" + ("" if accuracy is None else f"  accuracy {percent(accuracy)}")
+        self._advance("fine-tune", done, text, "")
+
+    def _advance(self, name: str, done: int, text: str, rest: str) -> None:
+        stage = self._shown.get(name)
+        if stage is None:
+            stage = self._shown[name] = _Stage(name, self._totals[name])
+            stage.task = self._bars.add_task(name, total=stage.total or None)
+        stage.done, stage.text, stage.rest = done, text, rest
+        if self._live is not None:
+            self._bars.update(stage.task, completed=done)
+            self._live.update(self._view())
+        elif not self.console.is_terminal and stage.due(self._every_s):
+            self.console.print(stage.line(), soft_wrap=True, highlight=False, markup=False)
+
+    def _view(self) -> Group:
+        stages = self._shown.values()
+        if self.console.width >= 110:
+            lines = [Text(f"{s.name:<9} {s.text}  {s.rest}".rstrip(), no_wrap=True) for s in stages]
+        else:
+            parts = [
+                (s.name if part is s.text else "", part) for s in stages for part in (s.text, s.rest) if part
+            ]
+            lines = [Text(f"{name:<9} {part}", no_wrap=True, overflow="ellipsis") for name, part in parts]
+        return Group(self._bars, *lines) if self._shown else Group()
+
+    def _redirect_logging(self, streams: tuple[Any, ...]) -> None:
+        """Let log handlers write through the live display, which has replaced the streams they hold."""
+        for handler in logging.getLogger().handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream in streams:
+                self._handlers.append((handler, handler.stream))
+                handler.setStream(sys.stdout if handler.stream is streams[0] else sys.stderr)
+
+
+class _Stage:
+    """The search or the fine-tuning, and when a line was last written for it."""
+
+    def __init__(self, name: str, total: int) -> None:
+        self.name, self.total = name, total
+        self.done, self.text, self.rest = 0, "", ""
+        self.task: Any = None
+        self._start = self._spoke = time.monotonic()
+        self._first_done: int | None = None
+        self._tenth = -1
+
+    def due(self, every_s: float) -> bool:
+        now = time.monotonic()
+        tenth = 10 * self.done // self.total if self.total else 0
+        if tenth == self._tenth and now - self._spoke < every_s:
+            return False
+        self._tenth, self._spoke = tenth, now
+        return True
+
+    def line(self) -> str:
+        count = f"{self.done}/{self.total}" if self.total else f"{self.done}"
+        parts = [f"{self.name} {count}", self.text, self.rest, self._left()]
+        return "  ".join(part for part in parts if part)
+
+    def _left(self) -> str:
+        # The first count is where the clock starts: a resumed search has not paid for what came before it.
+        if self._first_done is None:
+            self._first_done = self.done
+        spent, covered = time.monotonic() - self._start, self.done - self._first_done
+        left = spent / covered * (self.total - self.done) if covered and self.total else 0.0
+        return (
+            f"{duration(spent)} elapsed, {duration(left)} left" if covered else f"{duration(spent)} elapsed"
+        )
+
+
+def final_table(
+    result: Mapping[str, Any],
+    folder: Path | None = None,
+    report: Path | None = None,
+    console: Console | None = None,
+) -> None:
+    """Print the outcome of a run: original / pruned / fine-tuned, the budget, and where to look further.
+
+    Args:
+        result: the content of result.json.
+        folder: the run folder.
+        report: the report page.
+        console: where to print; standard output by default.
+    """
+    console = console or Console()
+    compared = comparison(result)
+    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else box.ASCII2)
+    table.add_column("")
+    for stage in compared.stages:
+        table.add_column(stage, justify="right")
+    for title, cells in compared.rows.items():
+        table.add_row(
+            title, *(f"{cell.text} ({cell.relative})" if cell.relative else cell.text for cell in cells)
+        )
+    console.print(table)
+    for line, met in budget_lines(result):
+        console.print(Text(f"budget: {line}", style="" if met else "bold red"), soft_wrap=True)
+    for name, path in (("run folder", folder), ("report", report)):
+        if path is not None:
+            console.print(Text(f"{name}: {path}"), soft_wrap=True)

@@ -1,0 +1,211 @@
+"""What a run is told, as plain dataclasses: the same for the command line and for Python."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from agents.base import Agent
+from amc_env.errors import UserError
+from amc_env.pruning.criteria import Norm
+from amc_env.pruning.granularity import Channel
+from amc_env.rewards import Error, RewardFunction
+
+REPAIRS = ("none", "least_squares", "batch_norm", "both", "sequential")
+COSTS = ("macs", "params")
+
+
+def _require(checks: dict[str, tuple[bool, object, str]]) -> None:
+    """Raises one UserError with every setting that is out of range.
+
+    Args:
+        checks: Setting name to (whether it is fine, its value, what is allowed).
+    """
+    wrong = [f"{name}={value} must be {allowed}" for name, (fine, value, allowed) in checks.items() if not fine]
+    if wrong:
+        raise UserError("; ".join(wrong))
+
+
+@dataclass(frozen=True)
+class BudgetSettings:
+    """A limit on a cost.
+
+    Attributes:
+        cost: ``macs`` or ``params``.
+        ratio: The share of the original cost that may remain, in (0, 1].
+        limit: The same in the cost's unit; overrules ``ratio``.
+    """
+
+    cost: str
+    ratio: float | None = 0.5
+    limit: float | None = None
+
+    def __post_init__(self) -> None:
+        known = self.cost in COSTS
+        _require({"budget.cost": (known, self.cost, f"one of {', '.join(COSTS)}")})
+        if self.ratio is None and self.limit is None:
+            raise UserError("budget.ratio or budget.limit is needed; both are null")
+        _require(
+            {
+                "budget.ratio": (self.ratio is None or 0 < self.ratio <= 1, self.ratio, "in (0, 1]"),
+                "budget.limit": (self.limit is None or self.limit > 0, self.limit, "above 0"),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class RepairSettings:
+    """How cut networks are mended before they are scored.
+
+    Attributes:
+        name: One of REPAIRS.
+        images: Training images that least squares is calibrated on.
+        per_image: Output positions sampled from each.
+        norm_images: Training images that batch norms are re-estimated on.
+        ridge: Ridge of the least squares, relative to the mean variance of a layer's inputs.
+    """
+
+    name: str = "least_squares"
+    images: int = 2000
+    per_image: int = 16
+    norm_images: int = 500
+    ridge: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _require(
+            {
+                "repair.name": (self.name in REPAIRS, self.name, f"one of {', '.join(REPAIRS)}"),
+                "repair.images": (self.images >= 1, self.images, "at least 1"),
+                "repair.per_image": (self.per_image >= 1, self.per_image, "at least 1"),
+                "repair.norm_images": (self.norm_images >= 2, self.norm_images, "at least 2"),
+                "repair.ridge": (self.ridge > 0, self.ridge, "above 0"),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class FinalistSettings:
+    """The best strategies of a search are scored once more, by a dearer repair, and delivered as scored then.
+
+    Attributes:
+        count: How many; 0 delivers the best as the search scored it.
+        repair: One of REPAIRS.
+    """
+
+    count: int = 8
+    repair: str = "sequential"
+
+    def __post_init__(self) -> None:
+        _require(
+            {
+                "finalists.count": (self.count >= 0, self.count, "at least 0"),
+                "finalists.repair": (self.repair in REPAIRS, self.repair, f"one of {', '.join(REPAIRS)}"),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """Fine-tuning of the pruned network: SGD, cosine schedule, the last epoch is kept.
+
+    Attributes:
+        epochs: 0 leaves it out.
+        lr_fraction: Learning rate as a fraction of the original training's (the lecture: 1/100 to 1/10).
+        batch_size: Images a step.
+        momentum: Of SGD, Nesterov's.
+        weight_decay: L2 weight decay.
+    """
+
+    epochs: int = 10
+    lr_fraction: float = 0.1
+    batch_size: int = 128
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        _require(
+            {
+                "finetune.epochs": (self.epochs >= 0, self.epochs, "at least 0"),
+                "finetune.lr_fraction": (0 < self.lr_fraction <= 1, self.lr_fraction, "in (0, 1]"),
+                "finetune.batch_size": (self.batch_size >= 2, self.batch_size, "at least 2"),
+                "finetune.momentum": (0 <= self.momentum < 1, self.momentum, "in [0, 1)"),
+                "finetune.weight_decay": (self.weight_decay >= 0, self.weight_decay, "at least 0"),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class ScoringSettings:
+    """How candidates are run for scoring; may move logits by rounding only.
+
+    Attributes:
+        batch_size: Images of a batch.
+        channels_last: Memory format of images and convolution weights.
+    """
+
+    batch_size: int = 250
+    channels_last: bool = True
+
+    def __post_init__(self) -> None:
+        _require({"evaluator.batch_size": (self.batch_size >= 1, self.batch_size, "at least 1")})
+
+
+@dataclass(frozen=True)
+class LatencySettings:
+    """How latency is measured at the end: medians of interleaved passes in eager mode.
+
+    Attributes:
+        batch: Images of the batch.
+        repeats: Timed passes of each network; 0 leaves the measurement out.
+    """
+
+    batch: int = 1
+    repeats: int = 50
+
+    def __post_init__(self) -> None:
+        _require(
+            {
+                "latency.batch": (self.batch >= 1, self.batch, "at least 1"),
+                "latency.repeats": (self.repeats >= 0, self.repeats, "at least 0"),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A whole run.
+
+    Attributes:
+        agent: Who decides.
+        episodes: Episodes, or evaluations of agents that do not step.
+        budgets: Limits that must hold; none for an accuracy-guaranteed search.
+        enforce_budget: Whether the environment raises actions to the bound.
+        seed: Of the agent, of calibration positions and of fine-tuning.
+        device: Where networks run, as torch names it.
+        export: Formats of the small network.
+        original_lr: The original training's learning rate.
+    """
+
+    agent: Agent
+    episodes: int
+    budgets: tuple[BudgetSettings, ...] = (BudgetSettings("macs"),)
+    granularity: Channel = field(default_factory=Channel)
+    criterion: Norm = field(default_factory=Norm)
+    repair: RepairSettings = field(default_factory=RepairSettings)
+    finalists: FinalistSettings = field(default_factory=FinalistSettings)
+    reward: RewardFunction = field(default_factory=Error)
+    enforce_budget: bool = True
+    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
+    scoring: ScoringSettings = field(default_factory=ScoringSettings)
+    latency: LatencySettings = field(default_factory=LatencySettings)
+    export: tuple[str, ...] = ("safetensors", "pt2")
+    original_lr: float = 0.1
+    seed: int = 0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        _require(
+            {
+                "search.episodes": (self.episodes >= 1, self.episodes, "at least 1"),
+                "seed": (0 <= self.seed < 2**32, self.seed, "in [0, 2**32)"),
+            }
+        )

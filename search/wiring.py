@@ -1,0 +1,142 @@
+"""From a Hydra configuration to plain objects: the only place, with the commands, that sees `cfg`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from agents.base import Agent
+from amc_env.errors import UserError
+from search.data import Data
+from search.models import ModelSource
+from search.settings import (
+    BudgetSettings,
+    FinalistSettings,
+    FinetuneSettings,
+    LatencySettings,
+    RepairSettings,
+    ScoringSettings,
+    Settings,
+)
+from search.tracking import CsvTracker, Tracker, Trackers
+
+log = logging.getLogger(__name__)
+
+_NOT_OF_THE_SEARCH = ("tracker", "finetune", "export", "latency")
+"""Sections that change no evaluation: a run may be gone on with under others."""
+
+
+def built(node: DictConfig, **more: Any) -> Any:
+    """Instantiates a section; what its constructor refuses is the user's mistake."""
+    try:
+        return instantiate(node, **more)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, ValueError | TypeError):
+            raise UserError(str(cause)) from error
+        raise
+
+
+def settings_of(cfg: DictConfig, original_lr: float) -> Settings:
+    """All settings of a run, checked; problems of different sections are raised together."""
+    problems: list[str] = []
+
+    def checked(make: Callable[[], Any]) -> Any:
+        try:
+            return make()
+        except UserError as error:
+            problems.append(str(error))
+            return None
+
+    budget: BudgetSettings | None = checked(lambda: built(cfg.budget) if cfg.budget.get("_target_") else None)
+    parts = {
+        "agent": checked(lambda: _agent(cfg)),
+        "granularity": checked(lambda: built(cfg.granularity)),
+        "criterion": checked(lambda: built(cfg.criterion)),
+        "repair": checked(lambda: built(cfg.repair)),
+        "reward": checked(lambda: built(cfg.reward)),
+        "scoring": checked(lambda: built(cfg.evaluator)),
+        "finalists": checked(lambda: FinalistSettings(**_plain(cfg.finalists))),
+        "finetune": checked(lambda: FinetuneSettings(**_plain(cfg.finetune))),
+        "latency": checked(lambda: LatencySettings(**_plain(cfg.latency))),
+    }
+    settings = checked(
+        lambda: Settings(
+            **parts,
+            episodes=cfg.search.episodes,
+            budgets=() if budget is None else (budget,),
+            enforce_budget=cfg.enforce_budget,
+            export=tuple(cfg.export),
+            original_lr=original_lr,
+            seed=cfg.seed,
+            device=_device(cfg.device),
+        )
+    )
+    if problems:
+        raise UserError("; ".join(problems))
+    assert isinstance(settings, Settings)
+    return settings
+
+
+def _agent(cfg: DictConfig) -> Agent:
+    agent = built(cfg.agent)
+    assert isinstance(agent, Agent)
+    return agent
+
+
+def _plain(node: DictConfig) -> dict[str, Any]:
+    plain = OmegaConf.to_container(node, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def model_source(cfg: DictConfig) -> ModelSource:
+    """Where the network comes from."""
+    source = built(cfg.model)
+    assert isinstance(source, ModelSource)
+    return source
+
+
+def data_of(cfg: DictConfig) -> Data:
+    """The dataset, split."""
+    data = built(cfg.data, search_images=cfg.search.images)
+    assert isinstance(data, Data)
+    return data
+
+
+def trackers(cfg: DictConfig, folder: Path) -> Trackers:
+    """metrics.csv and the chosen tracker."""
+    chosen: list[Tracker] = [CsvTracker(folder)]
+    more: dict[str, Any] = {"folder": folder}
+    if "WandbTracker" in cfg.tracker.get("_target_", ""):
+        more["config"] = header_config(cfg)
+    chosen.append(built(cfg.tracker, **more))
+    return Trackers(chosen)
+
+
+def header_config(cfg: DictConfig) -> Mapping[str, Any]:
+    """The part of the configuration that evaluations depend on.
+
+    Files and folders are left out (fingerprints of weights and data stand for them), and so are the stages after the
+    search.
+    """
+    plain = _plain(cfg)
+    for section in _NOT_OF_THE_SEARCH:
+        plain.pop(section, None)
+    for section, key in (("model", "weights"), ("model", "url"), ("data", "path")):
+        plain.get(section, {}).pop(key, None)
+    return plain

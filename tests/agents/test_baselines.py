@@ -1,0 +1,54 @@
+"""Uniform and random against what their budgets allow."""
+
+import pytest
+
+from agents.baselines import Random, Uniform
+from amc_env.budget import Problem
+
+
+def share(search, removed) -> float:
+    whole = search.problem.cost([0] * search.decisions)["macs"]
+    return search.problem.cost(removed)["macs"] / whole
+
+
+def test_uniform_is_the_least_single_ratio_that_meets_the_budget(toy) -> None:
+    search = toy().run(Uniform(), episodes=50)
+    (removed,) = search.scored
+    assert len(set(removed)) == 1
+    one_less = tuple(r - 1 for r in removed)
+    assert search.problem.met(removed)
+    assert not search.problem.met(one_less)
+
+
+def test_uniform_without_a_budget_takes_its_ratio_and_refuses_to_guess_one(toy) -> None:
+    search = toy(ratio=None).run(Uniform(ratio=0.25), episodes=1)
+    assert search.scored == [(8, 8, 8, 8)]
+    with pytest.raises(ValueError, match=r"agent\.ratio"):
+        toy(ratio=None).run(Uniform(), episodes=1)
+    with pytest.raises(ValueError, match=r"agent\.ratio=1\.5"):
+        Uniform(ratio=1.5)
+
+
+def test_random_lands_on_the_budget_without_repeats(toy) -> None:
+    search = toy().run(Random(), episodes=60)
+    assert len(search.scored) == len(set(search.scored)) == 60
+    assert all(0.42 < share(search, removed) <= 0.5 for removed in search.scored)
+
+
+def test_random_repeats_with_its_seed_and_more_episodes_only_add_to_it(toy) -> None:
+    first = toy().run(Random(), episodes=20, seed=3).scored
+    assert toy().run(Random(batch=3), episodes=20, seed=3).scored == first
+    assert toy().run(Random(), episodes=30, seed=3).scored[:20] == first
+    assert toy().run(Random(), episodes=20, seed=4).scored != first
+
+
+def test_random_ends_when_nothing_new_is_left(toy, caplog) -> None:
+    search = toy()
+    few = Problem(search.problem.grids[:1], search.problem.costs, ())
+    search.problem = few
+    search.outcome = lambda strategy: type(
+        "Outcome", (), {"accuracy": 1.0, "costs": {}, "met": True, "strategy": strategy}
+    )
+    Random(redraws=200).search(search.task(episodes=1000))
+    assert len(search.scored) == few.grids[0].size == 29
+    assert "29 different strategies" in caplog.text

@@ -1,0 +1,173 @@
+"""AMC's DDPG on toy searches with known answers, and what it promises about seeds."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from agents.baselines import Random
+from agents.ddpg import DDPGAgent, one_thread
+
+SMALL = {"warmup_episodes": 15, "hidden": (64, 64), "warmup": "landing"}
+
+
+def best(search) -> float:
+    return max(search.rewards)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_it_finds_the_layer_that_must_stay_and_beats_random_at_equal_episodes(toy, seed: int) -> None:
+    agent = DDPGAgent(**SMALL, updates=2, sigma_decay=0.9, actor_lr=1e-3)
+    learned = toy().run(agent, episodes=70, seed=seed)
+    drawn = toy().run(Random(), episodes=70, seed=seed)
+    assert len(learned.scored) == 70
+    assert best(learned) >= best(drawn)
+    assert np.mean(learned.rewards[-10:]) > np.mean(drawn.rewards) + 0.2
+    assert np.mean(learned.rewards[-10:]) > -0.1  # the optimum is 0
+
+
+def test_every_strategy_meets_the_budget(toy) -> None:
+    search = toy(ratio=0.3).run(DDPGAgent(**SMALL | {"warmup": "uniform"}), episodes=20)
+    assert all(search.problem.met(removed) for removed in search.scored)
+
+
+def test_a_seed_repeats_to_the_bit_in_one_process_whatever_the_global_state(toy) -> None:
+    first = toy().run(DDPGAgent(**SMALL), episodes=25)
+    np.random.seed(99)  # disturbing the global state is the point
+    torch.manual_seed(99)
+    random.seed(99)
+    again = toy().run(DDPGAgent(**SMALL), episodes=25)
+    other = toy().run(DDPGAgent(**SMALL), episodes=25, seed=2)
+    assert again.scored == first.scored
+    assert other.scored != first.scored
+
+
+def test_more_episodes_only_add_to_a_search(toy) -> None:
+    short = toy().run(DDPGAgent(**SMALL), episodes=20)
+    long = toy().run(DDPGAgent(**SMALL), episodes=24)
+    assert long.scored[:20] == short.scored
+
+
+def test_scoring_that_uses_the_global_state_changes_no_action(toy) -> None:
+    def careless(ratios: np.ndarray) -> float:
+        torch.rand(3)
+        np.random.random(3)
+        return float(1.0 - ratios[1])
+
+    assert toy(careless).run(DDPGAgent(**SMALL), 25).scored == toy().run(DDPGAgent(**SMALL), 25).scored
+
+
+def test_learning_begins_after_the_warm_up_with_one_update_a_step(toy) -> None:
+    figures: list[dict[str, float]] = []
+    search = toy()
+    agent = DDPGAgent(**SMALL, updates=3)
+    learner = agent.learner(search.task(20, on_update=figures.append))
+    learner.learn(15 * 4, log_interval=None)
+    assert learner._n_updates == 0
+    learner.learn(5 * 4, log_interval=None, reset_num_timesteps=False)
+    assert learner._n_updates == 5 * 4 * 3
+    assert len(figures) == 5
+    assert set(figures[0]) == {"agent/critic_loss", "agent/actor_loss", "agent/sigma", "agent/baseline"}
+    assert figures[0]["agent/sigma"] == 0.5
+    assert all(math.isfinite(value) for figure in figures for value in figure.values())
+
+
+def test_actor_and_critic_keep_their_learning_rates(toy) -> None:
+    learner = DDPGAgent(**SMALL).learner(toy().task(20))
+    learner.learn(18 * 4, log_interval=None)
+    assert learner.actor.optimizer.param_groups[0]["lr"] == 1e-4
+    assert learner.critic.optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_one_update_is_stable_baselines_update(toy) -> None:
+    """The lean update against DDPG's definition in plain operations, from the same batch."""
+    learner = DDPGAgent(**SMALL).learner(toy().task(20))
+    learner.learn(15 * 4, log_interval=None)
+    replay = in_float64(learner)
+    copies = {k: v.clone() for k, v in learner.policy.state_dict().items()}
+    rng, baseline = replay._rng.bit_generator.state, replay.baseline
+    learner.train(1, 64)
+    lean = {k: v.clone() for k, v in learner.policy.state_dict().items()}
+    replay._rng.bit_generator.state, replay.baseline = rng, baseline
+    learner.policy.load_state_dict(copies)
+    plain_update(learner, replay.sample(64))
+    for key, value in learner.policy.state_dict().items():
+        torch.testing.assert_close(value, lean[key], rtol=1e-9, atol=1e-9)
+
+
+def in_float64(learner):
+    """Adam's first step is lr * sign(gradient): in float32 rounding would decide some of the signs."""
+    learner.policy.double()
+    for name in ("observations", "actions", "next_observations", "rewards", "dones"):
+        values = getattr(learner.replay_buffer, name)
+        setattr(learner.replay_buffer, name, values.astype(np.float64))
+    return learner.replay_buffer
+
+
+def plain_update(learner, batch) -> None:
+    actor, critic = learner.actor.mu, learner.critic.q_networks[0]
+    target_actor, target_critic = learner.actor_target.mu, learner.critic_target.q_networks[0]
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=1e-3)
+    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=1e-4)
+    critic_optimizer.zero_grad()
+    with torch.no_grad():
+        then = batch.next_observations
+        value = target_critic(torch.cat([then, target_actor(then)], dim=1))
+        goal = batch.rewards + (1 - batch.dones) * value
+    ((critic(torch.cat([batch.observations, batch.actions], dim=1)) - goal) ** 2).mean().backward()
+    critic_optimizer.step()
+    actor_optimizer.zero_grad()
+    (-critic(torch.cat([batch.observations, actor(batch.observations)], dim=1)).mean()).backward()
+    actor_optimizer.step()
+    with torch.no_grad():
+        for online, target in ((actor, target_actor), (critic, target_critic)):
+            for p, q in zip(online.parameters(), target.parameters(), strict=True):
+                q.mul_(0.99).add_(0.01 * p)
+
+
+def test_minus_infinity_is_told_as_the_stand_in_and_learnt_from(toy) -> None:
+    search = toy(bounded=False)
+    agent = DDPGAgent(**SMALL | {"warmup": "uniform"}, infinite_reward=-3.0)
+    learner = agent.learner(search.task(20))
+    learner.learn(20 * 4, log_interval=None)
+    assert -math.inf in search.rewards
+    stored = set(learner.replay_buffer.rewards[: learner.replay_buffer.size(), 0].tolist())
+    assert -3.0 in stored
+    assert all(math.isfinite(reward) for reward in stored)
+    assert all(torch.isfinite(p).all() for p in learner.policy.parameters())
+
+
+def test_a_search_without_a_budget_runs(toy) -> None:
+    assert len(toy(ratio=None).run(DDPGAgent(**SMALL), episodes=18).scored) == 18
+
+
+def test_an_interrupt_of_the_user_comes_through(toy) -> None:
+    def interrupted(ratios: np.ndarray) -> float:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        toy(interrupted).run(DDPGAgent(**SMALL), episodes=2)
+
+
+def test_episodes_that_are_all_warm_up_are_warned_of(toy, caplog) -> None:
+    toy().run(DDPGAgent(**SMALL), episodes=3)
+    assert "agent.warmup_episodes=15" in caplog.text
+
+
+def test_all_wrong_settings_are_named_at_once() -> None:
+    with pytest.raises(
+        ValueError, match=r"agent\.warmup='up' .*landing.*; agent\.tau=0 .*; agent\.store='x'"
+    ):
+        DDPGAgent(warmup="up", tau=0, store="x")
+
+
+def test_one_thread_is_given_back() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    with pytest.raises(RuntimeError), one_thread():
+        assert torch.get_num_threads() == 1
+        raise RuntimeError
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)

@@ -1,0 +1,221 @@
+"""PruningEnv: both checkers, the bound by hand, and what an episode gives."""
+
+import copy
+import math
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium.utils.env_checker import check_env as gymnasium_check
+from stable_baselines3.common.env_checker import check_env as sb3_check
+
+from amc_env.budget import Budget, Problem
+from amc_env.encoding import DecisionDescription, Encoder
+from amc_env.env import EnvHandle, PruningEnv
+from amc_env.errors import UserError
+from amc_env.rewards import Error, ErrorFlops, Infinity
+from amc_env.strategy import Grid, Strategy
+
+
+class ChainMacs:
+    """Two decisions of ten channels: 1 -> a -> b -> 1, so a + a*b + b MACs; 120 in all."""
+
+    name, unit = "macs", "MACs"
+
+    def __call__(self, removed: Sequence[int]) -> float:
+        a, b = 10 - removed[0], 10 - removed[1]
+        return float(a + a * b + b)
+
+
+@dataclass(frozen=True)
+class ToyOutcome:
+    strategy: Strategy
+    accuracy: float
+    costs: dict[str, float]
+    met: bool
+
+
+class Score:
+    """Scores by a formula and remembers what it was asked; holds a tensor, as an evaluator does."""
+
+    def __init__(self, problem: Problem, accuracy: float | None = None):
+        self.problem, self.accuracy, self.weights = problem, accuracy, torch.zeros(3)
+        self.asked: list[Strategy] = []
+
+    def __call__(self, strategy: Strategy) -> ToyOutcome:
+        self.asked.append(strategy)
+        accuracy = 1.0 - 0.5 * float(np.mean(strategy.ratios)) if self.accuracy is None else self.accuracy
+        removed = strategy.removed
+        return ToyOutcome(strategy, accuracy, self.problem.cost(removed), self.problem.met(removed))
+
+
+def handle(ratio: float | None = 0.5, accuracy: float | None = None, **more) -> EnvHandle:
+    grids = [Grid("a", 10, 2, 8), Grid("b", 10, 2, 6)]
+    macs = ChainMacs()
+    problem = Problem(grids, [macs], [Budget.of(macs, 2, ratio=ratio)] if ratio else [])
+    encoder = Encoder([DecisionDescription(g.name, 10, 10, 8, 8, 1, 3) for g in grids], problem)
+    return EnvHandle(problem, encoder, Score(problem, accuracy), **{"reward": Error(), **more})
+
+
+def act(env: gymnasium.Env, *ratios: float) -> list[tuple]:
+    env.reset()
+    return [env.step(np.array([ratio], np.float32)) for ratio in ratios]
+
+
+INFINITE = {"ratio": 0.5, "reward": Infinity(), "enforce_budget": False}
+KINDS = [{}, {"ratio": None, "reward": ErrorFlops()}, {"ratio": 0.3}, INFINITE]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gymnasiums_checker(kind: dict) -> None:
+    env = gymnasium.make("amc_env/Pruning-v0", handle=handle(**kind))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*inf value.*")  # the infinite reward
+        gymnasium_check(env.unwrapped)
+    assert isinstance(env.unwrapped, PruningEnv)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stable_baselines_checker(kind: dict) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", message=".*symmetric and normalized Box action space.*")
+        warnings.filterwarnings("ignore", message=".*found inf in rewards.*")
+        sb3_check(PruningEnv(handle(**kind)))
+
+
+def test_the_bound_by_hand() -> None:
+    """60 of 120 MACs. With b at its most (4 left): a + 4a + 4 <= 60 holds for a <= 11, so a is free.
+
+    a whole: 10 + 10b + b <= 60 for b <= 4.5, so 6 of b must go. Two of a gone: 8 + 9b <= 60 for b <= 5.7: 6
+    again. Six of a gone: 4 + 5b <= 60 for b <= 11: b is free.
+    """
+    for first, bound in ((0.0, 0.6), (0.2, 0.6), (0.6, 0.0)):
+        env = PruningEnv(handle())
+        one, two = act(env, first, 0.0)
+        assert one[4]["bound"] == 0.0
+        assert two[4]["bound"] == pytest.approx(bound)
+        assert two[4]["executed_ratio"] == pytest.approx(bound)
+
+
+def test_a_tight_budget_raises_the_first_action_too() -> None:
+    """36 of 120 MACs: with b at 4, 5a + 4 <= 36 for a <= 6.4: 4 of a go; then 6 + 7b <= 36 for b <= 4.2."""
+    one, two = act(PruningEnv(handle(ratio=0.3)), 0.0, 0.0)
+    assert (one[4]["bound"], one[4]["executed_ratio"]) == (0.4, 0.4)
+    assert one[4]["macs"] == 6 + 60 + 10
+    assert two[4]["executed_ratio"] == 0.6
+    assert two[4]["macs"] == 6 + 24 + 4
+    assert two[4]["met"]
+
+
+def test_no_action_misses_the_budget() -> None:
+    env = PruningEnv(handle(ratio=0.3))
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        info = act(env, *rng.uniform(-0.5, 1.5, 2))[-1][4]
+        assert info["met"]
+        assert info["macs"] <= 36
+
+
+@pytest.mark.parametrize(
+    ("action", "executed"), [(0.29, 0.2), (0.31, 0.4), (0.3, 0.2), (9.0, 0.8), (-1.0, 0.0)]
+)
+def test_an_action_snaps_to_the_nearest_feasible_count(action: float, executed: float) -> None:
+    env = PruningEnv(handle(ratio=None))
+    env.reset()
+    assert env.step(np.array([action]))[4]["executed_ratio"] == pytest.approx(executed)
+
+
+def test_an_episode() -> None:
+    made = handle()
+    env = PruningEnv(made)
+    observation, info = env.reset(seed=3, options={})
+    assert info == {}
+    assert observation.tolist() == made.encoder(()).tolist()
+    one, two = act(env, 0.4, 0.6)
+    assert one[0].tolist() == made.encoder((4,)).tolist()
+    assert one[1:4] == (0.0, False, False)
+    assert set(one[4]) == {"decision", "executed_ratio", "bound", "macs"}
+    assert two[0].tolist() == [0.0] * 11
+    assert two[1:4] == (pytest.approx(-0.25), True, False)
+    assert two[4]["strategy"] == Strategy(("a", "b"), (10, 10), (4, 6))
+    assert two[4]["outcome"].strategy == two[4]["strategy"]
+    assert (two[4]["accuracy"], two[4]["met"], two[4]["macs"]) == (0.75, True, 6 + 24 + 4)
+    assert made.score.asked == [two[4]["strategy"]]
+
+
+def test_an_episode_that_is_over_or_was_never_begun_takes_no_step() -> None:
+    env = PruningEnv(handle())
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.step(np.zeros(1, np.float32))
+    act(env, 0.1, 0.1)
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.step(np.zeros(1, np.float32))
+
+
+def test_the_infinite_reward_sees_missed_budgets_and_is_refused_under_the_bound() -> None:
+    env = PruningEnv(handle(**INFINITE))
+    assert act(env, 0.0, 0.0)[-1][1] == -math.inf
+    assert act(env, 0.8, 0.6)[-1][1] == pytest.approx(-0.35)
+    with pytest.raises(UserError, match="enforce_budget=False"):
+        PruningEnv(handle(reward=Infinity()))
+
+
+def test_without_a_budget_nothing_is_raised_and_macs_weigh_the_error() -> None:
+    two = act(PruningEnv(handle(ratio=None, reward=ErrorFlops())), 0.2, 0.0)[-1]
+    assert two[4]["bound"] == two[4]["executed_ratio"] == 0.0
+    assert two[1] == pytest.approx(-0.05 * math.log(8 + 80 + 10))
+
+
+def test_a_reward_of_ones_own() -> None:
+    two = act(PruningEnv(handle(reward=lambda accuracy, costs, met: accuracy * 2)), 0.4, 0.6)[-1]
+    assert two[1] == 1.5
+
+
+@pytest.mark.parametrize("action", [[math.nan], [math.inf], [0.1, 0.2], []])
+def test_an_action_that_is_not_one_finite_number_is_refused_by_decision(action: list[float]) -> None:
+    env = PruningEnv(handle())
+    env.reset()
+    with pytest.raises(ValueError, match=r"decision 'a'.*one finite pruning ratio"):
+        env.step(np.array(action, np.float32))
+
+
+def test_nan_in_the_score_is_one_clear_error() -> None:
+    with pytest.raises(UserError, match="accuracy nan"):
+        act(PruningEnv(handle(accuracy=math.nan)), 0.1, 0.1)
+    with pytest.raises(UserError, match="is NaN"):
+        act(PruningEnv(handle(reward=lambda accuracy, costs, met: math.nan)), 0.1, 0.1)
+
+
+def test_nothing_behind_the_handle_is_copied() -> None:
+    made = handle()
+    env = gymnasium.make("amc_env/Pruning-v0", handle=made)
+    assert env.unwrapped.handle is made
+    assert env.spec.kwargs["handle"] is made
+    assert copy.deepcopy(made) is copy.copy(made) is made
+    assert env.unwrapped.handle.score.weights.data_ptr() == made.score.weights.data_ptr()
+    changed = replace(made, reward=ErrorFlops())
+    assert changed is not made
+
+
+def test_the_action_box_ends_at_the_largest_ratio_of_any_decision() -> None:
+    box = PruningEnv(handle()).action_space
+    assert (box.low.tolist(), box.high.tolist()) == ([0.0], [pytest.approx(0.8)])
+    assert box.dtype == np.float32
+
+
+def test_registration_imports_nothing_else_of_ours() -> None:
+    code = (
+        "import sys, amc_env, gymnasium; "
+        "assert 'amc_env/Pruning-v0' in gymnasium.registry; "
+        "print([m for m in sys.modules if m.startswith(('amc_env.', 'torch', 'agents', 'search'))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,208 @@
+"""The progress display in a terminal and elsewhere, and the table at the end."""
+
+import io
+import logging
+import sys
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from search import progress as module
+from search.formatting import amount, comparison, duration, percent, quantity
+from search.progress import Progress, SearchStatus, final_table
+
+
+def stage(accuracy: float, macs: float, split: str = "test") -> dict[str, Any]:
+    return {
+        "accuracy": accuracy,
+        "macs": macs,
+        "params": macs / 100,
+        "latency_ms": macs / 1e7,
+        "split": split,
+    }
+
+
+def result(**changes: Any) -> dict[str, Any]:
+    return {
+        "base": stage(0.9173, 40.55e6),
+        "pruned": stage(0.8421, 20.23e6),
+        "finetuned": stage(0.9052, 20.23e6),
+        "budget": {"cost": "macs", "ratio": 0.5, "limit": 20.275e6, "value": 20.23e6, "met": True},
+        "latency_batch": 1,
+    } | changes
+
+
+def status(done: int) -> SearchStatus:
+    return SearchStatus(done, -0.25, -0.18, 0.82, 0.498, evaluations=done, cache_hits=2)
+
+
+def plain(width: int = 80) -> Console:
+    return Console(file=io.StringIO(), width=width, force_terminal=False)
+
+
+def terminal(width: int = 120) -> Console:
+    return Console(file=io.StringIO(), width=width, height=24, force_terminal=True, color_system=None)
+
+
+def text_of(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_numbers_read_as_people_write_them() -> None:
+    assert percent(0.91734) == "91.73%"
+    assert percent(float("nan")) == "–"
+    assert [quantity(value) for value in (20412000, 269722, 512, 1.5e9)] == [
+        "20.41 M",
+        "269.72 k",
+        "512",
+        "1.50 G",
+    ]
+    assert amount("latency_ms", 4.211) == "4.21 ms"
+    assert [duration(seconds) for seconds in (5.2, 95, 3725, -1)] == ["0:05", "1:35", "1:02:05", "0:00"]
+
+
+class TestPlain:
+    def test_a_long_search_writes_a_line_per_tenth(self) -> None:
+        console = plain()
+        with Progress(episodes=1000, console=console) as progress:
+            for episode in range(1000):
+                progress.episode(status(episode + 1))
+        lines = text_of(console).splitlines()
+        assert len(lines) == 11
+        assert lines[0].startswith("search 1/1000")
+        assert lines[-1].startswith("search 1000/1000")
+        assert "best -0.1800 (search accuracy 82.00%, 49.8% of MACs)" in lines[-1]
+        assert "1000 scored, 2 cached" in lines[-1]
+        assert "left" in lines[-1]
+
+    def test_silence_ends_after_the_set_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = 0.0
+        monkeypatch.setattr(module.time, "monotonic", lambda: now)
+        console = plain()
+        with Progress(episodes=10000, console=console, every_s=10.0) as progress:
+            for episode in range(60):
+                progress.episode(status(episode + 1))
+                now += 1.0
+        assert len(text_of(console).splitlines()) == 6
+
+    def test_time_left_follows_the_pace_since_the_first_line(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        now = 0.0
+        monkeypatch.setattr(module.time, "monotonic", lambda: now)
+        console = plain()
+        with Progress(episodes=40, console=console) as progress:
+            progress.episode(status(20))  # resumed: twenty episodes cost nothing
+            now = 50.0
+            progress.episode(status(30))
+        assert text_of(console).splitlines()[-1].endswith("0:50 elapsed, 0:50 left")
+
+    def test_fine_tuning_follows_the_search(self) -> None:
+        console = plain()
+        with Progress(episodes=1, epochs=2, console=console) as progress:
+            progress.episode(status(1))
+            progress.epoch(1, loss=0.5)
+            progress.epoch(2, loss=0.25, accuracy=0.9)
+        lines = text_of(console).splitlines()
+        assert lines[1].startswith("fine-tune 1/2  loss 0.5000")
+        assert "loss 0.2500  accuracy 90.00%" in lines[2]
+
+    def test_nothing_shown_where_nothing_ran(self) -> None:
+        console = plain()
+        with Progress(console=console):
+            pass
+        assert text_of(console) == ""
+
+
+class TestTerminal:
+    @pytest.mark.parametrize("width", [80, 120])
+    def test_last_view_holds_every_figure_within_the_width(self, width: int) -> None:
+        console = terminal(width)
+        with Progress(episodes=4, epochs=2, console=console) as progress:
+            for episode in range(4):
+                progress.episode(status(episode + 1))
+            progress.epoch(1, loss=0.5)
+        text = text_of(console)
+        for figure in (
+            "4/4",
+            "reward -0.2500",
+            "best -0.1800",
+            "82.00%",
+            "49.8% of MACs",
+            "4 scored, 2 cached",
+            "1/2",
+        ):
+            assert figure in text
+
+    def test_log_lines_go_through_the_display_and_the_handler_is_given_back(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        console = terminal()
+        handler = logging.StreamHandler(sys.stderr)
+        root = logging.getLogger()
+        monkeypatch.setattr(root, "handlers", [handler])
+        before = handler.stream
+        with Progress(episodes=2, console=console) as progress:
+            progress.episode(status(1))
+            root.warning("half way there")
+            assert handler.stream is not before
+        assert handler.stream is before
+        assert "half way there" in text_of(console)
+
+    def test_the_display_ends_where_the_search_fails(self) -> None:
+        console = terminal()
+        before = sys.stdout
+        with pytest.raises(RuntimeError, match="no"), Progress(episodes=2, console=console):
+            raise RuntimeError("no")
+        assert sys.stdout is before
+
+
+class TestFinalTable:
+    def test_figures_ratios_budget_and_paths_are_printed(self, tmp_path: Any) -> None:
+        console = plain()
+        final_table(result(), tmp_path, tmp_path / "report.html", console)
+        text = text_of(console)
+        for figure in (
+            "91.73%",
+            "84.21% (-7.52)",
+            "90.52% (-1.21)",
+            "40.55 M",
+            "20.23 M (49.9%)",
+            "405.50 k",
+            "2.02 ms",
+        ):
+            assert figure in text
+        assert "accuracy, test split" in text
+        assert "latency, batch 1" in text
+        assert "budget: MACs at most 20.27 M (50.0%), reached 20.23 M (49.9%): met" in text
+        assert f"run folder: {tmp_path}" in text
+        assert f"report: {tmp_path / 'report.html'}" in text
+        assert max(map(len, text.splitlines()[:8])) <= 80
+
+    def test_a_stage_left_out_is_absent(self) -> None:
+        console = plain()
+        final_table(result(finetuned=None), console=console)
+        assert "fine-tuned" not in text_of(console)
+        assert "pruned" in text_of(console)
+
+    def test_no_budget_and_no_pruned_network(self) -> None:
+        console = plain()
+        final_table(result(budget=None, pruned=None, finetuned=None), console=console)
+        assert "original" in text_of(console)
+        assert "budget" not in text_of(console)
+
+    def test_a_budget_missed_is_said(self) -> None:
+        console = plain()
+        missed = {"cost": "latency_ms", "ratio": None, "limit": 3.0, "value": 4.0, "met": False}
+        final_table(result(budget=missed), console=console)
+        assert "budget: latency at most 3.00 ms, reached 4.00 ms (98.6%): NOT met" in text_of(console)
+
+    def test_accuracies_of_different_splits_are_named_and_not_subtracted(self) -> None:
+        mixed = comparison(result(finetuned=stage(0.9, 2e7, split="search")))
+        cells = mixed.rows["accuracy"]
+        assert [cell.text for cell in cells] == [
+            "91.73%, test split",
+            "84.21%, test split",
+            "90.00%, search split",
+        ]
+        assert [cell.relative for cell in cells] == ["", "-7.52", ""]

@@ -1,0 +1,244 @@
+"""The report page: every part from a whole run, none from a missing stage, and nothing fetched from elsewhere."""
+
+import base64
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from amc_env.errors import UserError
+from search.report import headline, write_report
+
+NAMES = ("layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1")
+REMOVED, TOTALS = (4, 16, 40), (16, 32, 64)
+
+
+def stage(accuracy: float, macs: float, split: str = "test") -> dict[str, Any]:
+    return {"accuracy": accuracy, "macs": macs, "params": 1000.0, "latency_ms": 2.5, "split": split}
+
+
+def whole_result() -> dict[str, Any]:
+    return {
+        "model": "ResNet-20",
+        "data": "cifar10",
+        "base": stage(0.9173, 40.55e6),
+        "pruned": stage(0.8421, 20.23e6),
+        "finetuned": stage(0.9052, 20.23e6),
+        "budget": {"cost": "macs", "ratio": 0.5, "limit": 20.275e6, "value": 20.23e6, "met": True},
+        "budgets": [
+            {"cost": "macs", "ratio": 0.5, "limit": 20.275e6, "value": 20.23e6, "met": True},
+            {"cost": "params", "ratio": None, "limit": 900.0, "value": 1000.0, "met": False},
+        ],
+        "search": {
+            "agent": "ddpg",
+            "episodes": 40,
+            "evaluations": 38,
+            "cache_hits": 2,
+            "seconds": 95.0,
+            "seed": 1,
+            "best_reward": -0.17,
+        },
+        "strategy": {
+            name: removed / total for name, removed, total in zip(NAMES, REMOVED, TOTALS, strict=True)
+        },
+        "whole": [
+            {"name": "conv1", "reason": "residual stream with a padded shortcut"},
+            {"name": "layer1.0.conv2", "reason": "residual stream with a padded shortcut"},
+            {"name": "fc", "reason": "the classifier's <outputs>"},
+        ],
+        "exports": [
+            {"format": "safetensors", "path": "model.safetensors", "bytes": 590_000},
+            {"format": "torch_export", "path": "model.pt2", "bytes": 710_000},
+            {"format": "onnx", "path": "model.onnx", "bytes": 585_000},
+        ],
+        "machine": {"system": "Linux", "threads": 2},
+        "command": "amc-search model=resnet20 seed=1 hydra.run.dir=outputs/here",
+        "latency_batch": 1,
+    }
+
+
+def leave_run(folder: Path, result: dict[str, Any]) -> Path:
+    """A made-up run folder with everything in it."""
+    decisions = {
+        name: {"removed": removed, "total": total, "ratio": removed / total}
+        for name, removed, total in zip(NAMES, REMOVED, TOTALS, strict=True)
+    }
+    lines: list[dict[str, Any]] = [
+        {"header": {"config": {"seed": 1}, "versions": {"torch": "2.13"}, "layout": "nhwc"}}
+    ]
+    rows = ["phase,step,episode/reward,episode/accuracy,finetune/loss"]
+    for episode in range(40):
+        accuracy = 0.6 + 0.2 * math.sin(episode) ** 2
+        removed = list(REMOVED) if episode == 30 else [episode % 16, 0, 0]
+        costs = {"macs": 20e6 + 1e4 * episode, "params": 1000.0}
+        line = {"key": str(episode), "removed": removed, "accuracy": accuracy, "costs": costs, "met": True}
+        lines.append(line | {"repair": "none"})
+        rows.append(f"search,{episode},{accuracy - 1},{accuracy},")
+    rows += [f"finetune,{epoch},,,{1 / (epoch + 1)}" for epoch in range(5)]
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps(result))
+    (folder / "strategy.json").write_text(json.dumps({"decisions": decisions}))
+    (folder / "evaluations.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"key": "torn')
+    (folder / "metrics.csv").write_text("\n".join(rows) + "\n")
+    (folder / ".hydra" / "config.yaml").write_text("seed: 1\nnote: 'a <b> & c'\n")
+    (folder / ".hydra" / "overrides.yaml").write_text("- model=resnet20\n")
+    return folder
+
+
+class Page(HTMLParser):
+    """What a browser would fetch, run or show."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.resources: list[str] = []
+        self.words = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.resources += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")]
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return leave_run(tmp_path / "run", whole_result())
+
+
+def test_a_whole_run_shows_every_part(folder: Path) -> None:
+    path = write_report(folder)
+    text = path.read_text()
+    page = Page(text)
+    assert path == folder / "report.html"
+    assert (
+        "ResNet-20 to 49.9% of its MACs: 91.73% → 90.52% accuracy on the test split after fine-tuning."
+        in page.words
+    )
+    for part in (
+        "accuracy, test split",
+        "-1.21 points",
+        "MACs at most 20.27 M (50.0%), reached 20.23 M (49.9%): met",
+        "parameters at most 900, reached 1.00 k (100.0%): NOT met",
+        "12 / 16",
+        "25.0%",
+        "residual stream with a padded shortcut",
+        "the classifier's <outputs>",
+        "load_pruned",
+        'torch.export.load("RUN_FOLDER/model.pt2")',
+        'onnxruntime.InferenceSession("RUN_FOLDER/model.onnx")',
+        "(logits,) = session.run(None, {name: images})",
+        "amc-search model=resnet20 seed=1",
+        "note: 'a <b> & c'",
+        "- model=resnet20",
+        "machine.threads",
+        "versions.torch",
+    ):
+        assert part in page.words, part
+    assert "search split" in page.words
+    assert sorted(file.name for file in (folder / "plots").iterdir()) == [
+        "channels.png",
+        "finetune.png",
+        "reward.png",
+        "tradeoff.png",
+    ]
+
+
+def test_the_page_is_self_contained(folder: Path) -> None:
+    text = write_report(folder).read_text()
+    page = Page(text)
+    assert len(page.resources) == 4
+    for resource in page.resources:
+        kind, _, content = resource.partition(",")
+        assert kind == "data:image/png;base64"
+        assert base64.b64decode(content).startswith(b"\x89PNG")
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert not re.search(r"https?:|@import|url\(", text)
+    assert str(folder.parent) not in text
+
+
+def test_pictures_in_the_page_are_those_in_the_folder(folder: Path) -> None:
+    page = Page(write_report(folder).read_text())
+    shown = {base64.b64decode(resource.partition(",")[2]) for resource in page.resources}
+    assert shown == {file.read_bytes() for file in (folder / "plots").iterdir()}
+
+
+def test_writing_it_twice_gives_the_same_page(folder: Path) -> None:
+    first = write_report(folder).read_bytes()
+    assert write_report(folder).read_bytes() == first
+
+
+def test_without_fine_tuning_and_export(tmp_path: Path) -> None:
+    folder = leave_run(tmp_path, whole_result() | {"finetuned": None, "exports": []})
+    lines = (folder / "metrics.csv").read_text().splitlines()
+    (folder / "metrics.csv").write_text(
+        "\n".join(line for line in lines if not line.startswith("finetune")) + "\n"
+    )
+    page = Page(write_report(folder).read_text())
+    assert "91.73% → 84.21% accuracy on the test split without fine-tuning." in page.words
+    assert "fine-tuned" not in page.words
+    assert "Loading the small network" not in page.words
+    assert len(page.resources) == 3
+
+
+def test_an_export_that_failed_is_said_and_not_offered(tmp_path: Path) -> None:
+    result = whole_result()
+    result["exports"][2] |= {"bytes": 0, "error": "operator <x> is unknown"}
+    page = Page(write_report(leave_run(tmp_path, result)).read_text())
+    assert "Export onnx failed: operator <x> is unknown" in page.words
+    assert "onnxruntime" not in page.words
+    assert "model.pt2" in page.words
+
+
+def test_with_result_json_alone(tmp_path: Path) -> None:
+    bare = {
+        "base": stage(0.9, 1e6),
+        "pruned": None,
+        "finetuned": None,
+        "budget": None,
+        "search": {},
+        "strategy": {},
+    }
+    (tmp_path / "result.json").write_text(json.dumps(bare))
+    page = Page(write_report(tmp_path).read_text())
+    assert "no pruned network was delivered" in page.words
+    assert "90.00%" in page.words
+    assert page.resources == []
+
+
+@pytest.mark.parametrize(
+    "missing", ["strategy.json", "evaluations.jsonl", "metrics.csv", ".hydra/config.yaml"]
+)
+def test_any_other_file_may_be_missing(folder: Path, missing: str) -> None:
+    (folder / missing).unlink()
+    page = Page(write_report(folder).read_text())
+    assert "90.52%" in page.words
+    if missing == ".hydra/config.yaml":
+        assert '"seed": 1' in page.words  # the journal's header says it too
+    else:
+        assert len(page.resources) < 4
+
+
+@pytest.mark.parametrize("content", [None, '{"base": '])
+def test_a_run_that_has_not_ended_is_a_users_mistake(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "result.json").write_text(content)
+    with pytest.raises(UserError, match=r"no readable result\.json.*hydra\.run\.dir"):
+        write_report(tmp_path)
+
+
+def test_headline_names_both_splits_where_they_differ() -> None:
+    mixed = whole_result() | {"finetuned": stage(0.9052, 20.23e6, split="search")}
+    assert "91.73% on the test split → 90.52% on the search split after fine-tuning." in headline(mixed)
+
+
+def test_headline_speaks_of_the_cost_that_was_bounded() -> None:
+    bounded = {"cost": "latency_ms", "ratio": 0.5, "limit": 3.0, "value": 2.5, "met": True}
+    slow = whole_result() | {"budget": bounded, "base": stage(0.9173, 40.55e6) | {"latency_ms": 5.0}}
+    assert headline(slow).startswith("ResNet-20 to 50.0% of its latency: ")

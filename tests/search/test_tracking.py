@@ -1,0 +1,307 @@
+"""Trackers: what they write, what a resumed run makes of it, and that W&B never ends a search."""
+
+import builtins
+import csv
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from amc_env.errors import UserError
+from search import tracking
+from search.tracking import (
+    CsvTracker,
+    NoTracker,
+    TensorboardTracker,
+    Trackers,
+    WandbTracker,
+    logged_rows,
+    phase_of,
+)
+
+
+def episode_row(episode: int) -> dict[str, float]:
+    return {"episode/reward": -1.0 / (episode + 1), "best/reward": -0.1}
+
+
+def log_run(tracker: tracking.Tracker, episodes: range, epochs: range = range(0)) -> None:
+    for episode in episodes:
+        tracker.log(episode_row(episode), episode)
+    for epoch in epochs:
+        tracker.log({"finetune/loss": 1.0 / (epoch + 1)}, epoch)
+
+
+def read_rows(folder: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+
+
+@pytest.fixture(autouse=True)
+def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """W&B without an account, whatever the machine has: no key, no mode, no netrc."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+
+
+def test_phase_is_told_by_the_names_and_never_mixed() -> None:
+    assert phase_of({"episode/reward": 0.0, "best/reward": 0.0}) == "search"
+    assert phase_of({"finetune/loss": 0.0}) == "finetune"
+    with pytest.raises(ValueError, match="belong to 2"):
+        phase_of({"episode/reward": 0.0, "finetune/loss": 0.0})
+
+
+class TestCsv:
+    def test_rows_are_on_disk_at_once_and_columns_grow(self, tmp_path: Path) -> None:
+        tracker = CsvTracker(tmp_path)
+        tracker.log({"episode/reward": -0.5}, 0)
+        assert (tmp_path / "metrics.csv").read_text() == "phase,step,episode/reward\nsearch,0,-0.5\n"
+        tracker.log({"episode/reward": -0.25, "episode/accuracy": 0.75}, 1)
+        tracker.log({"finetune/loss": 2.0}, 0)
+        rows = read_rows(tmp_path)
+        assert [row["phase"] for row in rows] == ["search", "search", "finetune"]
+        assert rows[0]["episode/accuracy"] == ""
+        assert rows[2] == {
+            "phase": "finetune",
+            "step": "0",
+            "episode/reward": "",
+            "episode/accuracy": "",
+            "finetune/loss": "2.0",
+        }
+
+    @pytest.mark.parametrize("torn", ["", "search,7,-0.1"])
+    def test_a_resumed_run_ends_with_the_file_of_one_that_was_not_cut(
+        self, tmp_path: Path, torn: str
+    ) -> None:
+        whole, cut = tmp_path / "whole", tmp_path / "cut"
+        log_run(CsvTracker(whole), range(10), range(3))
+        log_run(CsvTracker(cut), range(7))
+        with (cut / "metrics.csv").open("a") as file:
+            file.write(torn)
+        log_run(CsvTracker(cut), range(10), range(3))
+        assert (cut / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+
+    def test_a_row_that_changed_is_replaced_in_its_place(self, tmp_path: Path) -> None:
+        log_run(CsvTracker(tmp_path), range(3))
+        again = CsvTracker(tmp_path)
+        again.log({"episode/reward": 7.0, "best/reward": 7.0}, 1)
+        steps = [(row["step"], row["episode/reward"]) for row in read_rows(tmp_path)]
+        assert steps == [("0", "-1.0"), ("1", "7.0"), ("2", repr(-1 / 3))]
+
+    def test_infinite_and_missing_numbers_survive_resumption(self, tmp_path: Path) -> None:
+        CsvTracker(tmp_path).log({"episode/reward": -math.inf, "episode/accuracy": math.nan}, 0)
+        before = (tmp_path / "metrics.csv").read_text()
+        CsvTracker(tmp_path).log({"episode/reward": -math.inf, "episode/accuracy": math.nan}, 0)
+        assert (tmp_path / "metrics.csv").read_text() == before
+        assert "search,0,-inf,nan" in before
+
+
+class TestWandb:
+    def test_offline_run_files_appear_and_a_resumed_run_logs_each_step_once(self, tmp_path: Path) -> None:
+        first = WandbTracker(tmp_path)
+        log_run(first, range(5))
+        first.close()
+        run_id = (tmp_path / "wandb_id.txt").read_text().strip()
+        assert list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
+
+        second = WandbTracker(tmp_path)
+        log_run(second, range(8), range(2))
+        second.summary({"pruned/accuracy": 0.9})
+        (tmp_path / "reward.png").write_bytes(b"picture")
+        second.image("plots/reward", tmp_path / "reward.png")
+        second.close()
+        assert [
+            file.read_bytes() for file in tmp_path.glob("wandb/offline-run-*/files/plots/reward.png")
+        ] == [b"picture"]
+        assert (tmp_path / "wandb_id.txt").read_text().strip() == run_id
+        rows = list(logged_rows(tmp_path, run_id))
+        assert [row["episode"] for row in rows if "episode" in row] == list(range(8))
+        assert [row["epoch"] for row in rows if "epoch" in row] == [0, 1]
+        assert [row["_step"] for row in rows] == list(range(10))
+        assert rows[7]["episode/reward"] == pytest.approx(-1 / 8)
+        assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
+
+    def test_rows_that_a_kill_lost_are_logged_again_and_no_other(self, tmp_path: Path) -> None:
+        script = """
+            import os, signal, sys, time
+            from search.tracking import WandbTracker
+            tracker = WandbTracker(sys.argv[1])
+            for episode in range(4):
+                tracker.log({"episode/reward": 0.5}, episode)
+            time.sleep(2)  # written to the file by now
+            for episode in range(4, 8):
+                tracker.log({"episode/reward": 0.5}, episode)
+            os.kill(os.getpid(), signal.SIGKILL)
+        """
+        root = Path(tracking.__file__).parents[1]
+        # W&B notes its service process in the environment; the killed run has one of its own.
+        environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
+        killed = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)],
+            env=environment | {"PYTHONPATH": str(root)},
+            cwd=tmp_path,
+            timeout=60,
+            check=False,
+        )
+        assert killed.returncode == -signal.SIGKILL
+        run_id = (tmp_path / "wandb_id.txt").read_text().strip()
+        time.sleep(0.5)  # W&B's process may outlive the search by a moment
+        kept = [row["episode"] for row in logged_rows(tmp_path, run_id)]
+        assert kept[:4] == [0, 1, 2, 3]
+
+        resumed = WandbTracker(tmp_path)
+        log_run(resumed, range(10))
+        resumed.close()
+        assert [row["episode"] for row in logged_rows(tmp_path, run_id)] == list(range(10))
+
+    def test_a_record_longer_than_a_block_is_read_back(self, tmp_path: Path) -> None:
+        tracker = WandbTracker(tmp_path)
+        wide = {f"episode/metric_{index:04d}": float(index) for index in range(2000)}
+        tracker.log(wide, 0)
+        tracker.close()
+        (row,) = logged_rows(tmp_path, (tmp_path / "wandb_id.txt").read_text().strip())
+        assert row["episode/metric_1999"] == 1999.0
+
+    def test_without_wandb_a_search_goes_on_with_one_warning(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        real = builtins.__import__
+
+        def refuse(name: str, *args: object, **kwargs: object) -> object:
+            if name.startswith("wandb"):
+                raise ImportError("no wandb here")
+            return real(name, *args, **kwargs)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(builtins, "__import__", refuse)
+        with caplog.at_level(logging.WARNING, "search.tracking"):
+            tracker = WandbTracker(tmp_path)
+            log_run(tracker, range(3))
+            tracker.summary({"a": 1})
+            tracker.close()
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "no wandb here" in caplog.text
+
+    @pytest.mark.parametrize("broken", ["init", "log", "finish"])
+    def test_no_failure_inside_wandb_is_raised(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str
+    ) -> None:
+        import wandb
+
+        class Run:
+            settings = wandb.Settings(mode="offline")
+
+            def define_metric(self, *args: object, **kwargs: object) -> None:
+                pass
+
+            def log(self, *args: object, **kwargs: object) -> None:
+                if broken == "log":
+                    raise OSError("disk\nfull")
+
+            def finish(self) -> None:
+                if broken == "finish":
+                    raise TimeoutError("no answer")
+
+        def init(**kwargs: object) -> Run:
+            if broken == "init":
+                raise wandb.errors.CommError("no route")
+            return Run()
+
+        monkeypatch.setattr(wandb, "init", init)
+        with caplog.at_level(logging.WARNING, "search.tracking"):
+            tracker = WandbTracker(tmp_path)
+            log_run(tracker, range(3))
+            tracker.close()
+            tracker.close()
+        assert len(caplog.records) == 1
+        assert "\n" not in caplog.records[0].getMessage()
+
+    def test_a_foreign_run_file_turns_wandb_off_and_nothing_else(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (tmp_path / "wandb_id.txt").write_text("abc\n")
+        folder = tmp_path / "wandb" / "offline-run-1-abc"
+        folder.mkdir(parents=True)
+        (folder / "run-abc.wandb").write_bytes(b"something else")
+        log_run(WandbTracker(tmp_path), range(2))
+        assert "does not start as a W&B run file" in caplog.text
+
+    def test_mode_is_online_only_where_a_key_is_configured(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import wandb
+
+        wandb.teardown()
+        assert tracking._default_mode() == "offline"
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        wandb.teardown()
+        assert tracking._default_mode() == "online"
+        monkeypatch.delenv("WANDB_API_KEY")
+        wandb.teardown()
+
+
+class TestTensorboard:
+    def test_without_tensorboard_the_way_out_is_said(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        with pytest.raises(UserError, match=r"pip install \"amc-netadapt\[tensorboard\]\""):
+            TensorboardTracker(tmp_path)
+
+    def test_a_resumed_run_holds_each_step_once(self, tmp_path: Path) -> None:
+        pytest.importorskip("tensorboard", reason="the extra 'tensorboard' is not installed")
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        for episodes in (range(3), range(5)):
+            tracker = TensorboardTracker(tmp_path)
+            log_run(tracker, episodes)
+            tracker.summary({"pruned/accuracy": 0.9})
+            tracker.close()
+        events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        assert [event.step for event in events.Scalars("episode/reward")] == list(range(5))
+
+
+def test_trackers_pass_every_call_on_in_order(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    class Recorder(NoTracker):
+        def log(self, metrics: object, step: int) -> None:
+            calls.append(f"log {step}")
+
+        def summary(self, values: object) -> None:
+            calls.append("summary")
+
+        def image(self, name: str, path: Path) -> None:
+            calls.append(name)
+
+        def close(self) -> None:
+            calls.append("close")
+
+    with Trackers([Recorder(), CsvTracker(tmp_path), Recorder()]) as trackers:
+        trackers.log(episode_row(0), 0)
+        trackers.summary({"a": 1})
+        trackers.image("plots/reward", tmp_path / "reward.png")
+    assert calls == ["log 0"] * 2 + ["summary"] * 2 + ["plots/reward"] * 2 + ["close"] * 2
+
+
+@pytest.mark.parametrize("option", ["none", "wandb", "tensorboard"])
+def test_every_option_names_a_tracker_that_takes_its_keys(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import yaml
+    from hydra.utils import instantiate
+
+    conf = Path(tracking.__file__).parents[1] / "conf" / "tracker" / f"{option}.yaml"
+    chosen = yaml.safe_load(conf.read_text())
+    if option == "tensorboard":
+        pytest.importorskip("tensorboard", reason="the extra 'tensorboard' is not installed")
+    if option == "wandb":
+        chosen["mode"] = "disabled"
+    tracker = instantiate(chosen, folder=str(tmp_path))
+    log_run(tracker, range(2))
+    tracker.close()
+    assert type(tracker).__name__ == chosen["_target_"].rsplit(".", 1)[1]

@@ -1,0 +1,289 @@
+"""Augmentation is a shift and a flip, draws are the batches' own, and a seed gives the same weights twice."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from amc_env.errors import UserError
+from search.data import Data, Split, from_loaders
+from search.models import ResNet
+from search.training import (
+    AugmentedBatches,
+    LoaderBatches,
+    Recipe,
+    Schedule,
+    crop_and_flip,
+    fastest_layout,
+    finetune,
+    train,
+    training_batches,
+)
+
+
+class FlattenByView(nn.Module):
+    """A network as users write it: `view` on feature maps, which does not run in channels-last."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.dropout = nn.Dropout(dropout)
+        self.linear = nn.Linear(4 * 64, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.dropout(F.relu(self.conv(x))).view(x.shape[0], -1))
+
+
+def state_after(data: Data, seed: int = 0, epochs: int = 2, dropout: float = 0.0) -> dict[str, torch.Tensor]:
+    """Weights after fine-tuning one and the same network."""
+    torch.manual_seed(1)
+    model = FlattenByView(dropout) if dropout else ResNet(8, classes=4)
+    batches = AugmentedBatches(data.train, data, 16, 0 if dropout else seed, "cpu")
+    finetune(model, batches, epochs=epochs, lr=0.05, seed=seed)
+    return model.state_dict()
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+# ---------------------------------------------------------------------------------------------- augmentation
+
+
+def test_every_augmented_image_is_a_shift_and_flip_of_its_original() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(1, 256, (200, 3, 8, 8), generator=generator, dtype=torch.uint8)
+    augmented = crop_and_flip(images, generator)
+    padded = F.pad(images, (4, 4, 4, 4))
+    used = set()
+    for original, result in zip(padded, augmented, strict=True):
+        crops = {
+            (top, left, flip): crop.flip(2) if flip else crop
+            for top, left, flip in itertools.product(range(9), range(9), (False, True))
+            for crop in [original[:, top : top + 8, left : left + 8]]
+        }
+        matches = [key for key, crop in crops.items() if torch.equal(crop, result)]
+        assert matches
+        used.update(matches)
+    assert {top for top, _, _ in used} == {left for _, left, _ in used} == set(range(9))
+    assert {flip for _, _, flip in used} == {False, True}
+
+
+def test_batches_cover_the_split_once_and_change_order(small_data: Data) -> None:
+    marked = Split(torch.arange(64, dtype=torch.float32).view(-1, 1, 1, 1), torch.arange(64))
+    batches = AugmentedBatches(marked, small_data, 16, 0, "cpu")
+    epochs = [torch.cat([labels for _, labels in batches]).tolist() for _ in range(2)]
+    assert len(batches) == 4
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(64))
+    assert epochs[0] != epochs[1]
+    for images, labels in batches:
+        assert torch.equal(images.flatten().long(), labels)
+
+
+def test_batches_are_normalised_and_augmented_only_where_asked(small_data: Data) -> None:
+    for data in (small_data, replace(small_data, augment=True)):
+        images, labels = next(iter(AugmentedBatches(data.train, data, 64, 0, "cpu")))
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(labels, data.train.labels[order])
+        untouched = torch.equal(images, data.normalise(data.train.images[order]))
+        assert untouched is not data.augment
+        assert images.dtype == torch.float32
+
+
+def test_an_incomplete_last_batch_is_left_out_and_a_small_split_is_one_batch(small_data: Data) -> None:
+    assert [len(labels) for _, labels in AugmentedBatches(small_data.train, small_data, 30, 0, "cpu")] == [
+        30,
+        30,
+    ]
+    assert [len(labels) for _, labels in AugmentedBatches(small_data.train, small_data, 500, 0, "cpu")] == [
+        64
+    ]
+    with pytest.raises(UserError, match="finetune.batch_size=0"):
+        AugmentedBatches(small_data.train, small_data, 0, 0, "cpu")
+
+
+def test_a_seed_gives_the_same_batches_and_the_global_state_is_left_alone(small_data: Data) -> None:
+    data = replace(small_data, augment=True)
+    torch.manual_seed(0)
+    first = [images for images, _ in AugmentedBatches(data.train, data, 16, 5, "cpu")]
+    before = torch.get_rng_state()
+    second = [images for images, _ in AugmentedBatches(data.train, data, 16, 5, "cpu")]
+    other = [images for images, _ in AugmentedBatches(data.train, data, 16, 6, "cpu")]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.cat(first), torch.cat(second))
+    assert not torch.equal(torch.cat(first), torch.cat(other))
+
+
+# ---------------------------------------------------------------------------------------------- fine-tuning
+
+
+def test_finetuning_twice_gives_the_same_weights_to_the_bit(small_data: Data) -> None:
+    data = replace(small_data, augment=True)
+    first = state_after(data, seed=3)
+    torch.rand(5)
+    assert same(first, state_after(data, seed=3))
+    assert not same(first, state_after(data, seed=4))
+
+
+def test_dropout_draws_from_the_seed_and_not_from_the_global_state(small_data: Data) -> None:
+    first = state_after(small_data, seed=3, dropout=0.5)
+    before = torch.get_rng_state()
+    assert same(first, state_after(small_data, seed=3, dropout=0.5))
+    torch.manual_seed(1)
+    FlattenByView()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not same(first, state_after(small_data, seed=4, dropout=0.5))
+
+
+def test_only_training_images_are_read(small_data: Data) -> None:
+    poisoned = Split(torch.full((4, 3, 8, 8), torch.nan), torch.zeros(4, dtype=torch.int64))
+    assert same(state_after(replace(small_data, search=poisoned, test=poisoned)), state_after(small_data))
+
+
+def test_finetuning_learns_and_reports_every_epoch(small_data: Data) -> None:
+    torch.manual_seed(0)
+    model = ResNet(8, classes=4)
+    reports: list[tuple[int, float, float, float]] = []
+    batches = training_batches(small_data, 16, 0, "cpu")
+    finetune(model, batches, epochs=12, lr=0.05, on_epoch=lambda *report: reports.append(report))
+    assert [epoch for epoch, *_ in reports] == list(range(1, 13))
+    assert reports[-1][1] < 0.5 * reports[0][1]
+    assert [lr for _, _, lr, _ in reports] == sorted((lr for _, _, lr, _ in reports), reverse=True)
+    assert all(seconds > 0 for *_, seconds in reports)
+    assert not model.training
+    with torch.no_grad():
+        predicted = model(small_data.normalise(small_data.test.images)).argmax(1)
+    assert (predicted == small_data.test.labels).double().mean() > 0.9
+
+
+def test_the_first_step_is_sgd_by_hand(small_data: Data) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    weight = model[1].weight.detach().clone()
+    images = small_data.normalise(small_data.train.images)
+    loss = F.cross_entropy(model(images), small_data.train.labels)
+    (gradient,) = torch.autograd.grad(loss, model[1].weight)
+    batches = AugmentedBatches(small_data.train, small_data, 64, 0, "cpu")
+    finetune(model, batches, epochs=1, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True)
+    # The first Nesterov step goes along (1 + momentum) times the gradient with decay.
+    expected = weight - 0.1 * 1.9 * (gradient + 0.01 * weight)
+    assert torch.allclose(model[1].weight, expected, atol=1e-6)
+
+
+def test_frozen_parameters_and_fixed_selections_stay(small_data: Data) -> None:
+    model = ResNet(8, "selection", classes=4)
+    model.conv1.weight.requires_grad_(False)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    batches = AugmentedBatches(small_data.train, small_data, 16, 0, "cpu")
+    finetune(model, batches, epochs=1, lr=0.1)
+    after = model.state_dict()
+    for name in ("conv1.weight", "layer2.0.shortcut.weight", "layer3.0.shortcut.weight"):
+        assert torch.equal(after[name], before[name])
+    assert not torch.equal(after["layer2.0.conv1.weight"], before["layer2.0.conv1.weight"])
+
+
+def test_the_layout_is_channels_last_where_the_network_runs_in_it() -> None:
+    example = torch.randn(2, 3, 8, 8)
+    assert fastest_layout(ResNet(8), example) is torch.channels_last
+    by_view = FlattenByView()
+    assert fastest_layout(by_view, example) is torch.contiguous_format
+    assert by_view.conv.weight.is_contiguous()
+
+
+def test_weights_are_contiguous_afterwards(small_data: Data) -> None:
+    assert all(value.is_contiguous() for value in state_after(small_data, epochs=1).values())
+
+
+def test_no_epochs_change_nothing(small_data: Data) -> None:
+    torch.manual_seed(1)
+    assert same(ResNet(8, classes=4).state_dict(), state_after(small_data, epochs=0))
+
+
+def test_the_schedule_rises_in_a_line_and_falls_along_a_cosine() -> None:
+    schedule = Schedule(peak=1.0, steps=12, warmup=4)
+    rates = [schedule(step) for step in range(13)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[8] == pytest.approx(0.5)
+    assert rates[12] == pytest.approx(0.0)
+
+
+def test_a_diverging_loss_is_one_clear_message(small_data: Data) -> None:
+    batches = AugmentedBatches(small_data.train, small_data, 16, 0, "cpu")
+    with pytest.raises(UserError, match="loss is no longer finite by step .* lower finetune.lr_fraction"):
+        finetune(FlattenByView(), batches, epochs=20, lr=1e12)
+
+
+def test_settings_out_of_range_are_listed_together(small_data: Data) -> None:
+    batches = AugmentedBatches(small_data.train, small_data, 16, 0, "cpu")
+    model = FlattenByView().requires_grad_(False)
+    with pytest.raises(UserError, match="finetune.epochs=-1.*learning rate nan.*nothing to train"):
+        finetune(model, batches, epochs=-1, lr=float("nan"))
+
+
+# --------------------------------------------------------------------------------------------------- loaders
+
+
+def loader_data(small_data: Data, loader: object | None = None) -> Data:
+    """The small data through the user's own loaders."""
+
+    def dataset(split: Split) -> TensorDataset:
+        return TensorDataset(small_data.normalise(split.images), split.labels)
+
+    training = DataLoader(dataset(small_data.train), 16, shuffle=True)
+    found = from_loaders(training, DataLoader(dataset(small_data.search), 16), calibration_images=20)
+    return found if loader is None else replace(found, loader=loader)
+
+
+def test_the_users_loader_is_what_is_trained_on(small_data: Data) -> None:
+    data = loader_data(small_data)
+    batches = training_batches(data, 99, 0, "cpu")
+    assert isinstance(batches, LoaderBatches)
+    assert len(batches) == 4
+    states = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        model = ResNet(8, classes=4)
+        torch.rand(len(states) + 1)
+        finetune(model, batches, epochs=2, lr=0.05, seed=7)
+        states.append(model.state_dict())
+    assert same(*states)
+
+
+def test_loaders_that_cannot_be_trained_on_are_refused(small_data: Data) -> None:
+    with pytest.raises(UserError, match="train_loader has no length"):
+        training_batches(loader_data(small_data, iter([])), 16, 0, "cpu")
+
+    class Once:
+        """A loader that can be read one time only."""
+
+        def __init__(self, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+            self.batches = iter(batches)
+            self.length = len(batches)
+
+        def __len__(self) -> int:
+            return self.length
+
+        def __iter__(self) -> object:
+            return self.batches
+
+    once = Once([(small_data.normalise(small_data.train.images), small_data.train.labels)])
+    batches = training_batches(loader_data(small_data, once), 16, 0, "cpu")
+    with pytest.raises(UserError, match="no batch in epoch 2"):
+        finetune(FlattenByView(), batches, epochs=2, lr=0.01)
+
+
+# ------------------------------------------------------------------------------------------------ from scratch
+
+
+def test_training_from_scratch_is_deterministic_and_learns(small_data: Data) -> None:
+    recipe = Recipe(epochs=8, lr=0.05, batch_size=16, seed=4)
+    before = torch.get_rng_state()
+    models = [train(lambda: ResNet(8, classes=4), small_data, recipe) for _ in range(2)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert same(models[0].state_dict(), models[1].state_dict())
+    with torch.no_grad():
+        predicted = models[0](small_data.normalise(small_data.test.images)).argmax(1)
+    assert (predicted == small_data.test.labels).double().mean() > 0.9
