@@ -20,7 +20,7 @@ from stable_baselines3 import DDPG
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import mse_loss
 
 from agents.base import Agent, FiniteReward, SearchTask
 from agents.exploration import WARMUPS, TruncatedNormalNoise, Warmup
@@ -158,7 +158,7 @@ class AMCDDPG(DDPG):
                     goal = goal + (1 - batch.dones) * self.gamma * _value(
                         target_critic, then, target_actor(then)
                     )
-            critic_loss = F.mse_loss(_value(critic, batch.observations, batch.actions), goal)
+            critic_loss = mse_loss(_value(critic, batch.observations, batch.actions), goal)
             _descend(critic_loss, critic, self.critic.optimizer)
             actor_loss = -_value(critic, batch.observations, actor(batch.observations)).mean()
             _descend(actor_loss, actor, self.actor.optimizer)

@@ -122,8 +122,8 @@ class PruningEnv(gymnasium.Env[Observation, Action]):
         if handle.enforce_budget and getattr(handle.reward, "needs_bound_off", False):
             raise UserError(
                 f"reward {getattr(handle.reward, 'name', handle.reward)!r} judges strategies that miss the "
-                "budget, and the bound on the action never lets one miss it; set enforce_budget=False, or use "
-                "reward=error"
+                "budget, and the bound on the action never lets one miss it; set enforce_budget=False, or "
+                "use reward=error"
             )
         self.handle = handle
         most = float(np.max(handle.problem.maxima))

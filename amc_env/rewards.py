@@ -54,7 +54,7 @@ class Reward(ABC):
         if not 0.0 <= accuracy <= 1.0:  # NaN compares false and lands here too
             raise UserError(
                 f"reward {self.name!r} was given accuracy {accuracy}; it must be a number in [0, 1]. "
-                "Check the weights and the data for NaN, and that the evaluator returns a share, no percentage"
+                "Check weights and data for NaN, and that the evaluator returns a share, no percentage"
             )
         return self.value(1.0 - accuracy, costs, met)
 

@@ -6,7 +6,9 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -16,6 +18,22 @@ from amc_env.errors import UserError
 
 USER_MISTAKE = 2
 INTERRUPTED = 130
+
+
+Application = TypeVar("Application", bound=Callable[..., Any])
+
+
+def application(function: Application) -> Application:
+    """Decorates what `hydra.main` runs: a user's mistake ends it here, before Hydra adds lines of its own."""
+
+    @wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (UserError, HydraException, OmegaConfBaseException) as error:
+            sys.exit(_refused(error))
+
+    return cast(Application, guarded)
 
 
 def run_command(command: Callable[[], object]) -> int:
@@ -28,11 +46,15 @@ def run_command(command: Callable[[], object]) -> int:
     try:
         command()
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        print(f"error: {_line(error)}", file=sys.stderr)  # noqa: T201 -- the one line a mistake ends with
-        return USER_MISTAKE
+        return _refused(error)
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0
+
+
+def _refused(error: BaseException) -> int:
+    print(f"error: {_line(error)}", file=sys.stderr)  # noqa: T201 -- the one line that a mistake ends with
+    return USER_MISTAKE
 
 
 def _line(error: BaseException) -> str:

@@ -195,9 +195,9 @@ def from_loaders(
     count = classes if classes is not None else 1 + max(int(part.labels.max()) for part in parts.values())
     for name, part in parts.items():
         check_split(name, part, count)
-        if part.images.shape[1:] != search.images.shape[1:]:
-            shapes = f"{tuple(part.images.shape[1:])} and val_loader {tuple(search.images.shape[1:])}"
-            raise UserError(f"{name} has images of shape {shapes}: all loaders must give one shape")
+    shapes = {name: tuple(part.images.shape[1:]) for name, part in parts.items()}
+    if len(set(shapes.values())) > 1:
+        raise UserError(f"images of several shapes, where all loaders must give one: {shapes}")
     return Data(
         name="loaders",
         train=train,

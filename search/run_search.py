@@ -9,7 +9,7 @@ import hydra
 from omegaconf import DictConfig
 
 from search import wiring
-from search.commands import command_line, run_command, run_folder
+from search.commands import application, command_line, run_command, run_folder
 from search.pipeline import Context, run
 from search.progress import final_table
 from search.report import write_report
@@ -18,7 +18,8 @@ log = logging.getLogger(__name__)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="search")
-def application(cfg: DictConfig) -> float:
+@application
+def main_job(cfg: DictConfig) -> float:
     """One run of the main job.
 
     Returns:
@@ -62,7 +63,7 @@ def _summary(result: dict[str, object]) -> dict[str, float]:
 
 def main() -> None:
     """The console script."""
-    sys.exit(run_command(application))
+    sys.exit(run_command(main_job))
 
 
 if __name__ == "__main__":

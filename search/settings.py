@@ -142,7 +142,7 @@ class ScoringSettings:
         channels_last: Memory format of images and convolution weights.
     """
 
-    batch_size: int = 250
+    batch_size: int = 100
     channels_last: bool = True
 
     def __post_init__(self) -> None:

@@ -167,7 +167,7 @@ def finetune(
     On the CPU the same seed, batches and thread count give the same weights to the bit.
 
     Args:
-        batches: on `device`, where the model is brought too and stays.
+        batches: on `device`, where the model is brought too.
         lr: peak learning rate, absolute.
         warmup_epochs: epochs in which the rate rises linearly to `lr`.
         on_epoch: called with (epoch from 1, mean loss, learning rate of its last step, seconds).
@@ -178,8 +178,7 @@ def finetune(
     steps = len(batches)
     weights = [parameter for parameter in model.to(device).parameters() if parameter.requires_grad]
     _check_settings(epochs, lr, steps, len(weights))
-    nesterov = nesterov and momentum > 0
-    optimizer = torch.optim.SGD(weights, lr, momentum, weight_decay=weight_decay, nesterov=nesterov)
+    optimizer = torch.optim.SGD(weights, lr, momentum, 0, weight_decay, nesterov and momentum > 0)
     step = _Step(model, optimizer, fastest_layout(model, batches.example), torch.device(device))
     schedule = Schedule(lr, epochs * steps, warmup_epochs * steps)
     with seeded(seed):
@@ -294,9 +293,23 @@ def _check_settings(epochs: int, lr: float, steps: int, weights: int) -> None:
 
 
 def train(build: Callable[[], nn.Module], data: Data, recipe: Recipe) -> nn.Module:
-    """A network trained on `data.train` from random weights, on the CPU, in eval mode."""
+    """A network trained on `data.train` from random weights, on the CPU, in eval mode.
+
+    On one thread: the weights are then the same whatever number of threads the run has, and networks small
+    enough to be trained here gain nothing from a second one.
+    """
     with seeded(recipe.seed):
         model = build()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        _train(model, data, recipe)
+    finally:
+        torch.set_num_threads(threads)
+    return model
+
+
+def _train(model: nn.Module, data: Data, recipe: Recipe) -> None:
     batches = AugmentedBatches(data.train, data, recipe.batch_size, recipe.seed, "cpu")
     finetune(
         model,
@@ -308,4 +321,3 @@ def train(build: Callable[[], nn.Module], data: Data, recipe: Recipe) -> nn.Modu
         warmup_epochs=recipe.warmup_epochs,
         seed=recipe.seed,
     )
-    return model

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep what tests decode or train in pytest's cache: out of the user's folder, and there for the next run."""
+    """Keep what tests decode or train in pytest's cache: not in the user's, and there for the next run."""
     if "PRUNING_CACHE" not in os.environ and hasattr(config, "cache"):
         os.environ["PRUNING_CACHE"] = str(config.cache.mkdir("pruning"))
 

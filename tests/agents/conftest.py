@@ -84,8 +84,7 @@ class Toy:
         return PruningEnv(EnvHandle(self.problem, self.encoder, self.score_one, self.reward, self.bounded))
 
     def task(self, episodes: int, seed: int = 1, **more: object) -> SearchTask:
-        return SearchTask(self.problem, self.env(), self.score, episodes, seed, **more)  # type:
-        ignore[arg - type]
+        return SearchTask(self.problem, self.env(), self.score, episodes, seed, **more)
 
     def run(self, agent: Agent, episodes: int, seed: int = 1) -> Toy:
         agent.search(self.task(episodes, seed))
@@ -102,6 +101,6 @@ def toy() -> Callable[..., Toy]:
     """Builds toy searches; by default of four layers, the second of which must not be cut."""
 
     def build(accuracy: Callable[[np.ndarray], float] = one_fragile_layer, **more: object) -> Toy:
-        return Toy(accuracy, **more)  # type: ignore[arg-type]
+        return Toy(accuracy, **more)
 
     return build

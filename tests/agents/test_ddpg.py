@@ -6,9 +6,11 @@ import random
 import numpy as np
 import pytest
 import torch
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from agents.baselines import Random
-from agents.ddpg import DDPGAgent, one_thread
+from agents.ddpg import AMCDDPG, DDPGAgent, one_thread
+from agents.exploration import WARMUPS
 
 SMALL = {"warmup_episodes": 15, "hidden": (64, 64), "warmup": "landing"}
 
@@ -137,6 +139,26 @@ def test_minus_infinity_is_told_as_the_stand_in_and_learnt_from(toy) -> None:
     assert -3.0 in stored
     assert all(math.isfinite(reward) for reward in stored)
     assert all(torch.isfinite(p).all() for p in learner.policy.parameters())
+
+
+def test_two_environments_at_once_end_their_episodes_together_and_are_all_learnt_from(toy) -> None:
+    search = toy()
+    rng = np.random.default_rng(0)
+    learner = AMCDDPG(
+        DummyVecEnv([search.env, search.env]),
+        DDPGAgent(**SMALL | {"warmup_episodes": 4}),
+        steps=4,
+        warmup=WARMUPS["landing"](search.problem, rng),
+        rng=rng,
+        seed=1,
+    )
+    learner.learn(8 * 4, log_interval=None)
+    assert len(search.scored) == 8
+    assert learner.replay_buffer.size() == 8 * 4
+    assert learner._n_updates == 4 * 4  # one a step of the four episodes after the warm-up
+    assert set(learner.replay_buffer.rewards[:32, 0].tolist()) <= {
+        float(np.float32(r)) for r in search.rewards
+    }
 
 
 def test_a_search_without_a_budget_runs(toy) -> None:

@@ -1,4 +1,4 @@
-"""Splits are disjoint, balanced and fixed; what is wrong with a source is said in one line before any work."""
+"""Splits are disjoint, balanced and fixed; what is wrong with a source is said in one line."""
 
 import io
 from pathlib import Path
@@ -344,7 +344,7 @@ def test_bad_loaders_are_refused() -> None:
         "val_loader: NaN or infinite pixels in 4 images": (good, nan),
         "test_loader: 1 labels outside 0..4": (good, good, loader(1, torch.tensor([7]))),
         "train_loader gives batches of Tensor": (torch.zeros(2, 3), good),
-        "train_loader has images of shape": (loader(20, size=6), good),
+        "images of several shapes.*train_loader": (loader(20, size=6), good),
         "val_loader: its batches do not fit": (good, [*loader(8), *loader(8, size=6)]),
     }
     for message, loaders in cases.items():

@@ -1,4 +1,4 @@
-"""Networks have their published sizes, layouts and accuracies; weights that do not fit are refused in one line."""
+"""Networks have their published sizes, layouts and accuracies; weights that do not fit are refused."""
 
 import hashlib
 from pathlib import Path
