@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,20 @@ def settings_of(cfg: DictConfig, original_lr: float) -> Settings:
 
 def _agent(cfg: DictConfig) -> Agent:
     agent = built(cfg.agent)
+    assert isinstance(agent, Agent)
+    return agent
+
+
+def default_agent(name: str) -> Agent:
+    """An agent with the settings of its file in conf/agent.
+
+    Raises:
+        UserError: There is no agent of that name.
+    """
+    files = {Path(file.name).stem: file for file in resources.files("conf").joinpath("agent").iterdir()}
+    if name not in files:
+        raise UserError(f"unknown agent {name!r}; there are {', '.join(sorted(files))}")
+    agent = built(DictConfig(OmegaConf.create(files[name].read_text())))
     assert isinstance(agent, Agent)
     return agent
 

@@ -26,8 +26,8 @@ class Norm:
             consuming layer), those that write them, or all.
     """
 
-    p: Literal[1, 2] = 1
-    members: Literal["consumers", "producers", "all"] = "consumers"
+    p: Literal[1, 2] = 2
+    members: Literal["consumers", "producers", "all"] = "all"
 
     def scores(self, model: nn.Module, graph: LayerGraph) -> tuple[Tensor, ...]:
         """The score of every unit, one float64 tensor [units] a group; higher stays longer."""

@@ -1,0 +1,136 @@
+"""The main job from Python, on a network and data of one's own."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from agents.base import Agent
+from amc_env.errors import UserError
+from amc_env.pruning.candidate import Keeps
+from search.data import Data, from_loaders
+from search.pipeline import Context, run
+from search.report import write_report
+from search.settings import BudgetSettings, FinetuneSettings, Settings
+from search.tracking import CsvTracker
+from search.wiring import default_agent
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """What `compress` gives back.
+
+    Attributes:
+        model: The small network, in eval mode, on the CPU.
+        strategy: Pruning ratio (share removed) of each decision.
+        result: The content of result.json; every accuracy says which split it is on.
+        folder: The run folder: weights, exports, journal, report.
+        keeps: What stayed of the original's channels, by module and side.
+    """
+
+    model: nn.Module
+    strategy: dict[str, float]
+    result: dict[str, Any]
+    folder: Path
+    keeps: Keeps
+
+
+def compress(
+    module: nn.Module,
+    train_loader: Iterable[Any],
+    val_loader: Iterable[Any],
+    *,
+    budget: float | Mapping[str, float] = 0.5,
+    agent: str | Agent = "ddpg",
+    test_loader: Iterable[Any] | None = None,
+    episodes: int = 300,
+    finetune: FinetuneSettings | int = 10,
+    original_lr: float = 0.1,
+    folder: str | Path | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    settings: Settings | None = None,
+) -> Compressed:
+    """Searches pruning ratios for a trained classifier, prunes and fine-tunes it.
+
+    Args:
+        module: The trained network, inputs [N, ...] to logits [N, classes]. It is not changed.
+        train_loader: Batches (images, labels) for calibration and fine-tuning, normalised and augmented as the network
+            wants them.
+        val_loader: Batches that candidates are judged on: not the test data, and best not seen in training.
+        budget: Share of the original's MACs that may remain, in (0, 1]; or shares by cost, ``{"macs": 0.5,
+            "params": 0.4}``; all of them hold.
+        agent: ``ddpg``, ``random``, ``uniform``, or an agent of one's own.
+        test_loader: Batches for the final figures; without it they are on the validation batches, and say so.
+        episodes: Episodes of the search, or evaluations of an agent that does not step.
+        finetune: Epochs of fine-tuning, 0 for none, or all of its settings.
+        original_lr: Peak learning rate that the network was trained with; fine-tuning takes a tenth of it by default.
+        folder: The run folder; called again with the same folder and arguments, a stopped run goes on. By default
+            one is made under ``outputs``.
+        seed: Of everything that is drawn.
+        device: Where networks run.
+        settings: Everything else (repair, criterion, channel multiple, export); its fields that have an argument here
+            are overruled by it.
+
+    Raises:
+        UserError: Whatever is wrong with network, data or settings, in one message, before anything expensive.
+    """
+    budgets = budget if isinstance(budget, Mapping) else {"macs": budget}
+    chosen = default_agent(agent) if isinstance(agent, str) else agent
+    base = Settings(agent=chosen, episodes=episodes) if settings is None else settings
+    base = replace(
+        base,
+        agent=chosen,
+        episodes=episodes,
+        budgets=tuple(BudgetSettings(cost, ratio) for cost, ratio in budgets.items()),
+        finetune=FinetuneSettings(epochs=finetune) if isinstance(finetune, int) else finetune,
+        original_lr=original_lr,
+        seed=seed,
+        device=device,
+    )
+    network = copy.deepcopy(module).cpu().eval()
+    data = from_loaders(train_loader, val_loader, test_loader, base.repair.images, _outputs(network, val_loader))
+    place = _folder(folder)
+    name = type(module).__name__
+    finished = run(network, data, base, Context(place, CsvTracker(place).log, name, _config(base, data), "compress"))
+    write_report(place)
+    return Compressed(finished.model.cpu(), finished.strategy, finished.result, place, finished.keeps)
+
+
+def _outputs(network: nn.Module, val_loader: Iterable[Any]) -> int:
+    """Number of logits, from one batch."""
+    for batch in val_loader:
+        try:
+            with torch.no_grad():
+                logits = network(torch.as_tensor(batch[0][:1], dtype=torch.float32))
+        except Exception as error:  # whatever a user's network and loader do not agree on
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"the network does not run on the first batch of val_loader: {reason}") from error
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+            raise UserError(
+                "the network's output must be one tensor of logits [N, classes]; got "
+                f"{tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__}"
+            )
+        return logits.shape[1]
+    raise UserError("val_loader gives no batch")
+
+
+def _folder(folder: str | Path | None) -> Path:
+    place = Path("outputs", *time.strftime("%Y-%m-%d/%H-%M-%S").split("/")) if folder is None else Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def _config(settings: Settings, data: Data) -> dict[str, Any]:
+    """What evaluations depend on, for the journal's header."""
+    parts = ("agent", "budgets", "granularity", "criterion", "repair", "finalists", "reward", "scoring")
+    config: dict[str, Any] = {part: repr(getattr(settings, part)) for part in parts}
+    config["search"] = {"episodes": settings.episodes, "images": len(data.search)}
+    return config | {"seed": settings.seed, "enforce_budget": settings.enforce_budget}

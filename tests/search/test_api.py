@@ -1,0 +1,122 @@
+"""compress on a network and loaders that are not this project's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from amc_env.errors import UserError
+from search import compress, load_pruned
+from search.settings import LatencySettings, Settings
+from search.wiring import default_agent
+
+
+class Own(nn.Module):
+    """A network with a concatenation that the project has never seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.left = nn.Conv2d(8, 8, 3, padding=1)
+        self.right = nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        x = torch.cat([torch.relu(self.left(x)), torch.relu(self.right(x))], 1)
+        return self.head(x.mean((2, 3)))
+
+
+def loader(count: int, seed: int, channels: int = 1) -> DataLoader[tuple[Tensor, ...]]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, channels, 6, 6, generator=generator)
+    labels = torch.randint(3, (count,), generator=generator)
+    return DataLoader(TensorDataset(images, labels), batch_size=16)
+
+
+def quick(agent: str = "random") -> Settings:
+    return Settings(agent=default_agent(agent), episodes=4, export=("safetensors",), latency=LatencySettings(repeats=0))
+
+
+def own() -> Own:
+    torch.manual_seed(0)
+    return Own()
+
+
+def test_compress_gives_a_smaller_network_that_loads_onto_the_class(tmp_path: Path) -> None:
+    module = own()
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    small = compress(
+        module,
+        loader(64, 1),
+        loader(32, 2),
+        budget=0.5,
+        agent="random",
+        episodes=4,
+        finetune=1,
+        folder=tmp_path,
+        settings=quick(),
+    )
+    assert small.result["pruned"]["macs"] <= 0.5 * small.result["base"]["macs"]
+    assert small.result["finetuned"]["split"] == "search"  # no test loader: the figures say so
+    assert sum(p.numel() for p in small.model.parameters()) == small.result["finetuned"]["params"]
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    restored = load_pruned(own(), tmp_path)
+    x = torch.randn(5, 1, 6, 6)
+    with torch.no_grad():
+        assert torch.equal(restored(x), small.model(x))
+    assert (tmp_path / "report.html").exists()
+
+
+def test_several_budgets_all_hold_and_the_test_split_is_named(tmp_path: Path) -> None:
+    small = compress(
+        own(),
+        loader(64, 1),
+        loader(32, 2),
+        budget={"macs": 0.7, "params": 0.4},
+        agent="uniform",
+        test_loader=loader(32, 3),
+        episodes=1,
+        finetune=0,
+        folder=tmp_path,
+        settings=quick("uniform"),
+    )
+    base, pruned = small.result["base"], small.result["pruned"]
+    assert pruned["macs"] <= 0.7 * base["macs"]
+    assert pruned["params"] <= 0.4 * base["params"]
+    assert {budget["cost"] for budget in small.result["budgets"]} == {"macs", "params"}
+    assert pruned["split"] == "test"
+    assert small.result["finetuned"] is None
+
+
+def test_compress_goes_on_in_its_folder(tmp_path: Path) -> None:
+    def once() -> str:
+        compress(
+            own(), loader(64, 1), loader(32, 2), agent="random", episodes=4, finetune=0, folder=tmp_path, settings=quick()
+        )
+        return (tmp_path / "evaluations.jsonl").read_text()
+
+    first = once()
+    assert once() == first
+    assert len(first.splitlines()) > 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budget": 1.5}, "budget.ratio"),
+        ({"budget": {"energy": 0.5}}, "one of macs, params"),
+        ({"budget": 0.001}, "least"),
+        ({"agent": "genius"}, "ddpg, random, uniform"),
+        ({"val_loader": loader(0, 2)}, "val_loader"),
+        ({"val_loader": loader(16, 2, channels=2)}, "does not run"),
+    ],
+)
+def test_mistakes_are_said_in_one_message(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    arguments = {"train_loader": loader(64, 1), "val_loader": loader(32, 2), "episodes": 2, "finetune": 0} | change
+    with pytest.raises(UserError, match=message):
+        compress(own(), **arguments, folder=tmp_path, settings=quick())  # type: ignore[arg-type]
