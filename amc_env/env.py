@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,8 @@ class EnvHandle:
         score: Scores a whole strategy; called once an episode, at its last step.
         reward: Turns accuracy, costs and "budget met" into the reward.
         enforce_budget: Raise each action to the least ratio from which the budgets can still be met.
+        fill_budget: At the last step, lower all ratios together as far as the budgets allow before the strategy is
+            scored. Not in AMC: its bound only raises actions, so episodes often end far below the budget.
     """
 
     problem: Problem
@@ -44,6 +46,7 @@ class EnvHandle:
     score: Callable[[Strategy], Outcome]
     reward: RewardFunction
     enforce_budget: bool = True
+    fill_budget: bool = False
 
     def __copy__(self) -> EnvHandle:
         return self
@@ -173,13 +176,21 @@ class PruningEnv(gymnasium.Env[Observation, Action]):
     def _finish(self, info: dict[str, Any]) -> float:
         """Scores the strategy, adds what is known of it to ``info`` and returns its reward."""
         assert self._chosen is not None
-        strategy = self.handle.problem.strategy(self._chosen)
+        strategy = self.handle.problem.strategy(self._filled())
         outcome = self.handle.score(strategy)
         reward = float(self.handle.reward(outcome.accuracy, outcome.costs, outcome.met))
         if np.isnan(reward):
             raise UserError(f"the reward of accuracy {outcome.accuracy} and costs {outcome.costs} is NaN")
         info.update(accuracy=outcome.accuracy, met=outcome.met, strategy=strategy, outcome=outcome)
         return reward
+
+    def _filled(self) -> Sequence[int]:
+        """The counts to score: those chosen, or all lowered together until a budget is used up."""
+        assert self._chosen is not None
+        problem = self.handle.problem
+        if not self.handle.fill_budget or not problem.met(self._chosen):
+            return self._chosen
+        return problem.land([count / total for count, total in zip(self._chosen, problem.totals, strict=True)])
 
 
 def _ratio(action: Action, decision: str) -> float:

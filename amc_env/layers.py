@@ -41,6 +41,7 @@ class Layer:
         in_size: Height and width of its input; (positions, 1) for a linear layer.
         out_size: Height and width of its output.
         free: A fixed selection that costs nothing (an option-A shortcut): no MACs are charged, it is never repaired.
+        calls: How often one pass runs it; the positions of all calls are in ``out_size``.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Layer:
     in_size: tuple[int, int]
     out_size: tuple[int, int]
     free: bool = False
+    calls: int = 1
 
     @property
     def depthwise(self) -> bool:
@@ -174,10 +176,10 @@ def _trace(model: nn.Module, example: Tensor) -> LayerGraph:
     whole: list[Whole] = []
     for raw in _raw_groups(twin, example[:1]):
         found = _channel_group(raw, twin, layers)
-        if isinstance(found, Whole):
-            whole.append(found)
-        else:
+        if isinstance(found, ChannelGroup):
             groups.append(found)
+        else:
+            whole.extend(found)
     groups, refuted = _proved(twin, example, groups)
     seen = {member.module for group in groups for member in group.members if member.side == "out"}
     whole = [w for w in whole + refuted if w.name not in seen]
@@ -205,7 +207,7 @@ def _layers(model: nn.Module, example: Tensor) -> dict[str, Layer]:
             layers[layer.name] = layer
         else:  # a shared module: every call is paid for
             size = (before.out_size[0] * before.out_size[1] + layer.positions, 1)
-            layers[layer.name] = replace(before, out_size=size)
+            layers[layer.name] = replace(before, out_size=size, calls=before.calls + 1)
 
     handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     try:
@@ -277,9 +279,10 @@ def _raw_groups(model: nn.Module, example: Tensor) -> Iterator[list[tuple[nn.Mod
     """torch-pruning's groups as plain lists of (module, side, positions, root channels)."""
     try:
         # Fresh dictionaries: the library's mutable defaults would keep the copy alive.
-        graph = tp.DependencyGraph().build_dependency(
-            model, example_inputs=example, unwrapped_parameters=None, customized_pruners={}, verbose=False
-        )
+        with torch.enable_grad():  # it walks autograd's graph
+            graph = tp.DependencyGraph().build_dependency(
+                model, example_inputs=example, unwrapped_parameters=None, customized_pruners={}, verbose=False
+            )
         groups = list(graph.get_all_groups(ignored_layers=[], root_module_types=[nn.Conv2d, nn.Linear]))
     except Exception as error:  # the tracer gives up in many ways
         raise UserError(f"the network cannot be traced for coupled channels: {first_line(error)}") from error

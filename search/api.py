@@ -133,4 +133,6 @@ def _config(settings: Settings, data: Data) -> dict[str, Any]:
     parts = ("agent", "budgets", "granularity", "criterion", "repair", "finalists", "reward", "scoring")
     config: dict[str, Any] = {part: repr(getattr(settings, part)) for part in parts}
     config["search"] = {"episodes": settings.episodes, "images": len(data.search)}
-    return config | {"seed": settings.seed, "enforce_budget": settings.enforce_budget}
+    for name in ("seed", "enforce_budget", "fill_budget"):
+        config[name] = getattr(settings, name)
+    return config

@@ -254,7 +254,12 @@ def search(prepared: Prepared, context: Context, progress: Progress) -> tuple[Sc
         loop = Loop(evaluator, settings.reward, on_episode)
         encoder = Encoder(describe(prepared.graph, prepared.problem.grids), prepared.problem)
         handle = EnvHandle(
-            prepared.problem, encoder, loop.outcome, settings.reward, enforce_budget=settings.enforce_budget
+            prepared.problem,
+            encoder,
+            loop.outcome,
+            settings.reward,
+            enforce_budget=settings.enforce_budget,
+            fill_budget=settings.fill_budget,
         )
         settings.agent.search(
             SearchTask(

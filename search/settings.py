@@ -119,7 +119,7 @@ class FinetuneSettings:
     lr_fraction: float = 0.1
     batch_size: int = 128
     momentum: float = 0.9
-    weight_decay: float = 5e-4
+    weight_decay: float = 1e-4
 
     def __post_init__(self) -> None:
         _require(
@@ -179,6 +179,7 @@ class Settings:
         episodes: Episodes, or evaluations of agents that do not step.
         budgets: Limits that must hold; none for an accuracy-guaranteed search.
         enforce_budget: Whether the environment raises actions to the bound.
+        fill_budget: Whether the environment uses the budget up at an episode's end (not in AMC).
         seed: Of the agent, of calibration positions and of fine-tuning.
         device: Where networks run, as torch names it.
         export: Formats of the small network.
@@ -194,6 +195,7 @@ class Settings:
     finalists: FinalistSettings = field(default_factory=FinalistSettings)
     reward: RewardFunction = field(default_factory=Error)
     enforce_budget: bool = True
+    fill_budget: bool = True
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
     scoring: ScoringSettings = field(default_factory=ScoringSettings)
     latency: LatencySettings = field(default_factory=LatencySettings)

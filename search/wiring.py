@@ -73,6 +73,7 @@ def settings_of(cfg: DictConfig, original_lr: float) -> Settings:
             episodes=cfg.search.episodes,
             budgets=() if budget is None else (budget,),
             enforce_budget=cfg.enforce_budget,
+            fill_budget=cfg.fill_budget,
             export=tuple(cfg.export),
             original_lr=original_lr,
             seed=cfg.seed,
