@@ -8,6 +8,7 @@ they are believed. No graph is traced during a search.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -20,6 +21,8 @@ from amc_env.errors import UserError
 from amc_env.surgery import Keeps, resize, silence_inputs
 
 Side = Literal["in", "out"]
+Coupled = tuple[object, Side, list[int], list[int]]
+"""A module or parameter, its side, entries of that dimension, and the root channels that they go with."""
 CHANNELWISE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.PReLU)
 """Modules with one entry per channel: they are cut with the channels that pass through them."""
 
@@ -275,8 +278,8 @@ def channels_of(module: nn.Module, side: Side) -> int:
     return 0
 
 
-def _raw_groups(model: nn.Module, example: Tensor) -> Iterator[list[tuple[nn.Module, Side, list[int], list[int]]]]:
-    """torch-pruning's groups as plain lists of (module, side, positions, root channels)."""
+def _raw_groups(model: nn.Module, example: Tensor) -> Iterator[list[Coupled]]:
+    """torch-pruning's groups as plain lists, the root first."""
     try:
         # Fresh dictionaries: the library's mutable defaults would keep the copy alive.
         with torch.enable_grad():  # it walks autograd's graph
@@ -295,42 +298,39 @@ def _raw_groups(model: nn.Module, example: Tensor) -> Iterator[list[tuple[nn.Mod
 
 
 def _channel_group(
-    raw: list[tuple[nn.Module, Side, list[int], list[int]]], model: nn.Module, layers: Mapping[str, Layer]
-) -> ChannelGroup | Whole:
-    """Merges one raw group by (module, side), or says why its channels stay whole."""
+    raw: Sequence[Coupled], model: nn.Module, layers: Mapping[str, Layer]
+) -> ChannelGroup | list[Whole]:
+    """Merges one raw group by (module, side), or says of all its layers why their channels stay whole."""
     modules = dict(model.named_modules())
-    names = {module: name for name, module in modules.items()}
-    root = names[raw[0][0]]
+    names: dict[object, str] = {module: name for name, module in modules.items()}
+    reason = next((r for module, *_ in raw if (r := _unsupported(module, names))), None)
     pairs: dict[tuple[str, Side], set[tuple[int, int]]] = {}
     for module, side, positions, roots in raw:
-        reason = _unsupported(module, names)
-        if reason:
-            return Whole(root, reason)
-        if module not in names or not channels_of(module, side):
+        name = names.get(module, "")
+        if module not in names or not channels_of(modules[name], side):
             continue  # an operation of the tracer without a dimension of its own
-        layer = layers.get(names[module])
-        if not isinstance(module, nn.Conv2d | nn.Linear) or (layer and layer.depthwise):
+        if not isinstance(module, nn.Conv2d | nn.Linear) or (name in layers and layers[name].depthwise):
             side = "out"
-        pairs.setdefault((names[module], side), set()).update(zip(roots, positions, strict=True))
-    channels = channels_of(raw[0][0], "out")
-    blocks = max((layers[n].groups for n, _ in pairs if n in layers and not layers[n].depthwise), default=1)
-    try:
-        members = tuple(
-            _member((n, side), channels_of(modules[n], side), links, channels, blocks)
-            for (n, side), links in pairs.items()
-        )
-    except ValueError as error:
-        return Whole(root, str(error))
-    order = {name: layer.index for name, layer in layers.items()}
-    ran = [m for m in members if m.module in layers and not layers[m.module].depthwise]
-    producers = sorted((m.module for m in ran if m.side == "out"), key=order.__getitem__)
-    consumers = sorted((m.module for m in ran if m.side == "in"), key=order.__getitem__)
-    if not consumers:
-        return Whole(root, "its channels are the network's output")
-    return ChannelGroup(producers[0], channels // blocks, channels, members, tuple(producers), tuple(consumers))
+        pairs.setdefault((name, side), set()).update(zip(roots, positions, strict=True))
+    ran = sorted((layers[n].index, n, side) for n, side in pairs if n in layers and not layers[n].depthwise)
+    producers = tuple(name for _, name, side in ran if side == "out")
+    consumers = tuple(name for _, name, side in ran if side == "in")
+    if not (producers and consumers):
+        reason = reason or f"its channels are the network's {'output' if producers else 'input'}"
+    channels = channels_of(modules[names[raw[0][0]]], "out")
+    blocks = math.lcm(*(layers[name].groups for _, name, _ in ran))
+    members = []
+    for (name, side), links in pairs.items():
+        try:
+            members.append(_member((name, side), channels_of(modules[name], side), links, channels, blocks))
+        except ValueError as error:
+            reason = reason or str(error)
+    if reason:
+        return [Whole(name, reason) for name, side in pairs if side == "out" and name in layers]
+    return ChannelGroup(producers[0], channels // blocks, channels, tuple(members), producers, consumers)
 
 
-def _unsupported(module: nn.Module, names: Mapping[nn.Module, str]) -> str | None:
+def _unsupported(module: object, names: Mapping[object, str]) -> str | None:
     if isinstance(module, nn.Parameter):
         return f"its channels meet a parameter outside a module, of shape {tuple(module.shape)}"
     known = isinstance(module, (nn.Conv2d, nn.Linear, *CHANNELWISE)) or module not in names
@@ -352,7 +352,7 @@ def _member(
     table = torch.tensor([by_root[root] for root in range(channels)])
     units = channels // blocks
     table = table.reshape(blocks, units, -1).transpose(0, 1).reshape(units, -1)
-    if table.unique().numel() != table.numel():
+    if len(set(table.flatten().tolist())) != table.numel():
         raise ValueError(f"its channels overlap in {name}")
     return Member(name, side, size, table.sort(dim=1).values)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -12,12 +13,16 @@ from typing import Any, TypeVar, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from amc_env.errors import UserError
 
 USER_MISTAKE = 2
 INTERRUPTED = 130
+
+_NOISE = re.compile(r" Config search path:.*| full_key: \S*| object_type=\S*| See https://hydra\.cc\S*")
+"""What Hydra and OmegaConf add for people who look into their code."""
 
 
 Application = TypeVar("Application", bound=Callable[..., Any])
@@ -59,10 +64,15 @@ def _refused(error: BaseException) -> int:
 
 def _line(error: BaseException) -> str:
     """The message in one line; Hydra says what was wrong in its own words and in those of its cause."""
-    texts = [str(error)]
-    if isinstance(error, HydraException) and error.__cause__ is not None:
-        texts.append(str(error.__cause__))
-    return " ".join(" ".join(texts).split())
+    cause = error.__cause__ if isinstance(error, HydraException) else None
+    for known in (error, cause):
+        if isinstance(known, ConfigKeyError | ConfigAttributeError) and isinstance(
+            known.parent_node, DictConfig
+        ):
+            there = ", ".join(str(key) for key in known.parent_node)
+            return f"unknown key {known.full_key}; there are {there}"
+    text = " ".join(str(e) for e in (error, cause) if e is not None)
+    return _NOISE.sub("", " ".join(text.split()))
 
 
 def run_folder() -> Path:
@@ -75,5 +85,13 @@ def command_line(program: str, folder: Path | None = None) -> str:
     hydra = HydraConfig.get()
     overrides = [o for o in hydra.overrides.task if folder is None or not o.startswith("hydra.run.dir=")]
     if folder is not None:
-        overrides.append(f"hydra.run.dir={folder}")
+        overrides.append(f"hydra.run.dir={_quoted(str(folder))}")
     return shlex.join([program, *overrides])
+
+
+def _quoted(value: str) -> str:
+    """A value in Hydra's quotes where its grammar would read more into it than text."""
+    if re.fullmatch(r"[\w/.:+-]+", value, flags=re.ASCII):
+        return value
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"

@@ -55,7 +55,11 @@ class Journal:
             for line in lines[1:]:
                 key, outcome = self._outcome(line)
                 self._known[key] = outcome
-                self._replay.append(key)
+                if (
+                    not self._replay or key.repair == self._replay[0].repair
+                ):  # finalists come after the search
+                    self._replay.append(key)
+        self._found = len(self._known)
         self._write_back([{"header": dict(header)}, *lines[1:]])
         self._file: IO[str] = self._path.open("a", encoding="utf-8")
 
@@ -74,7 +78,7 @@ class Journal:
     @property
     def replayed(self) -> int:
         """Evaluations that were there when the run began."""
-        return len(self._replay)
+        return self._found
 
     def get(self, key: Key) -> Outcome | None:
         """The outcome of an evaluation, or None where it is not known yet."""
@@ -84,7 +88,8 @@ class Journal:
 
     def __setitem__(self, key: Key, outcome: Outcome) -> None:
         """Keeps an outcome; it is on disk when this returns."""
-        if self._asked < len(self._replay) and not self._warned:
+        other_way = self._asked < len(self._replay) and key.repair == self._replay[0].repair
+        if other_way and not self._warned:
             self._warned = True
             log.warning(
                 "the run takes another way than the journal after %d of %d evaluations (hardware that does not repeat "

@@ -30,8 +30,8 @@ class Episode:
         number: From 1.
         scored: This episode's.
         best: The best so far.
-        evaluations: Strategies scored so far.
-        cache_hits: Strategies met again.
+        evaluations: Different strategies so far.
+        cache_hits: Episodes that ended in one met before.
     """
 
     number: int
@@ -51,7 +51,10 @@ class Loop:
     """
 
     def __init__(
-        self, evaluator: Evaluator, reward: RewardFunction, on_episode: Callable[[Episode], None] | None = None
+        self,
+        evaluator: Evaluator,
+        reward: RewardFunction,
+        on_episode: Callable[[Episode], None] | None = None,
     ):
         self.evaluator = evaluator
         self.seconds = 0.0
@@ -60,7 +63,18 @@ class Loop:
         self._on_episode = on_episode
         self._best: Scored | None = None
         self._ranked: dict[Removed, Scored] = {}
+        self._finalists = 0
         self._started = time.perf_counter()
+
+    @property
+    def evaluations(self) -> int:
+        """Different evaluations asked for; the same for a run in one go and for one gone on with from its journal."""
+        return len(self._ranked) + self._finalists
+
+    @property
+    def cache_hits(self) -> int:
+        """Episodes that ended in a strategy met before."""
+        return self.episodes - len(self._ranked)
 
     def outcome(self, strategy: Strategy) -> Outcome:
         """Scores an environment's strategy: one episode."""
@@ -77,13 +91,17 @@ class Loop:
         return [
             self._episode(self._rewarded(outcome))
             for strategy in strategies
-            for outcome in self.evaluator.evaluate([strategy])  # one by one: each is shown as soon as it is known
+            for outcome in self.evaluator.evaluate(
+                [strategy]
+            )  # one by one: each is shown as soon as it is known
         ]
 
     def _rewarded(self, outcome: Outcome) -> Scored:
         reward = self._reward(outcome.accuracy, outcome.costs, outcome.met)
         if math.isnan(reward):
-            raise UserError(f"the reward of accuracy {outcome.accuracy} and costs {dict(outcome.costs)} is NaN")
+            raise UserError(
+                f"the reward of accuracy {outcome.accuracy} and costs {dict(outcome.costs)} is NaN"
+            )
         return Scored(outcome, reward)
 
     def _episode(self, scored: Scored) -> Scored:
@@ -92,7 +110,7 @@ class Loop:
         if self._best is None or _order(scored) > _order(self._best):
             self._best = scored
         if self._on_episode is not None:
-            counts = self.evaluator.evaluations, self.evaluator.hits
+            counts = self.evaluations, self.cache_hits
             self._on_episode(Episode(self.episodes, scored, self._best, *counts))
         return scored
 
@@ -117,6 +135,7 @@ class Loop:
             )
         if finalists > 0 and repair != self.evaluator.repair:
             strategies = [scored.outcome.strategy for scored in ranked[:finalists] if scored.outcome.met]
+            self._finalists = len(strategies)
             again = self.evaluator.evaluate(strategies, repair=repair)
             ranked = sorted((self._rewarded(outcome) for outcome in again), key=_order, reverse=True)
         self.seconds = time.perf_counter() - self._started

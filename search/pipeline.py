@@ -54,6 +54,7 @@ class Context:
         model: The model's name.
         config: The resolved configuration, for the journal's header.
         command: The command that started the run.
+        begin: Called once, when the folder is ours and nothing has been scored yet.
     """
 
     folder: Path
@@ -61,6 +62,7 @@ class Context:
     model: str = "model"
     config: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
+    begin: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +98,16 @@ class Finished:
     result: dict[str, Any]
 
 
+def check(settings: Settings) -> None:
+    """Finds out whether this machine can do what is asked.
+
+    Raises:
+        UserError: The device or an export format is unknown, or not there.
+    """
+    check_formats(settings.export)
+    _check_device(settings.device)
+
+
 def prepare(model: nn.Module, data: Data, settings: Settings) -> Prepared:
     """Traces the network and poses the problem; every mistake that can be found without scoring is found here.
 
@@ -103,8 +115,7 @@ def prepare(model: nn.Module, data: Data, settings: Settings) -> Prepared:
         UserError: The device is missing, weights are not finite, labels do not fit the outputs, nothing can be pruned, or a budget is out of
             reach.
     """
-    check_formats(settings.export)
-    _check_device(settings.device)
+    check(settings)
     bad = [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
     if bad:
         raise UserError(f"weights are not finite (NaN or infinity) in {', '.join(bad[:8])}")
@@ -252,6 +263,7 @@ def search(prepared: Prepared, context: Context, progress: Progress) -> tuple[Sc
             log.info("going on with %d evaluations of %s", journal.replayed, context.folder)
         evaluator = make_evaluator(prepared, journal)
         loop = Loop(evaluator, settings.reward, on_episode)
+        context.begin()
         encoder = Encoder(describe(prepared.graph, prepared.problem.grids), prepared.problem)
         handle = EnvHandle(
             prepared.problem,
@@ -383,8 +395,8 @@ def _result(
         "search": {
             "agent": settings.agent.name,
             "episodes": loop.episodes,
-            "evaluations": loop.evaluator.evaluations,
-            "cache_hits": loop.evaluator.hits,
+            "evaluations": loop.evaluations,
+            "cache_hits": loop.cache_hits,
             "seconds": round(loop.seconds, 2),
             "seed": settings.seed,
             "best_reward": best.reward,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import ExitStack
+from functools import cache
 
 import hydra
 from omegaconf import DictConfig
 
 from search import wiring
 from search.commands import application, command_line, run_command, run_folder
-from search.pipeline import Context, run
+from search.pipeline import Context, check, run
 from search.progress import final_table
 from search.report import write_report
+from search.typecheck import check_types
 
 log = logging.getLogger(__name__)
 
@@ -25,25 +28,30 @@ def main_job(cfg: DictConfig) -> float:
     Returns:
         The final accuracy in [0, 1], for Hydra's sweepers.
     """
+    check_types(cfg)
     folder = run_folder()
     source = wiring.model_source(cfg)
     settings = wiring.settings_of(cfg, source.original_lr)
+    check(settings)
     go_on = command_line("amc-search", folder)
     log.info("run folder: %s; if it is stopped, go on with: %s", folder, go_on)
     data = wiring.data_of(cfg)
     model = source.load(data)
     try:
-        with wiring.trackers(cfg, folder) as trackers:
+        with ExitStack() as stack:
+            # opened once the journal has said that the folder is ours: another run may be writing to it
+            trackers = cache(lambda: stack.enter_context(wiring.trackers(cfg, folder)))
             context = Context(
                 folder=folder,
-                track=trackers.log,
+                track=lambda metrics, step: trackers().log(metrics, step),
                 model=source.name,
                 config=wiring.header_config(cfg),
                 command=command_line("amc-search"),
+                begin=trackers,
             )
             finished = run(model, data, settings, context)
             report = write_report(folder)
-            trackers.summary(_summary(finished.result))
+            trackers().summary(_summary(finished.result))
     except KeyboardInterrupt:
         log.warning("stopped; nothing that was scored is lost, go on with: %s", go_on)
         raise

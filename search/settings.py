@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from agents.base import Agent
+from agents.baselines import Uniform
 from amc_env.errors import UserError
 from amc_env.pruning.criteria import Norm
 from amc_env.pruning.granularity import Channel
@@ -211,3 +212,10 @@ class Settings:
                 "seed": (0 <= self.seed < 2**32, self.seed, "in [0, 2**32)"),
             }
         )
+        if self.enforce_budget and getattr(self.reward, "needs_bound_off", False):
+            raise UserError(
+                "this reward judges strategies that miss the budget, which the bound on the action lets none do: set "
+                "enforce_budget=false, or take reward=error"
+            )
+        if isinstance(self.agent, Uniform) and self.agent.ratio is None and not self.budgets:
+            raise UserError("agent=uniform needs a budget, or a ratio of its own: set agent.ratio, like agent.ratio=0.5")

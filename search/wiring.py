@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from agents.base import Agent
 from amc_env.errors import UserError
 from search.data import Data
-from search.models import ModelSource
+from search.models import ModelSource, read_checkpoint
 from search.settings import (
     BudgetSettings,
     FinalistSettings,
@@ -29,23 +29,38 @@ from search.tracking import CsvTracker, Tracker, Trackers
 
 log = logging.getLogger(__name__)
 
+Built = TypeVar("Built")
+
 _NOT_OF_THE_SEARCH = ("tracker", "finetune", "export", "latency")
 """Sections that change no evaluation: a run may be gone on with under others."""
 
 
-def built(node: DictConfig, **more: Any) -> Any:
-    """Instantiates a section; what its constructor refuses is the user's mistake."""
+def built(node: DictConfig, *, refusal: type[ValueError] = UserError, **more: Any) -> Any:
+    """Instantiates a section.
+
+    Args:
+        node: The section.
+        refusal: What its constructor raises where a setting is wrong.
+        more: Arguments that are not in the section.
+
+    Raises:
+        UserError: The constructor refused. Its other errors are bugs and pass as they are.
+    """
     try:
         return instantiate(node, **more)
     except InstantiationException as error:
         cause = error.__cause__
-        if isinstance(cause, ValueError | TypeError):
+        if isinstance(cause, refusal):
             raise UserError(str(cause)) from error
-        raise
+        raise error if cause is None else cause
 
 
 def settings_of(cfg: DictConfig, original_lr: float) -> Settings:
-    """All settings of a run, checked; problems of different sections are raised together."""
+    """All settings of a run, checked; problems of different sections are raised together.
+
+    Raises:
+        UserError: Whatever can be seen to be wrong from the configuration alone.
+    """
     problems: list[str] = []
 
     def checked(make: Callable[[], Any]) -> Any:
@@ -87,9 +102,13 @@ def settings_of(cfg: DictConfig, original_lr: float) -> Settings:
 
 
 def _agent(cfg: DictConfig) -> Agent:
-    agent = built(cfg.agent)
-    assert isinstance(agent, Agent)
-    return agent
+    return _expected("agent", Agent, built(cfg.agent, refusal=ValueError))  # agents know no UserError
+
+
+def _expected(section: str, kind: type[Built], thing: Any) -> Built:
+    if not isinstance(thing, kind):
+        raise UserError(f"{section}._target_ gives a {type(thing).__name__}, needed is a {kind.__name__}")
+    return thing
 
 
 def default_agent(name: str) -> Agent:
@@ -121,17 +140,16 @@ def _device(name: str) -> str:
 
 
 def model_source(cfg: DictConfig) -> ModelSource:
-    """Where the network comes from."""
-    source = built(cfg.model)
-    assert isinstance(source, ModelSource)
+    """Where the network comes from; the user's own file is read once, so that a wrong one is refused early."""
+    source = _expected("model", ModelSource, built(cfg.model))
+    if source.weights is not None:
+        read_checkpoint(Path(source.weights))
     return source
 
 
 def data_of(cfg: DictConfig) -> Data:
     """The dataset, split."""
-    data = built(cfg.data, search_images=cfg.search.images)
-    assert isinstance(data, Data)
-    return data
+    return _expected("data", Data, built(cfg.data, search_images=cfg.search.images))
 
 
 def trackers(cfg: DictConfig, folder: Path) -> Trackers:
@@ -148,9 +166,9 @@ def header_config(cfg: DictConfig) -> Mapping[str, Any]:
     """The part of the configuration that evaluations depend on.
 
     Files and folders are left out (fingerprints of weights and data stand for them), and so are the stages after the
-    search.
+    search. The device is the one that was chosen.
     """
-    plain = _plain(cfg)
+    plain = _plain(cfg) | {"device": _device(cfg.device)}
     for section in _NOT_OF_THE_SEARCH:
         plain.pop(section, None)
     for section, key in (("model", "weights"), ("model", "url"), ("data", "path")):
