@@ -1,8 +1,8 @@
 """Budgets, and the search problem as whole strategies see it.
 
-One rule bounds every cost exactly, after rounding: the least count for the next decision is the smallest feasible one
-for which the cost, with everything later at its maximum, is within the limit. Costs never rise when more is removed,
-so bisection finds it.
+One rule bounds every cost exactly, after rounding: the least count for the next decision is the smallest
+feasible one for which the cost, with everything later at its maximum, is within the limit. Costs never rise
+when more is removed, so bisection finds it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class Budget:
     ratio: float
 
     @classmethod
-    def of(cls, cost: Cost, decisions: int, *, ratio: float | None = None, limit: float | None = None) -> Budget:
+    def of(
+        cls, cost: Cost, decisions: int, *, ratio: float | None = None, limit: float | None = None
+    ) -> Budget:
         """A budget from a share of the original cost or from an absolute limit.
 
         Raises:
@@ -48,7 +50,9 @@ class Budget:
         whole = cost([0] * decisions)
         if ratio is not None:
             if not 0.0 < ratio <= 1.0:
-                raise UserError(f"budget.ratio={ratio} is outside (0, 1]: the share of {cost.name} that may remain")
+                raise UserError(
+                    f"budget.ratio={ratio} is outside (0, 1]: the share of {cost.name} that may remain"
+                )
             return cls(cost, ratio * whole, ratio)
         assert limit is not None
         if not limit > 0.0:
@@ -79,9 +83,9 @@ class Problem:
         self.most = tuple(grid.count(grid.size - 1) for grid in grids)
         self.maxima = np.array([grid.max_ratio for grid in grids])
         unreachable = [
-            f"budget {b.cost.name} <= {b.limit:,.0f} ({b.ratio:.3g} of the original) cannot be reached: the least is "
-            f"{b.cost(self.most):,.0f} ({self.least_ratio(b.cost):.3g}); raise budget.ratio or max_ratio, or lower "
-            "channel_multiple"
+            f"budget {b.cost.name} <= {b.limit:,.0f} ({b.ratio:.3g} of the original) cannot be reached: "
+            f"the least is {b.cost(self.most):,.0f} ({self.least_ratio(b.cost):.3g}); "
+            "raise budget.ratio or max_ratio, or lower channel_multiple"
             for b in self.budgets
             if not self._within(self.most, b)
         ]
@@ -112,8 +116,8 @@ class Problem:
         """The least feasible count for decision ``len(chosen)``, given the counts before it.
 
         Returns:
-            The smallest feasible count that can still meet every budget with everything later at its maximum; the
-            largest feasible count where none can (the counts chosen were not bounded).
+            The smallest feasible count that can still meet every budget with everything later at its maximum;
+            the largest feasible count where none can (the counts chosen were not bounded).
         """
         t = len(chosen)
         grid = self.grids[t]
@@ -127,7 +131,7 @@ class Problem:
                 low = middle + 1
         return grid.count(high)
 
-    def snap(self, ratios: Sequence[float]) -> tuple[int, ...]:
+    def snap(self, ratios: Sequence[float] | np.ndarray) -> tuple[int, ...]:
         """The nearest feasible counts."""
         values = as_ratios(ratios, len(self.grids))
         return tuple(grid.snap(value) for grid, value in zip(self.grids, values, strict=True))
@@ -138,10 +142,10 @@ class Problem:
     def project(self, ratios: Sequence[float]) -> tuple[int, ...]:
         """Counts within every budget by the least common shift of all ratios.
 
-        The least ``shift >= 0`` for which ``snap(min(max_i, ratio_i + shift))`` meets every budget. Bounding decision
-        by decision instead would dump all cuts on the last ones.
+        The least ``shift >= 0`` for which ``snap(min(max_i, ratio_i + shift))`` meets every budget. Bounding
+        decision by decision instead would dump all cuts on the last ones.
         """
-        return self._least_shift(as_ratios(ratios, len(self.grids)), 0.0)
+        return self._least_shift(as_ratios(ratios, len(self.grids)), least=0.0)
 
     def land(self, ratios: Sequence[float]) -> tuple[int, ...]:
         """Counts on the budget: ratios shifted either way by the least amount that still meets every budget.
@@ -149,13 +153,14 @@ class Problem:
         Without a budget the counts are `snap`'s.
         """
         values = as_ratios(ratios, len(self.grids))
-        return self._least_shift(values, -1.0) if self.budgets else self.snap(values)
+        return self._least_shift(values, least=-float(values.max())) if self.budgets else self.snap(values)
 
-    def _least_shift(self, values: np.ndarray, low: float) -> tuple[int, ...]:
-        best = self._shifted(values, low)
+    def _least_shift(self, values: np.ndarray, *, least: float) -> tuple[int, ...]:
+        best = self._shifted(values, least)
         if self.met(best):
             return best
-        high = 1.0
+        low = least
+        high = max(least, float((self.maxima - values).max()))  # everything is at its maximum there
         best = self._shifted(values, high)
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2

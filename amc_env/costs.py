@@ -1,7 +1,7 @@
 """What a strategy costs, as a function of the counts removed: built once for a graph, microseconds to ask.
 
-Costs are sums of products of kept channels, so they never rise when a decision removes more. One multiply-accumulate
-is one MAC; the papers' "FLOPs" are MACs (2 FLOPs each).
+Costs are sums of products of kept channels, so they never rise when a decision removes more. One
+multiply-accumulate is one MAC; the papers' "FLOPs" are MACs (2 FLOPs each).
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Cost(Protocol):
 class _Products:
     """``constant + sum(coefficient * kept(a) * kept(b))`` over dimensions of the network."""
 
-    def __init__(self, graph: LayerGraph, terms: Sequence[tuple[float, tuple[str, str], tuple[str, str] | None]]):
+    def __init__(
+        self, graph: LayerGraph, terms: Sequence[tuple[float, tuple[str, str], tuple[str, str] | None]]
+    ):
         sizes: dict[tuple[str, str], int] = {}
         per_unit: dict[tuple[str, str], dict[int, int]] = {}
         for g, group in enumerate(graph.groups):

@@ -37,8 +37,9 @@ class EnvHandle:
         score: Scores a whole strategy; called once an episode, at its last step.
         reward: Turns accuracy, costs and "budget met" into the reward.
         enforce_budget: Raise each action to the least ratio from which the budgets can still be met.
-        fill_budget: At the last step, lower all ratios together as far as the budgets allow before the strategy is
-            scored. Not in AMC: its bound only raises actions, so episodes often end far below the budget.
+        fill_budget: At the last step, lower all ratios together as far as the budgets allow before the
+            strategy is scored. Not in AMC: its bound only raises actions, so episodes often end far below the
+            budget.
     """
 
     problem: Problem
@@ -190,7 +191,9 @@ class PruningEnv(gymnasium.Env[Observation, Action]):
         problem = self.handle.problem
         if not self.handle.fill_budget or not problem.met(self._chosen):
             return self._chosen
-        return problem.land([count / total for count, total in zip(self._chosen, problem.totals, strict=True)])
+        return problem.land(
+            [count / total for count, total in zip(self._chosen, problem.totals, strict=True)]
+        )
 
 
 def _ratio(action: Action, decision: str) -> float:

@@ -57,12 +57,22 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int =
     """Share of images [N, ...] (normalised) whose largest logit is their label [N], in [0, 1].
 
     The model is scored in the mode it is in; put it in eval mode first.
+
+    Raises:
+        UserError: A logit is not a number.
     """
     with torch.inference_mode():
         hits = torch.zeros((), dtype=torch.int64, device=images.device)
+        broken = torch.zeros((), dtype=torch.bool, device=images.device)
         for start in range(0, len(images), batch_size):
             part = slice(start, start + batch_size)
-            hits += (model(images[part]).argmax(1) == labels[part]).sum()
+            logits = model(images[part])
+            hits += (logits.argmax(1) == labels[part]).sum()
+            broken |= logits.isnan().any()
+    if broken:
+        raise UserError(
+            "the network's outputs are not numbers (NaN): look for NaN in its weights and in the data"
+        )
     return int(hits) / len(images)
 
 
@@ -78,7 +88,13 @@ class Scorer:
     """
 
     def __init__(
-        self, model: nn.Module, images: Tensor, labels: Tensor, *, batch_size: int = 250, channels_last: bool = True
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        batch_size: int = 250,
+        channels_last: bool = True,
     ):
         if images.ndim == 4 and channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -95,7 +111,8 @@ class Scorer:
 class Evaluator:
     """Turns strategies into outcomes; the same one is never scored twice.
 
-    Scoring is a pure function of (start, repair, strategy): it draws nothing, and leaves the global random state alone.
+    Scoring is a pure function of (start, repair, strategy): it draws nothing, and leaves the global random
+    state alone.
 
     Args:
         candidates: Builds networks.

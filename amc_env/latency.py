@@ -1,4 +1,4 @@
-"""Latency, measured: warm-up, medians, networks interleaved so that a drifting machine favours none of them."""
+"""Latency, measured: warm-up, medians, networks interleaved so that a drifting machine favours none."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The layer graph: what a network is made of and which of its channels go together.
 
-torch-pruning's DependencyGraph (Fang et al., "DepGraph", CVPR 2023) traces the coupled channels once per network; its
-index maps are taken out, merged by (module, side) in original coordinates, and proved on the network itself before
-they are believed. No graph is traced during a search.
+torch-pruning's DependencyGraph (Fang et al., "DepGraph", CVPR 2023) traces the coupled channels once per
+network; its index maps are taken out, merged by (module, side) in original coordinates, and proved on the
+network itself before they are believed. No graph is traced during a search.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Layer:
         bias: Whether it has a bias.
         in_size: Height and width of its input; (positions, 1) for a linear layer.
         out_size: Height and width of its output.
-        free: A fixed selection that costs nothing (an option-A shortcut): no MACs are charged, it is never repaired.
+        free: A fixed selection that costs nothing (an option-A shortcut): no MACs are charged, it is never
+            repaired.
         calls: How often one pass runs it; the positions of all calls are in ``out_size``.
     """
 
@@ -104,11 +105,13 @@ class ChannelGroup:
 
     Attributes:
         name: The first layer, in forward order, whose outputs they are.
-        total: Units. A unit is one channel or, where grouped convolutions take part, one channel of every group.
+        total: Units. A unit is one channel or, where grouped convolutions take part, one channel of every
+            group.
         channels: Channels of the first layer that they stand for.
         members: Every dimension that is cut.
         producers: Layers whose outputs are cut, in forward order.
-        consumers: Layers whose inputs are cut, in forward order; depthwise ones ride along and are not among them.
+        consumers: Layers whose inputs are cut, in forward order; depthwise ones ride along and are not among
+            them.
     """
 
     name: str
@@ -164,7 +167,8 @@ class LayerGraph:
 
     def only(self, left_out: Mapping[str, str]) -> LayerGraph:
         """The graph without the groups named in ``left_out`` (name to reason), which are reported whole."""
-        whole = tuple(Whole(name, reason) for name, reason in left_out.items())
+        out = [group for group in self.groups if group.name in left_out]
+        whole = tuple(Whole(name, left_out[group.name]) for group in out for name in group.producers)
         groups = tuple(group for group in self.groups if group.name not in left_out)
         return replace(self, groups=groups, whole=self.whole + whole)
 
@@ -185,11 +189,13 @@ def _trace(model: nn.Module, example: Tensor) -> LayerGraph:
             whole.extend(found)
     groups, refuted = _proved(twin, example, groups)
     seen = {member.module for group in groups for member in group.members if member.side == "out"}
-    whole = [w for w in whole + refuted if w.name not in seen]
-    named = {w.name for w in whole} | seen
-    whole += [Whole(n, "its channels could not be traced") for n, layer in layers.items() if n not in named]
+    untraced = [Whole(name, "its channels could not be traced") for name in layers]
+    first_reasons = {w.name: w for w in reversed(whole + refuted + untraced) if w.name not in seen}
+    whole = list(first_reasons.values())
     if not groups:
-        reasons = "; ".join(f"{w.name}: {w.reason}" for w in whole[:8]) or "no convolution or linear layer was run"
+        reasons = (
+            "; ".join(f"{w.name}: {w.reason}" for w in whole[:8]) or "no convolution or linear layer was run"
+        )
         raise UserError(f"no channel of this network can be pruned ({reasons})")
     order = {name: layer.index for name, layer in layers.items()}
     groups.sort(key=lambda group: (order[group.consumers[0]], order[group.name]))
@@ -218,7 +224,9 @@ def _layers(model: nn.Module, example: Tensor) -> dict[str, Layer]:
             model(example[:1])
     except Exception as error:  # a user's network may raise anything
         shape = tuple(example[:1].shape)
-        raise UserError(f"the network does not run on inputs of shape {shape}: {first_line(error)}") from error
+        raise UserError(
+            f"the network does not run on inputs of shape {shape}: {first_line(error)}"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -245,7 +253,9 @@ def _layer(name: str, index: int, module: nn.Module, inputs: Tensor, output: Ten
     assert isinstance(module, nn.Linear)
     size = (max(1, output[0].numel() // module.out_features), 1)
     features = module.in_features, module.out_features
-    return Layer(name, index, "linear", *features, (1, 1), (1, 1), 1, module.bias is not None, size, size, free)
+    return Layer(
+        name, index, "linear", *features, (1, 1), (1, 1), 1, module.bias is not None, size, size, free
+    )
 
 
 def _rest(model: nn.Module, layers: Mapping[str, Layer]) -> tuple[tuple[ChannelWise, ...], int]:
@@ -345,7 +355,8 @@ def _member(
     by_root: dict[int, list[int]] = {}
     for root, position in sorted(links):
         by_root.setdefault(root, []).append(position)
-    if len(by_root) != channels or len({len(p) for p in by_root.values()}) != 1:
+    inside = all(position < size for positions in by_root.values() for position in positions)
+    if not inside or len(by_root) != channels or len({len(p) for p in by_root.values()}) != 1:
         raise ValueError(f"its channels do not map evenly onto {name}")
     if channels % blocks:
         raise ValueError(f"{channels} channels do not split into the {blocks} groups of {name}")
@@ -386,7 +397,7 @@ def _proved(
 
 @torch.no_grad()
 def _refuted(model: nn.Module, inputs: Tensor, groups: Sequence[ChannelGroup]) -> str | None:
-    """Cuts every second unit of the groups; the reason why that is not the same as silencing them, or None."""
+    """Cuts every second unit of the groups; why that is not the same as silencing them, or None."""
     units = [torch.arange(0, group.total, 2) for group in groups]
     keeps = keeps_of(groups, units)
     small, masked = resize(copy.deepcopy(model), keeps), copy.deepcopy(model)
@@ -408,11 +419,13 @@ def _refuted(model: nn.Module, inputs: Tensor, groups: Sequence[ChannelGroup]) -
         return "its channels are the network's output"
     gap = (got - want).abs().max().item()
     scale = max(want.abs().max().item(), 1e-6)
-    return None if gap <= 1e-3 * scale else "cut and masked networks disagree (the channels are mixed elsewhere)"
+    return (
+        None if gap <= 1e-3 * scale else "cut and masked networks disagree (the channels are mixed elsewhere)"
+    )
 
 
 def keeps_of(groups: Sequence[ChannelGroup], kept_units: Sequence[Tensor]) -> Keeps:
-    """What stays of every dimension when ``kept_units`` (ascending, one tensor a group) stay of the groups."""
+    """What stays of every dimension when ``kept_units`` (ascending, a tensor for each) stay of the groups."""
     sizes: dict[tuple[str, Side], int] = {}
     gone: dict[tuple[str, Side], list[Tensor]] = {}
     for group, kept in zip(groups, kept_units, strict=True):
@@ -433,4 +446,3 @@ def keeps_of(groups: Sequence[ChannelGroup], kept_units: Sequence[Tensor]) -> Ke
 def first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
-

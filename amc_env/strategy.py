@@ -1,7 +1,8 @@
 """Decisions and strategies: integers that say how much of every decision is removed.
 
-A *pruning ratio* is the share removed, in [0, 1). Ratios are what people and policies speak of; the integer counts
-are what everything here is identified by (journal, memo, JSON), so no rounding can make two strategies out of one.
+A *pruning ratio* is the share removed, in [0, 1). Ratios are what people and policies speak of; the integer
+counts are what everything here is identified by (journal, memo, JSON), so no rounding can make two strategies
+out of one.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ class Decision:
 
 @dataclass(frozen=True)
 class Grid:
-    """The feasible counts of one decision: 0, then every count that leaves a multiple of ``step``, up to ``most``.
+    """The feasible counts of one decision: 0, then every count that leaves a multiple of ``step``, up to
+    ``most``.
 
     Attributes:
         name: The decision's name.
@@ -134,7 +136,7 @@ class Strategy:
         Raises:
             UserError: Decisions are missing or unknown, or a count does not fit; all problems in one message.
         """
-        given = obj.get("decisions")
+        given = obj.get("decisions") if isinstance(obj, Mapping) else None
         if not isinstance(given, Mapping):
             raise UserError("the strategy has no object 'decisions' of {name: {removed, total}}")
         names = {grid.name for grid in grids}
@@ -146,10 +148,14 @@ class Strategy:
                 problems.append(f"decision {grid.name!r} is missing or has no count 'removed'")
             elif entry.get("total", grid.total) != grid.total:
                 problems.append(f"{grid.name}: made for {entry['total']} units, the network has {grid.total}")
-            elif not 0 <= int(entry["removed"]) < grid.total:
-                problems.append(f"{grid.name}: {entry['removed']} removed of {grid.total}; at least one must stay")
+            elif type(entry["removed"]) is not int:
+                problems.append(f"{grid.name}: removed={entry['removed']!r} is not a whole number")
+            elif not 0 <= entry["removed"] < grid.total:
+                problems.append(
+                    f"{grid.name}: {entry['removed']} removed of {grid.total}; at least one must stay"
+                )
             else:
-                removed.append(int(entry["removed"]))
+                removed.append(entry["removed"])
         if problems:
             raise UserError("the strategy does not fit the network: " + "; ".join(problems))
         return cls(tuple(g.name for g in grids), tuple(g.total for g in grids), tuple(removed))

@@ -1,7 +1,7 @@
 """Cutting channels out of modules by plain indexing.
 
-Everything is said in the coordinates of the uncut network, so several groups may touch one dimension (concatenation,
-flattening) without shifting one another's offsets.
+Everything is said in the coordinates of the uncut network, so several groups may touch one dimension
+(concatenation, flattening) without shifting one another's offsets.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ Keeps = dict[str, dict[str, Tensor]]
 def resize(model: nn.Module, keeps: Keeps) -> nn.Module:
     """Cuts an uncut network down to ``keeps``, in place.
 
-    Parameters are replaced by new ones that share no memory with the old; attributes such as ``out_channels`` follow.
+    Parameters are replaced by new ones that share no memory with the old; attributes such as ``out_channels``
+    follow.
 
     Returns:
         ``model``.
@@ -84,7 +85,7 @@ def set_sizes(module: nn.Module, sides: Mapping[str, Tensor]) -> None:
 
 
 def silence_inputs(module: nn.Module, gone: Tensor) -> None:
-    """Zeroes the weights that read the inputs ``gone``, in place: what those channels hold no longer matters."""
+    """Zeroes the weights that read the inputs ``gone``, in place: what these channels hold is ignored."""
     assert isinstance(module, nn.Conv2d | nn.Linear)
     with torch.no_grad():
         if isinstance(module, nn.Linear) or module.groups == 1:

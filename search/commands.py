@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -21,7 +21,7 @@ from amc_env.errors import UserError
 USER_MISTAKE = 2
 INTERRUPTED = 130
 
-_NOISE = re.compile(r" Config search path:.*| full_key: \S*| object_type=\S*| See https://hydra\.cc\S*")
+_NOISE = re.compile(r" Config search path:.*| full_key: \S*| object_type=\S*| See https://hydra\.cc.*")
 """What Hydra and OmegaConf add for people who look into their code."""
 
 
@@ -72,6 +72,8 @@ def _line(error: BaseException) -> str:
             there = ", ".join(str(key) for key in known.parent_node)
             return f"unknown key {known.full_key}; there are {there}"
     text = " ".join(str(e) for e in (error, cause) if e is not None)
+    if isinstance(error, OverrideParseException):
+        text = f"{error.override} cannot be read: {text}"
     return _NOISE.sub("", " ".join(text.split()))
 
 

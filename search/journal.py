@@ -1,8 +1,8 @@
-"""The journal: every evaluation of a run on disk, one flushed line each, so that a killed run goes on where it was.
+"""The journal: every evaluation of a run on disk, so that a killed run goes on where it was.
 
-evaluations.jsonl begins with a header (what the evaluations depend on), then one line per unique evaluation in the
-order of proposals. A run started again in the same folder runs its agent from the seed; what the agent asks for is read
-back here instead of scored.
+evaluations.jsonl begins with a header (what the evaluations depend on), then one flushed line per unique
+evaluation in the order of proposals. A run started again in the same folder runs its agent from the seed;
+what the agent asks for is read back here instead of scored.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -35,7 +35,8 @@ class Journal:
         may_grow: Dotted names of header entries that may be larger than they were.
 
     Raises:
-        UserError: Another run holds the folder, the file is damaged, or the header differs; every difference is named.
+        UserError: Another run holds the folder, the file is damaged, or the header differs (every difference
+            is named).
     """
 
     def __init__(
@@ -49,19 +50,27 @@ class Journal:
         self._replay: list[Key] = []
         self._asked = 0
         self._warned = False
-        lines = self._read()
-        if lines:
-            _check(lines[0].get("header", {}), header, may_grow, folder)
-            for line in lines[1:]:
-                key, outcome = self._outcome(line)
-                self._known[key] = outcome
-                if (
-                    not self._replay or key.repair == self._replay[0].repair
-                ):  # finalists come after the search
-                    self._replay.append(key)
+        try:
+            lines = self._read()
+            if lines:
+                _check(lines[0].get("header", {}), header, may_grow, folder)
+            self._remember(lines[1:])
+        except BaseException:
+            self._lock.close()
+            raise
         self._found = len(self._known)
         self._write_back([{"header": dict(header)}, *lines[1:]])
         self._file: IO[str] = self._path.open("a", encoding="utf-8")
+
+    def _remember(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        for number, line in enumerate(lines, start=2):
+            try:
+                key, outcome = self._outcome(line)
+            except (KeyError, TypeError, ValueError, AssertionError) as error:
+                raise self._damaged(f"line {number} is no evaluation of this network") from error
+            self._known[key] = outcome
+            if not self._replay or key.repair == self._replay[0].repair:  # finalists come after the search
+                self._replay.append(key)
 
     def __enter__(self) -> Self:
         return self
@@ -92,8 +101,8 @@ class Journal:
         if other_way and not self._warned:
             self._warned = True
             log.warning(
-                "the run takes another way than the journal after %d of %d evaluations (hardware that does not repeat "
-                "itself to the bit?); it goes on from there",
+                "the run takes another way than the journal after %d of %d evaluations (hardware that does "
+                "not repeat itself to the bit?); it goes on from there",
                 self._asked,
                 len(self._replay),
             )
@@ -114,11 +123,17 @@ class Journal:
         if torn:
             log.warning("dropped a torn last line of %s", self._path)
         try:
-            return [json.loads(line) for line in whole]
+            lines = [json.loads(line) for line in whole]
         except json.JSONDecodeError as error:
-            raise UserError(
-                f"{self._path} is damaged ({error}); give another hydra.run.dir, or remove the file to start over"
-            ) from error
+            raise self._damaged(str(error)) from error
+        if not all(isinstance(line, dict) for line in lines):
+            raise self._damaged("a line is no object")
+        return lines
+
+    def _damaged(self, reason: str) -> UserError:
+        return UserError(
+            f"{self._path} is damaged ({reason}); give another hydra.run.dir, or remove it to start over"
+        )
 
     def _write_back(self, lines: list[dict[str, Any]]) -> None:
         temporary = self._path.with_suffix(".tmp")
@@ -171,8 +186,8 @@ def _check(
             problems.append(f"{key}: {was} then, {is_now} now{note}")
     if problems:
         raise UserError(
-            f"the run in {folder} was begun with another configuration: {'; '.join(problems)}. Start it with the "
-            "old one, or give another hydra.run.dir"
+            f"the run in {folder} was begun with another configuration: {'; '.join(problems)}. Start it with "
+            "the old one, or give another hydra.run.dir"
         )
 
 

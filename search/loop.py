@@ -68,7 +68,7 @@ class Loop:
 
     @property
     def evaluations(self) -> int:
-        """Different evaluations asked for; the same for a run in one go and for one gone on with from its journal."""
+        """Different evaluations asked for, those read back from a journal included."""
         return len(self._ranked) + self._finalists
 
     @property
@@ -118,8 +118,8 @@ class Loop:
         """The strategy to deliver.
 
         Args:
-            finalists: The best so many are scored once more with ``repair``, and the best of those is delivered as
-                it was scored; 0 delivers the best as the search scored it.
+            finalists: The best so many are scored once more with ``repair``, and the best of those is
+                delivered as it was scored; 0 delivers the best as the search scored it.
             repair: Name of that repair.
 
         Raises:

@@ -109,11 +109,11 @@ def check(settings: Settings) -> None:
 
 
 def prepare(model: nn.Module, data: Data, settings: Settings) -> Prepared:
-    """Traces the network and poses the problem; every mistake that can be found without scoring is found here.
+    """Traces the network and poses the problem; mistakes that can be found without scoring are found here.
 
     Raises:
-        UserError: The device is missing, weights are not finite, labels do not fit the outputs, nothing can be pruned, or a budget is out of
-            reach.
+        UserError: The device is missing, weights are not finite, labels do not fit the outputs, nothing can
+            be pruned, or a budget is out of reach.
     """
     check(settings)
     bad = [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
@@ -126,12 +126,14 @@ def prepare(model: nn.Module, data: Data, settings: Settings) -> Prepared:
         outputs = model(example)
     if outputs.ndim != 2 or outputs.shape[1] < len(data.classes):
         raise UserError(
-            f"the network's output has shape {tuple(outputs.shape)}; one logit for each of the {len(data.classes)} classes of {data.name} "
-            "is needed"
+            f"the network's output has shape {tuple(outputs.shape)}; one logit for each of the "
+            f"{len(data.classes)} classes of {data.name} is needed"
         )
     graph, grids = settings.granularity.decisions(graph)
     if not grids:
-        raise UserError(f"nothing is left to decide: {'; '.join(f'{w.name}: {w.reason}' for w in graph.whole[:8])}")
+        raise UserError(
+            f"nothing is left to decide: {'; '.join(f'{w.name}: {w.reason}' for w in graph.whole[:8])}"
+        )
     costs = {"macs": Macs(graph), "params": Params(graph)}
     budgets = [
         Budget.of(costs[b.cost], len(grids), ratio=None if b.limit else b.ratio, limit=b.limit)
@@ -151,17 +153,19 @@ def _check_device(device: str) -> None:
 def _announce(prepared: Prepared) -> None:
     problem = prepared.problem
     log.info(
-        "%d decisions over %d layers; %d layers stay whole",
+        "%d decisions over %d layers; left whole: %d",
         len(problem.grids),
         len(prepared.graph.layers),
         len(prepared.graph.whole),
     )
     for reason in dict.fromkeys(w.reason for w in prepared.graph.whole):
         names = [w.name for w in prepared.graph.whole if w.reason == reason]
-        log.info("whole: %s (%s)", ", ".join(names), reason)
+        log.info("  %s: %s", ", ".join(names), reason)
     for cost in problem.costs:
         whole = cost([0] * len(problem.grids))
-        log.info("%s: %s, least reachable %.1f%%", cost.name, f"{whole:,.0f}", 100 * problem.least_ratio(cost))
+        log.info(
+            "%s: %s, least reachable %.1f%%", cost.name, f"{whole:,.0f}", 100 * problem.least_ratio(cost)
+        )
 
 
 def _repairs(prepared: Prepared, candidates: Candidates) -> dict[str, Callable[[], Repair]]:
@@ -297,7 +301,7 @@ def run(model: nn.Module, data: Data, settings: Settings, context: Context) -> F
         context: Folder, tracker and names.
 
     Returns:
-        The small network, its strategy and the content of result.json. The folder then holds all that DESIGN names.
+        The small network, its strategy and the content of result.json. The folder then holds all the rest.
     """
     prepared = prepare(model, data, settings)
     _announce(prepared)
@@ -351,7 +355,13 @@ def _exports(prepared: Prepared, small: nn.Module, keeps: Keeps, context: Contex
         original=prepared.model,
     )
     return [
-        {"format": e.format, "path": e.path.name, "bytes": e.bytes, "max_difference": e.max_difference, "error": e.error}
+        {
+            "format": e.format,
+            "path": e.path.name,
+            "bytes": e.bytes,
+            "max_difference": e.max_difference,
+            "error": e.error,
+        }
         for e in done
     ]
 

@@ -36,6 +36,9 @@ def main_job(cfg: DictConfig) -> float:
     go_on = command_line("amc-search", folder)
     log.info("run folder: %s; if it is stopped, go on with: %s", folder, go_on)
     data = wiring.data_of(cfg)
+    log.info("data: %s, %d training and %d search images", data.name, len(data.train), len(data.search))
+    trained = "trained here once, in seconds, and kept in the cache" if source.recipe else "no weights"
+    log.info("network: %s, weights: %s", source.name, source.weights or source.url or trained)
     model = source.load(data)
     try:
         with ExitStack() as stack:

@@ -21,7 +21,9 @@ def _require(checks: dict[str, tuple[bool, object, str]]) -> None:
     Args:
         checks: Setting name to (whether it is fine, its value, what is allowed).
     """
-    wrong = [f"{name}={value} must be {allowed}" for name, (fine, value, allowed) in checks.items() if not fine]
+    wrong = [
+        f"{name}={value} must be {allowed}" for name, (fine, value, allowed) in checks.items() if not fine
+    ]
     if wrong:
         raise UserError("; ".join(wrong))
 
@@ -214,8 +216,10 @@ class Settings:
         )
         if self.enforce_budget and getattr(self.reward, "needs_bound_off", False):
             raise UserError(
-                "this reward judges strategies that miss the budget, which the bound on the action lets none do: set "
-                "enforce_budget=false, or take reward=error"
+                "this reward judges strategies that miss the budget, which the bound on the action lets none "
+                "do: set enforce_budget=false, or take reward=error"
             )
         if isinstance(self.agent, Uniform) and self.agent.ratio is None and not self.budgets:
-            raise UserError("agent=uniform needs a budget, or a ratio of its own: set agent.ratio, like agent.ratio=0.5")
+            raise UserError(
+                "agent=uniform needs a budget, or a ratio of its own: set agent.ratio, like agent.ratio=0.5"
+            )

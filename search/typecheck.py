@@ -1,4 +1,4 @@
-"""A configuration against the annotations of what it is for: unknown settings and wrong types, before anything is built."""
+"""Finds unknown settings and wrong types in a configuration before anything is built from it."""
 
 from __future__ import annotations
 
@@ -83,7 +83,10 @@ def _of_section(section: str, node: Any) -> list[str]:
 
 
 def _mistakes(section: str, target: Callable[..., Any], values: Mapping[str, Any]) -> list[str]:
-    parameters = inspect.signature(target).parameters
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError:  # a builtin, which has none
+        return []
     takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     hints = _hints(target)
     wrong = []

@@ -8,7 +8,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -21,8 +20,6 @@ from search.settings import (
     FinalistSettings,
     FinetuneSettings,
     LatencySettings,
-    RepairSettings,
-    ScoringSettings,
     Settings,
 )
 from search.tracking import CsvTracker, Tracker, Trackers
@@ -46,13 +43,11 @@ def built(node: DictConfig, *, refusal: type[ValueError] = UserError, **more: An
     Raises:
         UserError: The constructor refused. Its other errors are bugs and pass as they are.
     """
+    make = instantiate(node, _partial_=True)  # in two steps, as an argument may be named `config`
     try:
-        return instantiate(node, **more)
-    except InstantiationException as error:
-        cause = error.__cause__
-        if isinstance(cause, refusal):
-            raise UserError(str(cause)) from error
-        raise error if cause is None else cause
+        return make(**more)
+    except refusal as error:
+        raise UserError(str(error)) from error
 
 
 def settings_of(cfg: DictConfig, original_lr: float) -> Settings:
@@ -140,7 +135,7 @@ def _device(name: str) -> str:
 
 
 def model_source(cfg: DictConfig) -> ModelSource:
-    """Where the network comes from; the user's own file is read once, so that a wrong one is refused early."""
+    """Where the network comes from; a file of the user's is read here too, to refuse a wrong one early."""
     source = _expected("model", ModelSource, built(cfg.model))
     if source.weights is not None:
         read_checkpoint(Path(source.weights))
@@ -165,8 +160,8 @@ def trackers(cfg: DictConfig, folder: Path) -> Trackers:
 def header_config(cfg: DictConfig) -> Mapping[str, Any]:
     """The part of the configuration that evaluations depend on.
 
-    Files and folders are left out (fingerprints of weights and data stand for them), and so are the stages after the
-    search. The device is the one that was chosen.
+    Files and folders are left out (fingerprints of weights and data stand for them), and so are the stages
+    after the search. The device is the one that was chosen.
     """
     plain = _plain(cfg) | {"device": _device(cfg.device)}
     for section in _NOT_OF_THE_SEARCH:

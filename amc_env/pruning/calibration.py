@@ -1,7 +1,7 @@
 """Calibration: what flows through the uncut network, as far as repair needs it.
 
-Inputs and outputs of layers are sampled at a few random output positions of every image, at the same places for the
-same seed, strides and padding respected.
+Inputs and outputs of layers are sampled at a few random output positions of every image, at the same places
+for the same seed, strides and padding respected.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from amc_env.layers import Layer
 
@@ -25,7 +25,8 @@ class Spots:
     Args:
         layer: The layer.
         images: Number of images.
-        per_image: Positions drawn from each image; every position is taken once where there are no more than that.
+        per_image: Positions drawn from each image; every position is taken once where there are no more than
+            that.
         seed: Positions are a function of this seed and the layer's name.
     """
 
@@ -38,12 +39,13 @@ class Spots:
         else:
             flat = torch.randint(height * width, (images, per_image), generator=generator)
         self._width = width
+        self._channels_last = layer.kind == "linear"
         self._flat = flat
 
     def outputs(self, output: Tensor, images: slice = slice(None)) -> Tensor:
         """Samples [images * positions, channels] of an output [N, C, H, W] or [N, ..., C]."""
         flat = self._flat[images].to(output.device)
-        if output.ndim == 4:
+        if not self._channels_last:
             index = flat[:, None].expand(-1, output.shape[1], -1)
             return output.flatten(2).gather(2, index).transpose(1, 2).reshape(-1, output.shape[1])
         tokens = output.reshape(output.shape[0], -1, output.shape[-1])
@@ -71,9 +73,9 @@ def _along(position: Tensor, module: nn.Conv2d, axis: int) -> Tensor:
 
 
 def repairable(module: nn.Module, layer: Layer) -> bool:
-    """Whether least squares can mend a layer: not depthwise, not a fixed selection, padded with zeros."""
+    """Whether least squares can mend a layer: run once, not depthwise or fixed, padded with zeros."""
     zeros = not isinstance(module, nn.Conv2d) or module.padding_mode == "zeros"
-    return zeros and not layer.depthwise and not layer.free
+    return zeros and layer.calls == 1 and not layer.depthwise and not layer.free
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +135,9 @@ def record(
     for layer in layers:
         spots = Spots(layer, len(images), per_image, seed)
 
-        def hook(module: nn.Module, x: tuple[Tensor, ...], y: Tensor, layer: Layer = layer, s: Spots = spots) -> None:
+        def hook(
+            module: nn.Module, x: tuple[Tensor, ...], y: Tensor, layer: Layer = layer, s: Spots = spots
+        ) -> None:
             moments = Moments.of(s.inputs(module, x[0], part), s.outputs(y, part), layer.groups)
             found[layer.name] = found[layer.name] + moments if layer.name in found else moments
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from amc_env.layers import LayerGraph, keeps_of
@@ -17,7 +16,8 @@ __all__ = ["Candidates", "Keeps", "resize"]
 class Candidates:
     """Builds the networks of strategies.
 
-    One skeleton is cut anew for every strategy: only tensors and sizes change, so a candidate costs milliseconds.
+    One skeleton is cut anew for every strategy: only tensors and sizes change, so a candidate costs
+    milliseconds.
 
     Args:
         model: The network that is pruned; it is copied, not changed.
@@ -31,10 +31,12 @@ class Candidates:
         self._original = copy.deepcopy(model).eval()
         self.skeleton = copy.deepcopy(self._original)
         self._pairs = [
-            (name, module, self.skeleton.get_submodule(name)) for name, module in self._original.named_modules()
+            (name, module, self.skeleton.get_submodule(name))
+            for name, module in self._original.named_modules()
         ]
         self._sizes = {
-            name: {k: v for k, v in vars(module).items() if isinstance(v, int)} for name, module, _ in self._pairs
+            name: {k: v for k, v in vars(module).items() if isinstance(v, int)}
+            for name, module, _ in self._pairs
         }
 
     @property

@@ -1,7 +1,7 @@
 """Criteria: what an element of a weight is worth, and from it what a unit is worth.
 
-saliency: worth of an element; score: worth of a unit. Units are ranked once per start and cut in that order, so kept
-sets are nested.
+saliency: worth of an element; score: worth of a unit. Units are ranked once per start and cut in that order,
+so kept sets are nested.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Norm:
 
     Attributes:
         p: 1 or 2.
-        members: Whose weights count: the layers that read the channels (AMC's choice: the summed magnitude of the
-            consuming layer), those that write them, or all.
+        members: Whose weights count: the layers that read the channels (AMC's choice: the summed magnitude of
+            the consuming layer), those that write them, or all.
     """
 
     p: Literal[1, 2] = 2
@@ -45,16 +45,15 @@ class Norm:
             parts.append(self._member_score(modules[member.module], member, layer.groups))
         total = torch.zeros(group.total, dtype=torch.float64)
         for part in parts:
-            # Members are put on one scale before their mean is taken, so that a wide layer does not speak for all.
+            # Members are put on one scale before their mean is taken, so that a wide layer does not speak for
+            # all.
             total += part / part.mean().clamp_min(1e-30) / len(parts)
         return total
 
     def _member_score(self, module: nn.Module, member: Member, groups: int) -> Tensor:
         weight = module.weight
         assert isinstance(weight, Tensor)
-        saliency = weight.detach().double().cpu().abs().pow(self.p).flatten(2) if weight.ndim > 2 else None
-        if saliency is None:
-            saliency = weight.detach().double().cpu().abs().pow(self.p).unsqueeze(2)
+        saliency = weight.detach().double().cpu().abs().pow(self.p).reshape(*weight.shape[:2], -1)
         if member.side == "out":
             entries = saliency.sum((1, 2))
         else:

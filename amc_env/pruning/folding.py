@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 class Folder:
     """Turns cut networks into equal ones without batch norms, in the memory layout asked for.
 
-    One folded skeleton serves all candidates. Where the network cannot be traced, or folding changes its outputs by
-    more than rounding, candidates are scored as they are, and `reason` says why.
+    One folded skeleton serves all candidates. Where the network cannot be traced, or folding changes its
+    outputs by more than rounding, candidates are scored as they are, and `reason` says why.
 
     Args:
         model: The uncut network, in eval mode.
@@ -76,11 +76,12 @@ class Folder:
 
     def _fold(self, layer: nn.Module, norm: nn.Module, target: nn.Module) -> None:
         assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
-        assert norm.running_mean is not None and norm.running_var is not None
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
         scale = (norm.running_var + norm.eps).rsqrt()
         scale = scale if norm.weight is None else scale * norm.weight
+        assert isinstance(layer, nn.Conv2d | nn.Linear)
         weight, bias = layer.weight, layer.bias
-        assert isinstance(weight, Tensor)
         shift = -norm.running_mean if bias is None else bias - norm.running_mean
         shift = shift * scale if norm.bias is None else shift * scale + norm.bias
         target._parameters["weight"] = self._own(weight * scale.view(-1, *[1] * (weight.ndim - 1)))

@@ -31,7 +31,8 @@ class Channel:
     def decisions(self, graph: LayerGraph) -> tuple[LayerGraph, tuple[Grid, ...]]:
         """The grids of all decisions, and the graph without the groups that leave nothing to decide.
 
-        Groups too small for ``multiple`` and ``max_ratio`` are added to the graph's ``whole`` with that reason.
+        Groups too small for ``multiple`` and ``max_ratio`` are added to the graph's ``whole`` with that
+        reason.
         """
         grids = {group.name: self._grid(group) for group in graph.groups}
         reason = f"it is too narrow for channel_multiple={self.multiple} and max_ratio={self.max_ratio}"

@@ -1,9 +1,10 @@
 """Repair: what mends a cut network before it is scored.
 
-Least squares replaces a layer's weights by those that give the uncut network's outputs best from the inputs that
-stayed (He et al., "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017; AMC section 3.4). Inputs and outputs are those of the
-uncut network, and the kept sets are nested in one order, so the leading blocks of one Cholesky factor a layer hold
-every solution of a search. The sequential form goes front to back on what reaches each layer in the cut network.
+Least squares replaces a layer's weights by those that give the uncut network's outputs best from the inputs
+that stayed (He et al., "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017; AMC section
+3.4). Inputs and outputs are those of the uncut network, and the kept sets are nested in one order, so the
+leading blocks of one Cholesky factor a layer hold every solution of a search. The sequential form goes front
+to back on what reaches each layer in the cut network.
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ from amc_env.pruning.candidate import Candidates
 from amc_env.pruning.topology import Run, Topology
 from amc_env.surgery import Keeps
 
-_RIDGE = 1e-6  # relative to the mean variance of the inputs: dead and duplicate channels must not break the solve
+_RIDGE = (
+    1e-6  # relative to the mean variance of the inputs: dead and duplicate channels must not break the solve
+)
+_ROUNDING = (
+    1e-11  # of the mean square of the inputs: what centring in float64 may get wrong, with room to spare
+)
 _CHUNK = 250
 
 
@@ -64,7 +70,8 @@ class BatchNorm:
     """Re-estimates the statistics of all batch norms from fixed training images.
 
     Args:
-        images: Normalised training images [N, C, H, W]; images, order and batch are the same for every candidate.
+        images: Normalised training images [N, C, H, W]; images, order and batch are the same for every
+            candidate.
         batch: Images of a batch.
     """
 
@@ -86,7 +93,9 @@ class BatchNorm:
             norm.reset_running_stats()
             norm.momentum = None
             norm.train()
-        whole = len(self._images) // self._batch * self._batch  # a short last batch would weigh as much as a full one
+        whole = (
+            len(self._images) // self._batch * self._batch
+        )  # a short last batch would weigh as much as a full one
         for start in range(0, whole, self._batch):
             model(self._images[start : start + self._batch])
         for norm, (momentum, training) in zip(norms, before, strict=True):
@@ -94,12 +103,20 @@ class BatchNorm:
             norm.train(training)
 
 
+def _norm_after(layer: Layer, topology: Topology) -> str | None:
+    """The batch norm over the layer's outputs; on sequences of tokens it normalises positions instead."""
+    tokens = layer.kind == "linear" and layer.positions > 1
+    return None if tokens else topology.norm_after.get(layer.name)
+
+
 def _absorbs(layer: Layer, topology: Topology) -> bool:
-    """Whether an intercept has a place to go: the layer's own bias, or the mean of the batch norm after it."""
-    return layer.bias or layer.name in topology.norm_after
+    """Whether an intercept has a place to go: the layer's bias, or the mean of the batch norm after it."""
+    return layer.bias or _norm_after(layer, topology) is not None
 
 
-def _put(model: nn.Module, layer: Layer, topology: Topology, weight: Tensor, intercept: Tensor | None) -> None:
+def _put(
+    model: nn.Module, layer: Layer, topology: Topology, weight: Tensor, intercept: Tensor | None
+) -> None:
     """Writes a solution [out, in, ...] and its intercept [out] into a cut network."""
     module = model.get_submodule(layer.name)
     old = module.weight
@@ -108,23 +125,28 @@ def _put(model: nn.Module, layer: Layer, topology: Topology, weight: Tensor, int
     if intercept is None:
         return
     if layer.bias:
-        module.bias.data = intercept.to(old.dtype)  # type: ignore[union-attr]
+        assert isinstance(module.bias, nn.Parameter)
+        module.bias.data = intercept.to(old.dtype)
     else:
         norm = model.get_submodule(topology.norm_after[layer.name])
-        norm.running_mean = norm.running_mean - intercept.to(old.dtype)  # type: ignore[operator]
+        assert isinstance(norm.running_mean, Tensor)
+        norm.running_mean = norm.running_mean - intercept.to(old.dtype)
 
 
-def _ridged(xx: Tensor, ridge: float) -> Tensor:
-    """A Gram matrix with a ridge relative to its mean diagonal, so that it always factors."""
-    diagonal = xx.diagonal(dim1=-2, dim2=-1)
-    lift = ridge * diagonal.mean(-1, keepdim=True).clamp_min(1e-12)
-    return xx + torch.diag_embed(lift.expand_as(diagonal))
+def _factored(moments: Moments, intercept: bool, ridge: float) -> tuple[Moments, Tensor]:
+    """The moments (about the means, with an intercept) and the factor of their ridged Gram matrix."""
+    about = moments.centred() if intercept else moments
+    spread = about.xx.diagonal(dim1=-2, dim2=-1)
+    # Centring leaves rounding errors in proportion to the raw squares: inputs that are all constant need a
+    # floor.
+    floor = _ROUNDING * moments.xx.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    lift = (ridge * spread.mean(-1, keepdim=True) + floor).clamp_min(1e-18)
+    return about, torch.linalg.cholesky(about.xx + torch.diag_embed(lift.expand_as(spread)))
 
 
 def _solve(moments: Moments, intercept: bool, ridge: float) -> tuple[Tensor, Tensor | None]:
     """Weights [out, n] (groups stacked) and intercept [out] that give y best from x."""
-    about = moments.centred() if intercept else moments
-    factor = torch.linalg.cholesky(_ridged(about.xx, ridge))
+    about, factor = _factored(moments, intercept, ridge)
     solution = torch.cholesky_solve(about.xy, factor)
     weight = solution.transpose(1, 2).flatten(0, 1)
     if not intercept:
@@ -150,7 +172,9 @@ class _Columns:
                     place[order] = torch.arange(len(order))
                     ranks[member.positions] = place[:, None].expand_as(member.positions)
         self.nested = feeding == 1
-        self.order = torch.sort(ranks[: self.local], stable=True).indices  # most worth first; whole ones before them
+        self.order = torch.sort(
+            ranks[: self.local], stable=True
+        ).indices  # most worth first; whole ones before them
 
     def columns(self, channels: Tensor) -> Tensor:
         """Columns of the moments that belong to (local) channels, in their order."""
@@ -186,8 +210,8 @@ class LeastSquares:
         layers = repairable_consumers(candidates)
         self._columns = {layer.name: _Columns(candidates, layer) for layer in layers}
         self._moments = record(candidates.original, layers, images, per_image=per_image, seed=seed)
-        self._factors: dict[str, tuple[Tensor, Moments]] = {}
-        self._solved: dict[tuple[str, tuple[int, ...]], tuple[Tensor, Tensor | None]] = {}
+        self._factors: dict[str, tuple[Moments, Tensor, Moments]] = {}
+        self._solved: dict[tuple[str, int], tuple[Tensor, Tensor | None]] = {}
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, removed: Sequence[int], keeps: Keeps) -> None:
@@ -205,11 +229,12 @@ class LeastSquares:
             _put(model, columns.layer, self._topology, weight, intercept)
 
     def _solution(self, columns: _Columns, kept: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The solution for kept (local, ascending) channels, all outputs, solved once."""
-        key = columns.layer.name, tuple(kept.tolist())
+        """The solution for kept (local, ascending) channels, all outputs; solved once where nested."""
+        if not columns.nested:  # any combination may come: keeping them all would fill the memory
+            return self._sub(columns, kept)
+        key = columns.layer.name, len(kept)
         if key not in self._solved:
-            solve = self._leading if columns.nested else self._sub
-            self._solved[key] = solve(columns, kept)
+            self._solved[key] = self._leading(columns, kept)
         return self._solved[key]
 
     def _leading(self, columns: _Columns, kept: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -219,10 +244,8 @@ class LeastSquares:
         if name not in self._factors:
             ordered = columns.columns(columns.order).to(self._moments[name].xx.device)
             moments = _select(self._moments[name], ordered)
-            about = moments.centred() if intercept else moments
-            self._factors[name] = torch.linalg.cholesky(_ridged(about.xx, self._ridge)), moments
-        factor, moments = self._factors[name]
-        about = moments.centred() if intercept else moments
+            self._factors[name] = *_factored(moments, intercept, self._ridge), moments
+        about, factor, moments = self._factors[name]
         size = len(kept) * columns.area
         solution = torch.cholesky_solve(about.xy[:, :size], factor[:, :size, :size])
         offset = None
@@ -255,9 +278,9 @@ def repairable_consumers(candidates: Candidates) -> list[Layer]:
 class Sequential:
     """Least squares front to back, on what reaches each layer in the network as cut and mended so far.
 
-    The target is the uncut network's output before batch norm, mended for the error that the shortcut carries: the
-    difference of the two shortcuts divided by the batch norm's scale is added. One pass over the calibration images
-    mends all layers, each as its turn comes.
+    The target is the uncut network's output before batch norm, mended for the error that the shortcut
+    carries: the difference of the two shortcuts divided by the batch norm's scale is added. One pass over the
+    calibration images mends all layers, each as its turn comes.
 
     Args:
         candidates: The builder of candidates.
@@ -285,7 +308,8 @@ class Sequential:
     ):
         if topology.graph is None:
             raise UserError(
-                f"repair=sequential does not work for this network: {topology.reason}; use repair=least_squares"
+                f"repair=sequential does not work for this network: {topology.reason}; "
+                "use repair=least_squares"
             )
         self._topology = topology
         self._images = images
@@ -338,7 +362,9 @@ class Sequential:
 
         Run(model, self._topology)(self._images, visit)
 
-    def _mend(self, model: nn.Module, name: str, x: Tensor, shortcut: Tensor | None, out: Tensor | None) -> None:
+    def _mend(
+        self, model: nn.Module, name: str, x: Tensor, shortcut: Tensor | None, out: Tensor | None
+    ) -> None:
         layer, spots = self._layers[name], self._spots[name]
         module = model.get_submodule(name)
         target = self._targets[name]
@@ -355,11 +381,12 @@ class Sequential:
 
     def _scale(self, model: nn.Module, name: str) -> Tensor:
         """What the batch norm after a layer multiplies its outputs by, [out]; ones without a batch norm."""
-        norm_name = self._topology.norm_after.get(name)
+        norm_name = _norm_after(self._layers[name], self._topology)
         if norm_name is None:
             return torch.ones(1, device=self._images.device)
         norm = model.get_submodule(norm_name)
-        assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) and norm.running_var is not None
+        assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
+        assert norm.running_var is not None
         scale = (norm.running_var + norm.eps).rsqrt()
         scale = scale if norm.weight is None else scale * norm.weight
         tiny = 1e-3 * scale.abs().max()  # a channel that is scaled away cannot carry the shortcut's error

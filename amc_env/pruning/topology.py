@@ -1,7 +1,7 @@
 """What comes after what: batch norms behind layers, and the other operand of residual additions.
 
-Read from a symbolic trace (torch.fx). A network that cannot be traced loses these comforts by name: batch norms are
-not folded for scoring, and the sequential repair is refused.
+Read from a symbolic trace (torch.fx). A network that cannot be traced loses these comforts by name: batch
+norms are not folded for scoring, and the sequential repair is refused.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class Topology:
                 norm_after[name] = str(norm.target)
                 last = norm
             other = _added(last)
-            # Two layers that are added to each other (a projection shortcut): the first in forward order is mended.
+            # Two layers that are added to each other (a projection shortcut): the first in forward order is
+            # mended.
             if other is not None and nodes[0] not in _ancestors(other, partner):
                 partner[name] = other
         return cls(graph, "", norm_after, partner)
@@ -123,7 +124,7 @@ def _ancestors(node: fx.Node, partner: dict[str, fx.Node]) -> set[fx.Node]:
 
 
 Visit = Callable[[str, nn.Module, Tensor, Tensor | None], Tensor]
-"""Runs a layer: (name, module, its input, the shortcut that will be added to its output or None) -> its output."""
+"""Runs a layer: (name, module, input, the shortcut that will be added to its output or None) -> output."""
 
 
 class Run:

@@ -1,0 +1,87 @@
+"""Candidates: torch-pruning's own result bit for bit, and one skeleton for all."""
+
+import pytest
+import torch
+import torch_pruning as tp
+from networks import NETWORKS, SMALL, images, network, prepared, random_removed, same_state
+from torch import nn
+
+from amc_env.pruning.candidate import Candidates, with_state
+from search.models import ResNet
+
+
+def pruned_by_the_library(model: nn.Module, candidates: Candidates, removed: tuple[int, ...]) -> nn.Module:
+    """The same channels cut by torch-pruning, group after group."""
+    graph = tp.DependencyGraph().build_dependency(
+        model, example_inputs=images(1), unwrapped_parameters=None, customized_pruners={}, verbose=False
+    )
+    for group, order, count in zip(candidates.graph.groups, candidates.orders, removed, strict=True):
+        root = model.get_submodule(group.name)
+        member = next(m for m in group.members if (m.module, m.side) == (group.name, "out"))
+        gone = member.positions[order[len(order) - count :]].flatten().sort().values.tolist()
+        cut = tp.prune_linear_out_channels if isinstance(root, nn.Linear) else tp.prune_conv_out_channels
+        if gone:
+            graph.get_pruning_group(root, cut, gone).prune()
+    return model
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"selection"}))
+def test_the_same_state_dict_as_torch_pruning(name: str, seed: int) -> None:
+    candidates, grids = prepared(name)
+    removed = random_removed(grids, seed)
+    theirs = pruned_by_the_library(network(name), candidates, removed)
+    assert any(removed)
+    assert same_state(candidates.cut(removed), theirs)
+    assert same_state(candidates.build(removed), theirs)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_one_skeleton_serves_all(name: str) -> None:
+    candidates, grids = prepared(name)
+    first, second = random_removed(grids, 0), random_removed(grids, 1)
+    before = with_state(candidates.cut(first))
+    sizes = str(candidates.skeleton)
+    candidates.cut(second)
+    again = candidates.cut(first)
+    assert again is candidates.skeleton
+    assert str(again) == sizes == str(candidates.build(first))
+    assert all(torch.equal(before[key], value) for key, value in again.state_dict().items())
+    assert same_state(candidates.cut([0] * len(grids)), network(name))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_candidate_shares_no_memory_with_the_original(name: str) -> None:
+    candidates, grids = prepared(name)
+    for removed in ((0,) * len(grids), random_removed(grids, 2)):
+        with torch.no_grad():
+            for tensor in candidates.cut(removed).state_dict().values():
+                tensor.fill_(7)
+    assert same_state(candidates.original, network(name))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_what_stays_is_nested_and_ascending(name: str) -> None:
+    candidates, grids = prepared(name)
+    for removed in (random_removed(grids, 0), random_removed(grids, 1)):
+        little = candidates.keeps([count // 2 for count in removed])
+        for module, sides in candidates.keeps(removed).items():
+            for side, kept in sides.items():
+                assert kept.tolist() == sorted(kept.tolist())
+                assert set(kept.tolist()) <= set(little[module][side].tolist())
+
+
+def test_selection_and_pad_are_the_same_network() -> None:
+    selection, pad = ResNet(8, "selection").eval(), ResNet(8, "pad").eval()
+    pad.load_state_dict({k: v for k, v in selection.state_dict().items() if "shortcut" not in k})
+    with torch.no_grad():
+        torch.testing.assert_close(selection(images()), pad(images()))
+
+
+def test_frozen_parameters_stay_frozen() -> None:
+    candidates, grids = prepared("concat")
+    model = network("concat")
+    model.left.weight.requires_grad_(False)
+    frozen = Candidates(model, candidates.graph, candidates.orders).cut(random_removed(grids, 0))
+    assert {name for name, p in frozen.named_parameters() if not p.requires_grad} == {"left.weight"}
+    assert not frozen.training

@@ -1,0 +1,171 @@
+"""The evaluator: memo, purity, and what was scored is what is delivered."""
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from networks import images, network, prepared, random_removed, same_state
+from torch import Tensor, nn
+
+from amc_env.budget import Budget, Problem
+from amc_env.costs import Macs, Params
+from amc_env.errors import UserError
+from amc_env.evaluator import Evaluator, Key, Outcome, Scorer, accuracy
+from amc_env.pruning.repair import BatchNorm, Both, LeastSquares, NoRepair, Repair, Sequential
+from amc_env.pruning.topology import Topology
+
+LABELS = torch.arange(60) % 4
+REPAIRS = ("none", "least_squares", "batch_norm", "both", "sequential")
+
+
+def evaluator(
+    name: str = "residual", repair: str = "least_squares", ratio: float = 0.5, memo=None
+) -> Evaluator:
+    candidates, grids = prepared(name)
+    macs, params = Macs(candidates.graph), Params(candidates.graph)
+    problem = Problem(grids, [macs, params], [Budget.of(macs, len(grids), ratio=ratio)])
+    calibration = images(40, seed=1)
+
+    def least_squares() -> Repair:
+        return LeastSquares(candidates, Topology.of(candidates.original), calibration)
+
+    makers: dict[str, Callable[[], Repair]] = {
+        "none": NoRepair,
+        "least_squares": least_squares,
+        "batch_norm": lambda: BatchNorm(calibration),
+        "both": lambda: Both("both", [least_squares(), BatchNorm(calibration)]),
+        "sequential": lambda: Sequential(candidates, Topology.of(candidates.original), calibration),
+    }
+    scorer = Scorer(candidates.original, images(60), LABELS, batch_size=25)
+    return Evaluator(candidates, problem, scorer, makers, repair, memo)
+
+
+def some(judge: Evaluator, count: int = 3):
+    return [judge.problem.strategy(random_removed(judge.problem.grids, seed)) for seed in range(count)]
+
+
+class Fixed(nn.Module):
+    """Logits that are the images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 250])
+def test_accuracy_by_hand(batch_size: int) -> None:
+    logits = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0], [5.0, float("-inf")]])
+    assert accuracy(Fixed(), logits, torch.tensor([1, 0, 0, 0]), batch_size) == 0.75
+
+
+def test_logits_that_are_not_numbers_are_refused() -> None:
+    logits = torch.tensor([[1.0, 2.0], [3.0, float("nan")]])
+    with pytest.raises(UserError, match=r"not numbers \(NaN\)"):
+        accuracy(Fixed(), logits, torch.tensor([1, 0]), 1)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("name", ["residual", "depthwise", "flatten", "mlp"])
+def test_scorer_is_plain_accuracy(name: str, channels_last: bool) -> None:
+    candidates, grids = prepared(name)
+    scorer = Scorer(candidates.original, images(60), LABELS, batch_size=25, channels_last=channels_last)
+    for seed in range(3):
+        model = candidates.cut(random_removed(grids, seed))
+        assert scorer(model) == accuracy(model, images(60), LABELS)
+
+
+def test_the_same_strategy_is_never_scored_twice() -> None:
+    judge = evaluator()
+    scored: list[int] = []
+    inner = judge._scorer
+    judge._scorer = lambda model: scored.append(1) or inner(model)
+    strategies = some(judge)
+    first = judge.evaluate([*strategies, strategies[0]])
+    assert (len(scored), judge.evaluations, judge.hits) == (3, 3, 1)
+    assert judge.evaluate(strategies) == first[:3]
+    assert first[3] is first[0]
+    assert (len(scored), judge.evaluations, judge.hits) == (3, 3, 4)
+    judge.evaluate(strategies[:1], repair="none")
+    assert (len(scored), judge.evaluations) == (4, 4)
+
+
+def test_a_memo_from_before_is_believed() -> None:
+    judge = evaluator()
+    strategy = some(judge)[0]
+    known = Outcome(strategy, 0.123, {}, True, "least_squares")
+    judge = evaluator(memo={Key("original", "least_squares", strategy.removed): known})
+    assert judge.evaluate([strategy]) == [known]
+    assert (judge.hits, judge.evaluations) == (1, 0)
+
+
+def test_outcome_states_costs_budget_and_repair() -> None:
+    judge = evaluator()
+    whole = judge.problem.strategy([0] * len(judge.problem.grids))
+    half = judge.problem.strategy(judge.problem.project([0.0] * len(judge.problem.grids)))
+    outcomes = judge.evaluate([whole, half])
+    assert [outcome.met for outcome in outcomes] == [False, True]
+    assert outcomes[0].accuracy == accuracy(network("residual"), images(60), LABELS)
+    assert outcomes[1].costs == judge.problem.cost(half.removed)
+    assert outcomes[1].costs["macs"] <= 0.5 * outcomes[0].costs["macs"]
+    assert {(o.repair, o.start) for o in outcomes} == {("least_squares", "original")}
+
+
+@pytest.mark.parametrize("repair", REPAIRS)
+def test_what_was_scored_is_what_is_delivered(repair: str) -> None:
+    judge = evaluator(repair=repair)
+    scored: list[dict[str, Tensor]] = []
+    inner = judge._scorer
+
+    def scorer(model: nn.Module) -> float:
+        scored.append({key: value.clone() for key, value in model.state_dict().items()})
+        return inner(model)
+
+    judge._scorer = scorer
+    outcomes = judge.evaluate(some(judge))
+    for outcome, state in zip(outcomes, list(scored), strict=True):
+        model, keeps = judge.network(outcome)
+        assert model.state_dict().keys() == state.keys()
+        assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+        assert inner(model) == outcome.accuracy
+        assert not model.training
+        assert keeps["linear"]["in"].numel() == model.linear.in_features
+    first, _ = judge.network(outcomes[0])
+    judge.evaluate([judge.problem.strategy(random_removed(judge.problem.grids, 9))])
+    assert same_state(
+        first, judge.network(outcomes[0])[0]
+    )  # a network of its own: later candidates leave it alone
+
+
+@pytest.mark.parametrize("repair", REPAIRS)
+def test_scoring_is_a_function_of_the_strategy(repair: str) -> None:
+    one, other = evaluator(repair=repair), evaluator(repair=repair)
+    strategies = some(one)
+    forwards = one.evaluate(strategies)
+    torch.manual_seed(123)
+    backwards = other.evaluate(strategies[::-1])
+    assert forwards == backwards[::-1]
+
+
+@pytest.mark.parametrize("repair", REPAIRS)
+def test_the_global_random_states_stay_as_they_were(repair: str) -> None:
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    judge = evaluator(repair=repair)
+    judge.network(judge.evaluate(some(judge, 1))[0])
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert (states[1] == np.random.get_state()[1]).all()
+    assert states[2] == random.getstate()
+
+
+def test_unknown_repair() -> None:
+    judge = evaluator()
+    with pytest.raises(UserError, match=r"unknown repair 'glue'; there are none, least_squares"):
+        judge.evaluate(some(judge, 1), repair="glue")
+
+
+def test_a_candidate_with_broken_weights_is_refused() -> None:
+    judge = evaluator(repair="none")
+    with torch.no_grad():
+        judge.candidates.original.conv1.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="not numbers"):
+        judge.evaluate(some(judge, 1))

@@ -1,0 +1,486 @@
+"""amc-search from the command line: what it leaves behind, how it repeats and goes on, how mistakes end."""
+
+import csv
+import io
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+import torch
+from PIL import Image
+from pyarrow import parquet
+from running import QUICK, SMALL, Command, Ended
+from safetensors.torch import save_file
+
+from search import load_pruned
+from search.models import ResNet
+from search.tracking import logged_rows
+
+RANDOM = (
+    *SMALL,
+    "agent=random",
+    "search.episodes=6",
+    "finalists.count=0",
+    "finetune.epochs=0",
+    "latency.repeats=0",
+    "export=[]",
+)
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    content = json.loads((folder / "result.json").read_text())
+    assert isinstance(content, dict)
+    return content
+
+
+def journal_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+
+
+def figures(result: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same when a run is repeated: all but times."""
+    kept = {name: result[name] for name in ("budget", "budgets", "strategy", "whole")}
+    for stage in ("base", "pruned", "finetuned"):
+        kept[stage] = {k: v for k, v in (result[stage] or {}).items() if k != "latency_ms"}
+    return kept | {"search": {k: v for k, v in result["search"].items() if k != "seconds"}}
+
+
+def assert_refused(ended: Ended, *says: str) -> None:
+    lines = ended.err.splitlines()
+    assert ended.code == 2
+    assert len(lines) == 1, ended.err
+    assert lines[0].startswith("error: ")
+    for text in says:
+        assert text in lines[0]
+    assert "Error executing job" not in ended.out + ended.err
+    assert "HYDRA_FULL_ERROR" not in ended.out + ended.err
+
+
+# -------------------------------------------------------------------------------------------- whole runs
+
+
+def test_a_run_leaves_behind_all_that_the_design_names(amc_search: Command, tmp_path: Path) -> None:
+    ended = amc_search(*QUICK, "model=digits_cnn", "export=[safetensors,pt2]", "hydra.run.dir=run")
+    assert ended.code == 0
+    run = tmp_path / "run"
+    for name in (
+        ".hydra/config.yaml",
+        "evaluations.jsonl",
+        "metrics.csv",
+        "strategy.json",
+        "result.json",
+        "model.safetensors",
+        "channels.json",
+        "model.pt2",
+        "report.html",
+        "run_search.log",
+    ):
+        assert (run / name).stat().st_size > 0, name
+    assert list((run / "plots").glob("*.png"))
+    result = result_of(run)
+    keys = {"accuracy", "macs", "params", "latency_ms", "split"}
+    for stage in ("base", "pruned", "finetuned"):
+        assert keys <= set(result[stage]), stage
+        assert result[stage]["split"] == "test"
+        assert 0 <= result[stage]["accuracy"] <= 1
+    assert set(result["budget"]) == {"cost", "ratio", "limit", "value", "met"}
+    assert result["budget"]["met"]
+    assert result["pruned"]["macs"] == result["budget"]["value"] <= result["budget"]["limit"]
+    assert {"agent", "episodes", "evaluations", "cache_hits", "seconds", "seed", "best_reward"} <= set(
+        result["search"]
+    )
+    assert (result["search"]["agent"], result["search"]["episodes"]) == ("ddpg", 8)
+    assert all(0 <= ratio < 1 for ratio in result["strategy"].values())
+    removed = json.loads((run / "strategy.json").read_text())
+    assert removed
+    restored = load_pruned(ResNet(8, "conv", in_channels=1), run)
+    assert sum(p.numel() for p in restored.parameters()) == result["finetuned"]["params"]
+    assert "fine-tuned" in ended.out
+    assert "report.html" in ended.out
+    assert "go on with: amc-search" in ended.out
+
+
+def test_the_same_seed_gives_the_same_files_to_the_byte(amc_search: Command, tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        assert amc_search(*QUICK, "seed=3", f"hydra.run.dir={folder}").code == 0
+    for name in ("evaluations.jsonl", "metrics.csv", "strategy.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    assert figures(result_of(tmp_path / "one")) == figures(result_of(tmp_path / "two"))
+    assert amc_search(*QUICK, "seed=4", "hydra.run.dir=three").code == 0
+    assert journal_of(tmp_path / "one")[1:] != journal_of(tmp_path / "three")[1:]
+
+
+def test_the_journal_names_no_place_and_no_machine(amc_search: Command, tmp_path: Path) -> None:
+    assert amc_search(*RANDOM, "hydra.run.dir=run").code == 0
+    header = json.dumps(journal_of(tmp_path / "run")[0])
+    for text in (str(tmp_path), str(Path.home()), os.uname().nodename, "hydra", "cuda"):
+        assert text not in header, text
+    config = journal_of(tmp_path / "run")[0]["header"]["config"]
+    assert config["device"] in ("cpu", "cuda")
+    assert not {"finetune", "export", "tracker", "latency"} & set(config)
+
+
+def test_stages_can_be_left_out(amc_search: Command, tmp_path: Path) -> None:
+    assert amc_search(*RANDOM, "hydra.run.dir=run").code == 0
+    result = result_of(tmp_path / "run")
+    assert result["finetuned"] is None
+    assert result["pruned"]["latency_ms"] is None
+    assert result["exports"] == []
+    assert not list((tmp_path / "run").glob("model.*"))
+    assert (tmp_path / "run" / "report.html").exists()
+    assert result["search"]["evaluations"] == 6 == len(journal_of(tmp_path / "run")) - 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "cost"),
+    [
+        (("budget=params", "budget.ratio=0.4"), "params"),
+        (("budget=flops", "budget.limit=200000"), "macs"),
+        (("model=digits_cnn", "repair=both"), "macs"),
+        (("repair=sequential", "budget.ratio=0.3"), "macs"),
+        (("repair=none", "criterion=l1", "finalists.count=2"), "macs"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else value,
+)
+def test_choices_of_cost_network_and_repair_work(
+    amc_search: Command, tmp_path: Path, overrides: tuple[str, ...], cost: str
+) -> None:
+    assert amc_search(*RANDOM, "search.episodes=2", *overrides, "hydra.run.dir=run").code == 0
+    result = result_of(tmp_path / "run")
+    assert result["budget"]["cost"] == cost
+    assert result["budget"]["value"] == result["pruned"][cost] <= result["budget"]["limit"]
+    assert result["budget"]["met"]
+
+
+def test_the_accuracy_guaranteed_search_needs_no_budget(amc_search: Command, tmp_path: Path) -> None:
+    ended = amc_search(*QUICK, "budget=none", "reward=error_flops", "hydra.run.dir=run")
+    assert ended.code == 0
+    result = result_of(tmp_path / "run")
+    assert (result["budget"], result["budgets"]) == (None, [])
+    assert result["search"]["best_reward"] <= 0
+
+
+def test_the_lecture_s_reward_runs_with_the_bound_off(amc_search: Command, tmp_path: Path) -> None:
+    options = ("reward=infinity", "enforce_budget=false", "search.episodes=12", "hydra.run.dir=run")
+    assert amc_search(*QUICK, *options).code == 0
+    assert result_of(tmp_path / "run")["budget"]["met"]
+    assert {line["met"] for line in journal_of(tmp_path / "run")[1:]} <= {True, False}
+
+
+def test_uniform_scores_one_strategy(amc_search: Command, tmp_path: Path) -> None:
+    assert amc_search(*RANDOM, "agent=uniform", "hydra.run.dir=run").code == 0
+    result = result_of(tmp_path / "run")
+    assert (result["search"]["agent"], result["search"]["evaluations"]) == ("uniform", 1)
+    assert len(journal_of(tmp_path / "run")) == 2
+
+
+@pytest.mark.parametrize("preset", ["amc_paper", "amc_release"])
+def test_presets_run(amc_search: Command, tmp_path: Path, preset: str) -> None:
+    quick = [o for o in QUICK if "warmup" not in o]
+    ended = amc_search(*quick, f"preset={preset}", "search.episodes=5", "hydra.run.dir=run")
+    assert ended.code == 0
+    result = result_of(tmp_path / "run")
+    assert result["search"]["episodes"] == 5
+    assert max(result["strategy"].values()) <= 0.8
+    assert journal_of(tmp_path / "run")[0]["header"]["config"]["granularity"]["multiple"] == 8
+
+
+def test_a_multirun_gives_each_job_its_own_folder(amc_search: Command, tmp_path: Path) -> None:
+    grid = ("seed=1,2", "budget.ratio=0.5,0.7")
+    assert amc_search("--multirun", *RANDOM, "search.episodes=2", *grid, "hydra.sweep.dir=sweep").code == 0
+    jobs = [tmp_path / "sweep" / str(number) for number in range(4)]
+    seen = {(result_of(job)["search"]["seed"], result_of(job)["budget"]["ratio"]) for job in jobs}
+    assert seen == {(1, 0.5), (1, 0.7), (2, 0.5), (2, 0.7)}
+    assert [len(journal_of(job)) for job in jobs] == [3, 3, 3, 3]
+
+
+def test_wandb_offline_keeps_its_run_and_logs_nothing_twice(
+    amc_search: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    options = (*RANDOM, "search.episodes=4", "tracker=wandb", "hydra.run.dir=run")
+    run = tmp_path / "run"
+    assert amc_search(*options).code == 0
+    identity = (run / "wandb_id.txt").read_text().strip()
+    assert amc_search(*options, "search.episodes=6").code == 0
+    assert (run / "wandb_id.txt").read_text().strip() == identity
+    rows = list(logged_rows(run, identity))
+    assert [row["episode"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    table = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+    assert [float(row["episode/reward"]) for row in table] == [row["episode/reward"] for row in rows]
+
+
+# -------------------------------------------------------------------------------------------- resumption
+
+
+def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "search.run_search", *overrides, f'hydra.run.dir="{folder}"']
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(
+        command, cwd=folder.parent, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def wait_for_lines(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Waits until the journal has so many lines, the process being alive."""
+    file, deadline = folder / "evaluations.jsonl", time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if file.exists() and file.read_text().count("\n") >= count:
+            return
+        time.sleep(0.005)
+    process.kill()
+    raise AssertionError(f"the run did not write {count} lines: {process.communicate()}")
+
+
+LONGER = (*QUICK, "search.episodes=40", "finetune.epochs=0")
+
+
+def test_a_killed_run_ends_as_one_that_was_not(amc_search: Command, tmp_path: Path) -> None:
+    assert amc_search(*LONGER, "hydra.run.dir=whole").code == 0
+    killed = tmp_path / "killed"
+    process = start(killed, *LONGER)
+    wait_for_lines(killed, 10, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = (killed / "evaluations.jsonl").read_bytes()
+    whole = (tmp_path / "whole" / "evaluations.jsonl").read_bytes()
+    assert 10 <= before.count(b"\n") < whole.count(b"\n")
+    with (killed / "evaluations.jsonl").open("ab") as file:
+        file.write(b'{"index": 99, "star')
+    ended = amc_search(*LONGER, "hydra.run.dir=killed")
+    assert ended.code == 0
+    assert "torn last line" in ended.out
+    assert "the run takes another way" not in ended.out
+    for name in ("evaluations.jsonl", "metrics.csv", "strategy.json"):
+        assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert figures(result_of(killed)) == figures(result_of(tmp_path / "whole"))
+    keys = [(line["start"], line["repair"], tuple(line["removed"])) for line in journal_of(killed)[1:]]
+    assert len(keys) == len(set(keys)) == result_of(killed)["search"]["evaluations"]
+
+
+def test_what_is_on_file_is_not_scored_again(
+    amc_search: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert amc_search(*LONGER, "hydra.run.dir=run").code == 0
+    before = (tmp_path / "run" / "evaluations.jsonl").read_bytes(), figures(result_of(tmp_path / "run"))
+
+    def refuse(*_: object) -> float:
+        raise AssertionError("scored again")
+
+    monkeypatch.setattr("amc_env.evaluator.Scorer.__call__", refuse)
+    assert amc_search(*LONGER, "hydra.run.dir=run").code == 0
+    assert (
+        (tmp_path / "run" / "evaluations.jsonl").read_bytes(),
+        figures(result_of(tmp_path / "run")),
+    ) == before
+
+
+def test_episodes_may_grow_and_not_shrink(amc_search: Command, tmp_path: Path) -> None:
+    assert amc_search(*RANDOM, "finalists.count=2", "hydra.run.dir=run").code == 0
+    first = journal_of(tmp_path / "run")[1:]
+    grown = amc_search(*RANDOM, "finalists.count=2", "search.episodes=9", "hydra.run.dir=run")
+    assert grown.code == 0
+    assert "another way" not in grown.out
+    assert journal_of(tmp_path / "run")[1 : len(first) + 1] == first
+    assert result_of(tmp_path / "run")["search"]["episodes"] == 9
+    assert_refused(
+        amc_search(*RANDOM, "finalists.count=2", "hydra.run.dir=run"), "search.episodes: 9 then, 6 now"
+    )
+
+
+def test_a_changed_configuration_is_refused_by_name_and_changes_nothing(
+    amc_search: Command, tmp_path: Path
+) -> None:
+    assert amc_search(*RANDOM, "hydra.run.dir=run").code == 0
+    files = ("evaluations.jsonl", "metrics.csv", "result.json")
+    before = [(tmp_path / "run" / name).read_bytes() for name in files]
+    ended = amc_search(*RANDOM, "seed=5", "max_ratio=0.8", "hydra.run.dir=run")
+    assert_refused(
+        ended, "config.seed: 0 then, 5 now", "max_ratio: 0.9 then, 0.8 now", "another hydra.run.dir"
+    )
+    assert [(tmp_path / "run" / name).read_bytes() for name in files] == before
+    assert amc_search(*RANDOM, "finetune.lr_fraction=0.05", "hydra.run.dir=run").code == 0
+
+
+def test_ctrl_c_says_how_to_go_on_and_a_second_run_is_kept_out(amc_search: Command, tmp_path: Path) -> None:
+    run = tmp_path / "a run's folder"
+    process = start(run, *LONGER, "search.episodes=4000")
+    wait_for_lines(run, 6, process)
+    second = amc_search(*LONGER, "search.episodes=4000", f'hydra.run.dir="{run}"')
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in out + err
+    assert_refused(second, "another run is at work", str(run))
+    (line,) = [text for text in out.splitlines() if text.startswith("stopped")]
+    assert "amc-search" in line
+    arguments = shlex.split(line.split("go on with: ")[1])
+    assert arguments[0] == "amc-search"
+    lines = len(journal_of(run))
+    ended = amc_search(*[a for a in arguments[1:] if "episodes" not in a], f"search.episodes={lines}")
+    assert_refused(ended, "search.episodes: 4000 then")  # the right folder, and its lock is free again
+
+
+# ---------------------------------------------------------------------------------------------- mistakes
+
+ALL_MODELS = ("digits_cnn", "digits_mlp", "mobilenet", "plain20", "resnet20", "resnet56", "vgg16")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["model=foo"], ALL_MODELS),
+        (["agent=foo"], ("ddpg", "random", "uniform")),
+        (["budget=foo"], ("flops", "none", "params")),
+        (["foo=1"], ("unknown key foo", "budget", "seed")),
+        (["budget.foo=1"], ("unknown key budget.foo", "ratio", "limit")),
+        (["+finetune.foo=1"], ("unknown key finetune.foo", "epochs")),
+        (["+agent.foo=1"], ("unknown key agent.foo", "sigma")),
+        (["budget.ratio=0"], ("budget.ratio=0 must be in (0, 1]",)),
+        (["budget.ratio=1.5"], ("budget.ratio=1.5 must be in (0, 1]",)),
+        (["budget.ratio=-1"], ("budget.ratio=-1 must be in (0, 1]",)),
+        (["budget.ratio=nan"], ("budget.ratio=nan must be in (0, 1]",)),
+        (["budget.ratio=abc"], ("budget.ratio=abc must be a number",)),
+        (["budget.ratio=null"], ("budget.ratio or budget.limit is needed",)),
+        (["search.episodes=0"], ("search.episodes=0 must be at least 1",)),
+        (["search.episodes=many"], ("search.episodes=many must be a whole number",)),
+        (["seed=x", "device=3", "agent.sigma=y"], ("seed=x", "device=3", "agent.sigma=y must be a number")),
+        (["enforce_budget=maybe"], ("enforce_budget=maybe must be true or false",)),
+        (["search.images=99999"], ("search.images=99999", "1438")),
+        (["finetune.epochs=-1", "latency.batch=0"], ("finetune.epochs=-1", "latency.batch=0")),
+        (["agent.sigma=-1"], ("agent.sigma=-1 must be at least 0",)),
+        (["agent.hidden=[a]"], ("agent.hidden",)),
+        (["criterion.p=3"], ("criterion.p=3", "1, 2")),
+        (["channel_multiple=0"], ("channel_multiple=0",)),
+        (["max_ratio=2"], ("max_ratio=2",)),
+        (["agent=uniform", "budget=none"], ("agent.ratio",)),
+        (["reward=infinity"], ("enforce_budget=false",)),
+        (["reward={_target_:nowhere.at_all}"], ("reward._target_=nowhere.at_all cannot be found",)),
+        (["agent={_target_:builtins.dict}"], ("agent._target_ gives a dict",)),
+        (["search=5"], ("search=5 is no section",)),
+        (["device=abacus"], ("device=abacus", "device=cpu")),
+        (["export=[tflite]"], ("tflite", "safetensors, pt2, onnx")),
+        (["seed=[1"], ("seed=[1 cannot be read",)),
+        (["model.weights=nowhere.pt"], ("model.weights=nowhere.pt: no such file",)),
+        (["model=resnet20", "data=cifar10", "data.path=nowhere"], ("data.path=nowhere: no such folder",)),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_nothing_is_scored(
+    amc_search: Command, tmp_path: Path, overrides: list[str], says: tuple[str, ...]
+) -> None:
+    assert_refused(amc_search(*overrides, "hydra.run.dir=run"), *says)
+    assert not (tmp_path / "run" / "evaluations.jsonl").exists()
+    assert not (tmp_path / "run" / "metrics.csv").exists()
+
+
+def test_a_budget_out_of_reach_says_what_can_be_reached(amc_search: Command, tmp_path: Path) -> None:
+    assert_refused(
+        amc_search(*RANDOM, "budget.ratio=0.001", "hydra.run.dir=run"), "the least is", "max_ratio"
+    )
+    assert not (tmp_path / "run" / "evaluations.jsonl").exists()
+
+
+def test_weights_that_do_not_fit_are_listed(amc_search: Command, tmp_path: Path) -> None:
+    state = ResNet(8, "conv", in_channels=1).state_dict()
+    state["conv1.weight"] = torch.zeros(16, 3, 3, 3)
+    state["more"] = state.pop("bn1.weight")
+    save_file(state, tmp_path / "other.safetensors")
+    ended = amc_search("model.weights=other.safetensors")
+    assert_refused(
+        ended,
+        "conv1.weight [16, 3, 3, 3] instead of [16, 1, 3, 3]",
+        "missing: bn1.weight",
+        "unexpected: more",
+    )
+
+
+def test_weights_that_are_not_finite_are_refused(amc_search: Command, tmp_path: Path) -> None:
+    state = ResNet(8, "conv", in_channels=1).state_dict()
+    state["linear.weight"][0, 0] = torch.nan
+    save_file(state, tmp_path / "nan.safetensors")
+    assert_refused(amc_search("model.weights=nan.safetensors"), "NaN", "linear.weight")
+
+
+def test_a_pickle_of_a_module_is_refused_with_how_to_convert_it(amc_search: Command, tmp_path: Path) -> None:
+    torch.save(ResNet(8, "conv", in_channels=1), tmp_path / "whole.pt")
+    ended = amc_search("model.weights=whole.pt")
+    assert_refused(ended, "weights_only=True", "convert it: torch.save(")
+
+
+def write_parquet(folder: Path, labels: list[int], label: str = "label") -> None:
+    pixels = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(pixels, format="PNG")
+    images = [{"bytes": pixels.getvalue(), "path": None} for _ in labels]
+    kind = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    columns = {"img": pyarrow.array(images, kind), label: pyarrow.array(labels, pyarrow.int64())}
+    for part in ("train", "test"):
+        parquet.write_table(pyarrow.table(columns), folder / f"{part}-0.parquet")
+
+
+@pytest.mark.parametrize(
+    ("labels", "column", "says"),
+    [([0, 1], "fine_label", "no column label"), ([], "label", "is empty"), ([0, 10], "label", "10")],
+    ids=["wrong column", "empty", "label outside"],
+)
+def test_data_that_cannot_be_used_is_refused(
+    amc_search: Command, tmp_path: Path, labels: list[int], column: str, says: str
+) -> None:
+    write_parquet(tmp_path, labels, column)
+    ended = amc_search("model=mobilenet", "data=cifar10", f"data.path={tmp_path}", "search.images=1")
+    assert_refused(ended, says)
+
+
+def no_number(accuracy: float, costs: object, met: bool) -> float:
+    return float("nan")
+
+
+def nan_reward() -> object:
+    return no_number
+
+
+def test_a_reward_of_nan_ends_the_search(amc_search: Command) -> None:
+    ended = amc_search(*RANDOM, f"reward={{_target_:{__name__}.nan_reward}}")
+    assert ended.code == 2
+    assert ended.err.splitlines()[-1].startswith("error: the reward of accuracy")
+    assert "Traceback" not in ended.err
+
+
+def broken_data(**settings: object) -> object:
+    raise ValueError("a bug of ours")
+
+
+def test_a_bug_keeps_its_traceback(amc_search: Command) -> None:
+    with pytest.raises(ValueError, match="a bug of ours"):
+        amc_search(f"data={{_target_:{__name__}.broken_data}}")
+
+
+def test_mistakes_in_a_process_of_their_own(tmp_path: Path) -> None:
+    process = start(tmp_path / "run", "budget.ratio=2")
+    out, err = process.communicate(timeout=60)
+    assert_refused(Ended(process.returncode, out, err), "budget.ratio=2 must be in (0, 1]")
+
+
+def test_help_says_what_it_does_and_what_there_is(amc_search: Command) -> None:
+    ended = amc_search("--help")
+    assert ended.code == 0
+    for text in (
+        "under a budget",
+        "agent: ddpg, random, uniform",
+        "budget.ratio",
+        "--multirun",
+        "digits_cnn",
+    ):
+        assert text in ended.out
+    assert "Powered by Hydra" not in ended.out

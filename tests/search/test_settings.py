@@ -1,0 +1,73 @@
+"""Settings: what is in range, what is refused, and that all problems are named at once."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from agents.baselines import Random, Uniform
+from amc_env.errors import UserError
+from amc_env.rewards import Infinity
+from search.settings import (
+    BudgetSettings,
+    FinalistSettings,
+    FinetuneSettings,
+    LatencySettings,
+    RepairSettings,
+    ScoringSettings,
+    Settings,
+)
+
+
+@pytest.mark.parametrize(
+    ("make", "values", "says"),
+    [
+        (BudgetSettings, {"cost": "macs", "ratio": 0}, "budget.ratio=0 must be in (0, 1]"),
+        (BudgetSettings, {"cost": "macs", "ratio": 1.01}, "budget.ratio=1.01"),
+        (BudgetSettings, {"cost": "macs", "ratio": None}, "both are null"),
+        (BudgetSettings, {"cost": "macs", "limit": -5}, "budget.limit=-5 must be above 0"),
+        (BudgetSettings, {"cost": "watts"}, "budget.cost=watts must be one of macs, params"),
+        (RepairSettings, {"name": "glue"}, "repair.name=glue must be one of none, least_squares"),
+        (
+            RepairSettings,
+            {"images": 0, "norm_images": 1},
+            "repair.images=0 must be at least 1; repair.norm_images=1",
+        ),
+        (RepairSettings, {"ridge": 0.0}, "repair.ridge=0.0 must be above 0"),
+        (FinalistSettings, {"count": -1}, "finalists.count=-1"),
+        (
+            FinetuneSettings,
+            {"epochs": -1, "momentum": 1.0},
+            "finetune.epochs=-1 must be at least 0; finetune.mom",
+        ),
+        (FinetuneSettings, {"lr_fraction": 0}, "finetune.lr_fraction=0 must be in (0, 1]"),
+        (ScoringSettings, {"batch_size": 0}, "evaluator.batch_size=0"),
+        (
+            LatencySettings,
+            {"batch": 0, "repeats": -1},
+            "latency.batch=0 must be at least 1; latency.repeats=-1",
+        ),
+        (
+            Settings,
+            {"agent": Random(), "episodes": 0, "seed": -1},
+            "search.episodes=0 must be at least 1; seed=-1",
+        ),
+        (Settings, {"agent": Random(), "episodes": 1, "seed": 2**32}, "must be in [0, 2**32)"),
+        (Settings, {"agent": Random(), "episodes": 1, "reward": Infinity()}, "enforce_budget=false"),
+        (Settings, {"agent": Uniform(), "episodes": 1, "budgets": ()}, "agent.ratio"),
+    ],
+)
+def test_what_is_out_of_range_is_refused(make: Callable[..., Any], values: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError) as error:
+        make(**values)
+    assert says in str(error.value)
+
+
+def test_what_is_at_the_edge_is_taken() -> None:
+    assert BudgetSettings("params", ratio=1).ratio == 1
+    assert BudgetSettings("macs", ratio=None, limit=1.0).limit == 1.0
+    assert FinetuneSettings(epochs=0, lr_fraction=1).epochs == 0
+    assert LatencySettings(repeats=0).repeats == 0
+    assert FinalistSettings(count=0).count == 0
+    settings = Settings(Uniform(ratio=0.5), 1, budgets=(), reward=Infinity(), enforce_budget=False)
+    assert settings.budgets == ()

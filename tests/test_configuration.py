@@ -1,0 +1,74 @@
+"""conf/: every option of every group composes into a whole configuration, and is documented."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from search import wiring
+from search.data import Data
+from search.models import ModelSource
+from search.typecheck import check_types
+
+CONF = Path(__file__).parents[1] / "conf"
+OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
+
+
+def config(*overrides: str) -> DictConfig:
+    with initialize_config_module("conf", version_base="1.3"):
+        return compose("search", overrides=list(overrides))
+
+
+def needed(group: str, option: str) -> list[str]:
+    """What an option cannot do without."""
+    return {
+        ("reward", "infinity"): ["enforce_budget=false"],
+    }.get((group, option), [])
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=str)
+def test_every_option_composes_checks_and_instantiates(group: str, option: str, small_data: Data) -> None:
+    cfg = config(f"{group}={option}", *needed(group, option))
+    check_types(cfg)
+    settings = wiring.settings_of(cfg, original_lr=0.1)
+    assert settings.episodes == cfg.search.episodes
+    source = wiring.model_source(cfg)
+    assert isinstance(source, ModelSource)
+    if group == "model":
+        assert sum(p.numel() for p in source.build((3, 32, 32), 10).parameters()) > 1000
+    if group in ("tracker", "data"):  # these reach out when called: a run does that, in tests of their own
+        assert callable(get_object(cfg[group]._target_))
+    elif "_target_" in cfg.get(group, {}):
+        assert instantiate(cfg[group]) is not None
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=str)
+def test_every_option_begins_with_what_it_is(group: str, option: str) -> None:
+    lines = (CONF / group / f"{option}.yaml").read_text().splitlines()
+    assert lines[0].startswith("# ")
+
+
+@pytest.mark.parametrize("path", sorted(CONF.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_no_file_names_a_place_on_a_machine(path: Path) -> None:
+    def texts(node: Any) -> list[str]:
+        if isinstance(node, dict):
+            return [text for value in node.values() for text in texts(value)]
+        return [node] if isinstance(node, str) else []
+
+    plain = OmegaConf.to_container(OmegaConf.load(path))
+    assert not [text for text in texts(plain) if text.startswith("/")]
+
+
+def test_the_names_that_scripts_count_on_are_there() -> None:
+    groups: dict[str, set[str]] = {}
+    for group, option in OPTIONS:
+        groups.setdefault(group, set()).add(option)
+    assert {"digits_cnn", "digits_mlp", "resnet20", "resnet56", "mobilenet"} <= groups["model"]
+    assert {"none", "flops", "params"} <= groups["budget"]
+    assert {"ddpg", "uniform", "random"} <= groups["agent"]
+    assert groups["repair"] == {"none", "least_squares", "batch_norm", "both", "sequential"}
+    assert groups["tracker"] == {"none", "wandb", "tensorboard"}
+    assert groups["preset"] == {"default", "amc_paper", "amc_release"}

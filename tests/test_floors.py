@@ -1,0 +1,129 @@
+"""Who may import whom, and how long a function may be; read from the sources, nothing is imported."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("amc_env", "agents", "search")
+FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+LONGEST = 45  # lines of a function, its docstring left out
+FLOORS = (
+    ("amc_env.errors",),
+    ("amc_env.strategy", "amc_env.surgery"),
+    ("amc_env.layers",),
+    ("amc_env.pruning",),
+    ("amc_env.costs", "amc_env.rewards", "amc_env.latency"),
+    ("amc_env.budget",),
+    ("amc_env.encoding",),
+    ("amc_env.evaluator",),
+    ("amc_env.env",),
+)
+"""Lowest first. A module may import what is on its own floor or below."""
+
+ONLY_HERE = {
+    "torch_pruning": "amc_env/layers.py",
+    "hydra": "search/",
+    "omegaconf": "search/",
+    "wandb": "search/",
+}
+"""Dependencies with one home in the product."""
+
+
+def module_name(path: Path) -> str:
+    """The dotted name of a file of the repository."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def floor(name: str) -> int | None:
+    """The number of a module's floor; None for what has none."""
+    for number, modules in enumerate(FLOORS):
+        if any(name == module or name.startswith(f"{module}.") for module in modules):
+            return number
+    return None
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names that a file imports, anywhere in it; `from a import b` counts as a.b and a."""
+    found: set[str] = set()
+    stack: list[ast.AST] = [ast.parse(path.read_text())]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            found.update({node.module, *(f"{node.module}.{alias.name}" for alias in node.names)})
+        stack.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def roots(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def files_of(package: str) -> list[Path]:
+    return [path for path in FILES if path.relative_to(ROOT).parts[0] == package]
+
+
+@pytest.mark.parametrize("path", files_of("amc_env"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_floors_are_imported_downwards(path: Path) -> None:
+    name = module_name(path)
+    own = floor(name)
+    if name == "amc_env":
+        assert not {x for x in imports(path) if x.split(".")[0] in PACKAGES}
+        return
+    assert own is not None, f"{name} stands on no floor"
+    upwards = {x for x in imports(path) if (floor(x) or 0) > own}
+    assert not upwards, f"{name} imports {upwards} from above"
+
+
+def test_pruning_imports_only_layers_strategy_and_what_is_below() -> None:
+    allowed = {"amc_env.errors", "amc_env.strategy", "amc_env.surgery", "amc_env.layers", "amc_env.pruning"}
+    for path in (ROOT / "amc_env" / "pruning").glob("*.py"):
+        ours = {x for x in imports(path) if x.startswith("amc_env.")}
+        assert all(any(x == a or x.startswith(f"{a}.") for a in allowed) for x in ours), path
+
+
+def test_only_the_search_sees_everything() -> None:
+    for path in files_of("amc_env"):
+        assert not roots(path) & {"agents", "search", "conf"}, path
+    for path in files_of("agents"):
+        assert not roots(path) & {"amc_env", "search", "conf"}, path
+
+
+def test_agents_need_little() -> None:
+    allowed = {"agents", "numpy", "torch", "gymnasium", "stable_baselines3"}
+    for path in files_of("agents"):
+        third = {x for x in roots(path) if x not in sys.stdlib_module_names}
+        assert third <= allowed, path
+
+
+@pytest.mark.parametrize("package", ONLY_HERE)
+def test_a_dependency_has_one_home(package: str) -> None:
+    users = [path.relative_to(ROOT).as_posix() for path in FILES if package in roots(path)]
+    assert users
+    assert all(user.startswith(ONLY_HERE[package]) for user in users), users
+
+
+def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines from `def` to the end, the docstring left out."""
+    lines = function.end_lineno - function.lineno + 1
+    if ast.get_docstring(function) is not None:
+        docstring = function.body[0]
+        lines -= docstring.end_lineno - docstring.lineno + 1
+    return lines
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_functions_are_short(path: Path) -> None:
+    functions = [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert {f.name: length(f) for f in functions if length(f) > LONGEST} == {}

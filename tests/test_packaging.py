@@ -1,0 +1,50 @@
+"""The wheel: holds code, configuration and templates, and runs outside the checkout."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built wheel; built without a network, by the build backend that is installed where there is one."""
+    pytest.importorskip("hatchling", reason="hatchling is not installed, and tests fetch nothing")
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
+    subprocess.run([*command, "--wheel-dir", str(folder), str(ROOT)], check=True)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_packages_configuration_and_templates(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for path in (*ROOT.glob("conf/**/*.yaml"), *ROOT.glob("search/templates/*")):
+        assert str(path.relative_to(ROOT)) in names
+    for package in ("amc_env", "amc_env/pruning", "agents", "search", "conf"):
+        assert f"{package}/__init__.py" in names
+    assert not [name for name in names if name.startswith(("tests", "scripts"))]
+
+
+def test_the_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
+    """Unpacked, with this environment's libraries behind it: the command finds its configuration."""
+    place = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(place)
+    # site-packages as a plain path: its .pth files, which may point at the checkout, are not read.
+    libraries = sysconfig.get_paths()["purelib"]
+    environment = os.environ | {"PYTHONPATH": f"{place}{os.pathsep}{libraries}"}
+    command = [sys.executable, "-S", "-m", "search.run_search", "--cfg", "job", "model=resnet20"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "depth: 20" in done.stdout
+    where = "import search, conf; print(search.__file__, conf.__file__)"
+    found = subprocess.run(
+        [sys.executable, "-S", "-c", where], cwd=tmp_path, env=environment, capture_output=True
+    )
+    assert found.stdout.decode().count(str(place)) == 2, found.stderr.decode()
