@@ -108,6 +108,24 @@ class Scorer:
         return accuracy(self.folder(model), self._images, self._labels, self._batch_size)
 
 
+@dataclass(frozen=True, eq=False)
+class Start:
+    """A state of the weights that strategies are cut from.
+
+    Calibration, rankings and memory belong to a start. Its strategies are counted from the uncut network, whatever
+    the weights are.
+
+    Attributes:
+        name: What identifies it in keys, outcomes and the journal.
+        candidates: Builds networks from these weights.
+        repairs: How to make each repair for these weights, by name; they are made when first asked for.
+    """
+
+    name: str
+    candidates: Candidates
+    repairs: Mapping[str, Callable[[], Repair]]
+
+
 class Evaluator:
     """Turns strategies into outcomes; the same one is never scored twice.
 
@@ -115,70 +133,95 @@ class Evaluator:
     state alone.
 
     Args:
-        candidates: Builds networks.
+        start: The weights that a search begins with.
         problem: Costs and budgets.
         scorer: Accuracy of a cut network.
-        repairs: Repairs by name, or how to make them: they are made when first asked for.
         repair: Name of the repair that strategies are scored with by default.
         memo: Accuracies known already; a journal keeps them across runs.
     """
 
     def __init__(
         self,
-        candidates: Candidates,
+        start: Start,
         problem: Problem,
         scorer: Callable[[nn.Module], float],
-        repairs: Mapping[str, Callable[[], Repair]],
         repair: str,
         memo: MutableMapping[Key, Outcome] | None = None,
     ):
         self.problem = problem
         self.repair = repair
-        self.candidates = candidates
+        self.start = start.name
         self.hits = 0
         self.evaluations = 0
         self._scorer = scorer
-        self._makers = repairs
-        self._repairs: dict[str, Repair] = {}
+        self._starts = {start.name: start}
+        self._repairs: dict[tuple[str, str], Repair] = {}
         self._memo: MutableMapping[Key, Outcome] = {} if memo is None else memo
 
-    def evaluate(self, strategies: Sequence[Strategy], *, repair: str | None = None) -> list[Outcome]:
-        """Scores strategies, in order; from memory where they are known.
+    def begin(self, start: Start) -> None:
+        """Makes further weights known, for example those that an earlier outcome was tuned to.
 
         Raises:
-            UserError: A candidate's outputs are not numbers.
+            ValueError: There is a start of that name already; its outcomes would be taken for this one's.
         """
-        return [self._one(strategy, repair or self.repair) for strategy in strategies]
+        if start.name in self._starts:
+            raise ValueError(
+                f"a start named {start.name!r} is known already; give each state of the weights its own name"
+            )
+        self._starts[start.name] = start
 
-    def _one(self, strategy: Strategy, repair: str) -> Outcome:
-        key = Key(ORIGINAL, repair, strategy.removed)
+    def evaluate(
+        self, strategies: Sequence[Strategy], *, start: str | None = None, repair: str | None = None
+    ) -> list[Outcome]:
+        """Scores strategies, in order; from memory where they are known.
+
+        Args:
+            strategies: What to score.
+            start: Name of the weights that they are cut from; by default those that the search began with.
+            repair: Name of the repair; by default the search's.
+
+        Raises:
+            UserError: A candidate's outputs are not numbers, or the repair is unknown.
+            ValueError: The start is unknown.
+        """
+        begun = self._known_start(start or self.start)
+        return [self._one(begun, strategy, repair or self.repair) for strategy in strategies]
+
+    def _known_start(self, name: str) -> Start:
+        if name not in self._starts:
+            raise ValueError(f"unknown start {name!r}; there are {', '.join(self._starts)}")
+        return self._starts[name]
+
+    def _one(self, start: Start, strategy: Strategy, repair: str) -> Outcome:
+        key = Key(start.name, repair, strategy.removed)
         known = self._memo.get(key)
         if known is not None:
             self.hits += 1
             return known
-        model, _ = self._mended(strategy, repair)
+        model, _ = self._mended(start, strategy, repair)
         value = self._scorer(model)
         costs = self.problem.cost(strategy.removed)
-        outcome = Outcome(strategy, value, costs, self.problem.met(strategy.removed), repair)
+        outcome = Outcome(strategy, value, costs, self.problem.met(strategy.removed), repair, start.name)
         self._memo[key] = outcome
         self.evaluations += 1
         return outcome
 
-    def _mended(self, strategy: Strategy, repair: str) -> tuple[nn.Module, Keeps]:
-        keeps = self.candidates.keeps(strategy.removed)
-        model = self.candidates.cut(strategy.removed)
+    def _mended(self, start: Start, strategy: Strategy, repair: str) -> tuple[nn.Module, Keeps]:
+        keeps = start.candidates.keeps(strategy.removed)
+        model = start.candidates.cut(strategy.removed)
         if any(strategy.removed):
-            self._repair(repair)(model, strategy.removed, keeps)
+            self._repair(start, repair)(model, strategy.removed, keeps)
         return model, keeps
 
-    def _repair(self, name: str) -> Repair:
-        if name not in self._repairs:
-            if name not in self._makers:
-                raise UserError(f"unknown repair {name!r}; there are {', '.join(self._makers)}")
-            self._repairs[name] = self._makers[name]()
-        return self._repairs[name]
+    def _repair(self, start: Start, name: str) -> Repair:
+        if name not in start.repairs:
+            raise UserError(f"unknown repair {name!r}; there are {', '.join(start.repairs)}")
+        key = start.name, name
+        if key not in self._repairs:
+            self._repairs[key] = start.repairs[name]()
+        return self._repairs[key]
 
     def network(self, outcome: Outcome) -> tuple[nn.Module, Keeps]:
         """The network that was scored, bit for bit, as one of its own, and what stayed of the uncut one."""
-        model, keeps = self._mended(outcome.strategy, outcome.repair)
+        model, keeps = self._mended(self._known_start(outcome.start), outcome.strategy, outcome.repair)
         return copy.deepcopy(model), keeps

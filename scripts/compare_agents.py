@@ -23,11 +23,15 @@ from typing import Any
 
 def main() -> None:
     """Runs what is missing, then prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--threads", type=int, default=None, help="threads of a run (default: 1 where jobs > 1)")
+    parser.add_argument(
+        "--threads", type=int, default=None, help="threads of a run (default: 1 where jobs > 1)"
+    )
     parser.add_argument("--run", nargs="+", action="append", required=True, metavar=("NAME", "OVERRIDE"))
     parser.add_argument("--common", nargs="*", default=[], help="overrides of all runs")
     options = parser.parse_args()
@@ -35,7 +39,9 @@ def main() -> None:
     tasks = [(name, seed, more) for seed in options.seeds for name, *more in options.run]
     with ThreadPoolExecutor(options.jobs) as pool:
         jobs = [
-            pool.submit(_run, options.out / f"{name}-{seed}", [*options.common, *more, f"seed={seed}"], threads)
+            pool.submit(
+                _run, options.out / f"{name}-{seed}", [*options.common, *more, f"seed={seed}"], threads
+            )
             for name, seed, more in tasks
         ]
         failed = sum(job.result() != 0 for job in jobs)

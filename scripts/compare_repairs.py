@@ -19,7 +19,7 @@ from amc_env.budget import Budget, Problem
 from amc_env.evaluator import accuracy
 from search import wiring
 from search.commands import application, run_command
-from search.pipeline import make_evaluator, prepare
+from search.preparation import make_evaluator, prepare
 from search.settings import REPAIRS
 
 

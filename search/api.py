@@ -96,10 +96,14 @@ def compress(
         device=device,
     )
     network = copy.deepcopy(module).cpu().eval()
-    data = from_loaders(train_loader, val_loader, test_loader, base.repair.images, _outputs(network, val_loader))
+    data = from_loaders(
+        train_loader, val_loader, test_loader, base.repair.images, _outputs(network, val_loader)
+    )
     place = _folder(folder)
     name = type(module).__name__
-    finished = run(network, data, base, Context(place, CsvTracker(place).log, name, _config(base, data), "compress"))
+    finished = run(
+        network, data, base, Context(place, CsvTracker(place).log, name, _config(base, data), "compress")
+    )
     write_report(place)
     return Compressed(finished.model.cpu(), finished.strategy, finished.result, place, finished.keeps)
 
@@ -123,7 +127,9 @@ def _outputs(network: nn.Module, val_loader: Iterable[Any]) -> int:
 
 
 def _folder(folder: str | Path | None) -> Path:
-    place = Path("outputs", *time.strftime("%Y-%m-%d/%H-%M-%S").split("/")) if folder is None else Path(folder)
+    place = (
+        Path("outputs", *time.strftime("%Y-%m-%d/%H-%M-%S").split("/")) if folder is None else Path(folder)
+    )
     place.mkdir(parents=True, exist_ok=True)
     return place
 

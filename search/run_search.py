@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 
 from search import wiring
 from search.commands import application, command_line, run_command, run_folder
-from search.pipeline import Context, check, run
+from search.pipeline import Context, run
+from search.preparation import check
 from search.progress import final_table
 from search.report import write_report
 from search.typecheck import check_types

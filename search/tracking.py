@@ -204,7 +204,7 @@ class WandbTracker:
         try:
             call()
         # W&B may raise anything, and none of it is worth the search.
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             self._alive = False
             logger.warning(
                 "W&B failed and is off for the rest of this run (metrics.csv goes on): %s", _one_line(error)

@@ -1,18 +1,20 @@
 """The evaluator: memo, purity, and what was scored is what is delivered."""
 
+import copy
 import random
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from networks import images, network, prepared, random_removed, same_state
+from networks import images, network, prepared, random_removed
 from torch import Tensor, nn
 
 from amc_env.budget import Budget, Problem
 from amc_env.costs import Macs, Params
 from amc_env.errors import UserError
-from amc_env.evaluator import Evaluator, Key, Outcome, Scorer, accuracy
+from amc_env.evaluator import ORIGINAL, Evaluator, Key, Outcome, Scorer, Start, accuracy
+from amc_env.pruning.candidate import Candidates
 from amc_env.pruning.repair import BatchNorm, Both, LeastSquares, NoRepair, Repair, Sequential
 from amc_env.pruning.topology import Topology
 
@@ -39,7 +41,7 @@ def evaluator(
         "sequential": lambda: Sequential(candidates, Topology.of(candidates.original), calibration),
     }
     scorer = Scorer(candidates.original, images(60), LABELS, batch_size=25)
-    return Evaluator(candidates, problem, scorer, makers, repair, memo)
+    return Evaluator(Start(ORIGINAL, candidates, makers), problem, scorer, repair, memo)
 
 
 def some(judge: Evaluator, count: int = 3):
@@ -132,9 +134,8 @@ def test_what_was_scored_is_what_is_delivered(repair: str) -> None:
         assert keeps["linear"]["in"].numel() == model.linear.in_features
     first, _ = judge.network(outcomes[0])
     judge.evaluate([judge.problem.strategy(random_removed(judge.problem.grids, 9))])
-    assert same_state(
-        first, judge.network(outcomes[0])[0]
-    )  # a network of its own: later candidates leave it alone
+    # A network of its own: later candidates leave it alone.
+    assert all(torch.equal(scored[0][key], value) for key, value in first.state_dict().items())
 
 
 @pytest.mark.parametrize("repair", REPAIRS)
@@ -166,6 +167,34 @@ def test_unknown_repair() -> None:
 def test_a_candidate_with_broken_weights_is_refused() -> None:
     judge = evaluator(repair="none")
     with torch.no_grad():
-        judge.candidates.original.conv1.weight.fill_(float("nan"))
+        judge._starts[ORIGINAL].candidates.original.conv1.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="not numbers"):
         judge.evaluate(some(judge, 1))
+
+
+def test_starts_are_scored_and_remembered_apart() -> None:
+    judge = evaluator(repair="none")
+    strategy = judge.problem.strategy(judge.problem.most)
+    candidates, _ = prepared("residual")
+    tuned = copy.deepcopy(candidates.original)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.mul_(0.5)
+    other = Candidates(tuned, candidates.graph, candidates.orders)
+    judge.begin(Start("round-1", other, {"none": NoRepair}))
+    first = judge.evaluate([strategy])[0]
+    second = judge.evaluate([strategy], start="round-1")[0]
+    assert (first.start, second.start) == (ORIGINAL, "round-1")
+    assert judge.evaluations == 2
+    state = judge.network(second)[0].state_dict()
+    assert all(
+        torch.equal(state[key], value) for key, value in other.build(strategy.removed).state_dict().items()
+    )
+
+
+def test_unknown_and_repeated_starts_are_refused() -> None:
+    judge = evaluator()
+    with pytest.raises(ValueError, match="unknown start 'nowhere'; there are original"):
+        judge.evaluate(some(judge), start="nowhere")
+    with pytest.raises(ValueError, match="known already"):
+        judge.begin(Start(ORIGINAL, prepared("residual")[0], {}))

@@ -39,7 +39,9 @@ def loader(count: int, seed: int, channels: int = 1) -> DataLoader[tuple[Tensor,
 
 
 def quick(agent: str = "random") -> Settings:
-    return Settings(agent=default_agent(agent), episodes=4, export=("safetensors",), latency=LatencySettings(repeats=0))
+    return Settings(
+        agent=default_agent(agent), episodes=4, export=("safetensors",), latency=LatencySettings(repeats=0)
+    )
 
 
 def own() -> Own:
@@ -96,7 +98,14 @@ def test_several_budgets_all_hold_and_the_test_split_is_named(tmp_path: Path) ->
 def test_compress_goes_on_in_its_folder(tmp_path: Path) -> None:
     def once() -> str:
         compress(
-            own(), loader(64, 1), loader(32, 2), agent="random", episodes=4, finetune=0, folder=tmp_path, settings=quick()
+            own(),
+            loader(64, 1),
+            loader(32, 2),
+            agent="random",
+            episodes=4,
+            finetune=0,
+            folder=tmp_path,
+            settings=quick(),
         )
         return (tmp_path / "evaluations.jsonl").read_text()
 
@@ -117,6 +126,11 @@ def test_compress_goes_on_in_its_folder(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_said_in_one_message(tmp_path: Path, change: dict[str, object], message: str) -> None:
-    arguments = {"train_loader": loader(64, 1), "val_loader": loader(32, 2), "episodes": 2, "finetune": 0} | change
+    arguments = {
+        "train_loader": loader(64, 1),
+        "val_loader": loader(32, 2),
+        "episodes": 2,
+        "finetune": 0,
+    } | change
     with pytest.raises(UserError, match=message):
         compress(own(), **arguments, folder=tmp_path, settings=quick())  # type: ignore[arg-type]

@@ -71,6 +71,18 @@ def test_what_stays_is_nested_and_ascending(name: str) -> None:
                 assert set(kept.tolist()) <= set(little[module][side].tolist())
 
 
+def test_a_depthwise_layer_comes_back_from_a_single_channel() -> None:
+    candidates, grids = prepared("gated", multiple=1, max_ratio=0.99)
+    candidates.cut([grid.count(grid.size - 1) for grid in grids])
+    depthwise = candidates.skeleton.get_submodule("blocks.0.conv.1.0")
+    assert depthwise.groups == depthwise.in_channels == 1
+    removed = tuple(grid.total // 2 for grid in grids)
+    again = candidates.cut(removed)
+    assert str(again) == str(candidates.build(removed))
+    with torch.no_grad():
+        assert torch.equal(again(images()), candidates.build(removed)(images()))
+
+
 def test_selection_and_pad_are_the_same_network() -> None:
     selection, pad = ResNet(8, "selection").eval(), ResNet(8, "pad").eval()
     pad.load_state_dict({k: v for k, v in selection.state_dict().items() if "shortcut" not in k})

@@ -168,7 +168,7 @@ def test_dead_constant_and_duplicate_channels_do_not_break_it(kind: str, repair:
             first.weight[:], first.bias[:] = first.weight[0].clone(), 0.3
         else:
             first.weight.zero_()
-            first.bias.fill_(-1.0 if kind == "dead" else 1234.567)
+            first.bias.copy_(torch.linspace(-2, -1, 8) if kind == "dead" else torch.linspace(4, 7, 8).exp())
     model = nn.Sequential(first, nn.ReLU(), nn.Conv2d(8, 5, 3, padding=0), nn.Conv2d(5, 4, 1)).eval()
     candidates = candidates_of(model, [torch.arange(8), torch.arange(5)])
     fixed = mended(repair, candidates, (6, 0), images(60, seed=1))
