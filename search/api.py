@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,16 @@ def compress(
         train_loader, val_loader, test_loader, base.repair.images, _outputs(network, val_loader)
     )
     place = _folder(folder)
-    name = type(module).__name__
-    finished = run(
-        network, data, base, Context(place, CsvTracker(place).log, name, _config(base, data), "compress")
+    tracker = cache(lambda: CsvTracker(place))  # opened when the journal has found that the folder is ours
+    context = Context(
+        folder=place,
+        track=lambda metrics, step: tracker().log(metrics, step),
+        model=type(module).__name__,
+        config=_config(base, data),
+        command="search.compress",
+        begin=tracker,
     )
+    finished = run(network, data, base, context)
     write_report(place)
     return Compressed(finished.model.cpu(), finished.strategy, finished.result, place, finished.keeps)
 

@@ -154,11 +154,13 @@ def run(model: nn.Module, data: Data, settings: Settings, context: Context) -> F
     prepared = prepare(model, data, settings)
     announce(prepared)
     with Progress(episodes=settings.episodes, epochs=settings.finetune.epochs) as progress:
+        progress.start("search")
         best, loop = search(prepared, context, progress)
         write_json(context.folder / "strategy.json", best.outcome.strategy.to_json())
         pruned, keeps = loop.evaluator.network(best.outcome)
         stages = {"base": prepared.model, "pruned": pruned}
         if settings.finetune.epochs:
+            progress.start("fine-tune")
             stages["finetuned"] = _finetuned(prepared, pruned, context, progress)
     small = stages.get("finetuned", pruned)
     example = prepared.images(data.search, 4)

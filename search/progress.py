@@ -95,6 +95,11 @@ class Progress:
             self._live.stop()
             self._live = None
 
+    def start(self, name: str) -> None:
+        """Show that a stage (``search`` or ``fine-tune``) has begun; its clock runs from here."""
+        if name not in self._shown:
+            self._advance(name, 0, "", "")
+
     def episode(self, status: SearchStatus) -> None:
         """Show a finished episode."""
         now = f"reward {status.reward:.4f}"
@@ -170,10 +175,10 @@ class _Stage:
         return "  ".join(part for part in parts if part)
 
     def _left(self) -> str:
-        # The first count is where the clock starts: a resumed search has not paid for what came before it.
-        if self._first_done is None:
-            self._first_done = self.done
-        spent, covered = time.monotonic() - self._start, self.done - self._first_done
+        # A resumed search has not paid for what it read back: its first count is where its pace is taken from.
+        if self._first_done is None and self.done:
+            self._first_done = self.done if self.name == "search" else 0
+        spent, covered = time.monotonic() - self._start, self.done - (self._first_done or 0)
         left = spent / covered * (self.total - self.done) if covered and self.total else 0.0
         return (
             f"{duration(spent)} elapsed, {duration(left)} left" if covered else f"{duration(spent)} elapsed"

@@ -206,3 +206,11 @@ class TestFinalTable:
             "90.00%, search split",
         ]
         assert [cell.relative for cell in cells] == ["", "-7.52", ""]
+
+
+def test_a_stage_shows_before_its_first_step_is_done() -> None:
+    out = io.StringIO()
+    with Progress(episodes=4, epochs=2, console=Console(file=out, width=100)) as progress:
+        progress.start("fine-tune")
+        progress.start("fine-tune")
+    assert out.getvalue().splitlines() == ["fine-tune 0/2  0:00 elapsed"]
