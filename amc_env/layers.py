@@ -412,7 +412,7 @@ def _refuted(model: nn.Module, inputs: Tensor, groups: Sequence[ChannelGroup]) -
     try:
         got = small(inputs)
     except Exception as error:  # shapes no longer fit: the coupling is not what the tracer believes
-        return f"cut by itself the network no longer runs ({first_line(error)})"
+        return f"cut there the network no longer runs, so other channels hang on them ({first_line(error)})"
     if not isinstance(got, Tensor) or not isinstance(want, Tensor):
         return "the network's output is not one tensor"
     if got.shape != want.shape:

@@ -26,6 +26,8 @@ from search.settings import RepairSettings, Settings
 
 log = logging.getLogger(__name__)
 
+_NAMES_SHOWN = 4
+
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
@@ -106,7 +108,8 @@ def announce(prepared: Prepared) -> None:
     )
     for reason in dict.fromkeys(w.reason for w in prepared.graph.whole):
         names = [w.name for w in prepared.graph.whole if w.reason == reason]
-        log.info("  %s: %s", ", ".join(names), reason)
+        more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+        log.info("  %s%s: %s", ", ".join(names[:_NAMES_SHOWN]), more, reason)  # report.html lists them all
     for cost in problem.costs:
         whole = cost([0] * len(problem.grids))
         log.info(
