@@ -91,9 +91,7 @@ class Loop:
         return [
             self._episode(self._rewarded(outcome))
             for strategy in strategies
-            for outcome in self.evaluator.evaluate(
-                [strategy]
-            )  # one by one: each is shown as soon as it is known
+            for outcome in self.evaluator.evaluate([strategy])  # one by one, to be shown as they come
         ]
 
     def _rewarded(self, outcome: Outcome) -> Scored:

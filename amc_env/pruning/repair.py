@@ -22,12 +22,10 @@ from amc_env.pruning.candidate import Candidates
 from amc_env.pruning.topology import Run, Topology
 from amc_env.surgery import Keeps
 
-_RIDGE = (
-    1e-6  # relative to the mean variance of the inputs: dead and duplicate channels must not break the solve
-)
-_ROUNDING = (
-    1e-11  # of the mean square of the inputs: what centring in float64 may get wrong, with room to spare
-)
+# Relative to the mean variance of the inputs: dead and duplicate channels must not break the solve.
+_RIDGE = 1e-6
+# Of the mean square of the inputs: what centring in float64 may get wrong, with room to spare.
+_ROUNDING = 1e-11
 _CHUNK = 250
 
 
@@ -93,9 +91,8 @@ class BatchNorm:
             norm.reset_running_stats()
             norm.momentum = None
             norm.train()
-        whole = (
-            len(self._images) // self._batch * self._batch
-        )  # a short last batch would weigh as much as a full one
+        # A short last batch would weigh as much as a full one.
+        whole = len(self._images) // self._batch * self._batch
         for start in range(0, whole, self._batch):
             model(self._images[start : start + self._batch])
         for norm, (momentum, training) in zip(norms, before, strict=True):
