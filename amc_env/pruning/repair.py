@@ -10,6 +10,7 @@ to back on what reaches each layer in the cut network.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -19,14 +20,15 @@ from amc_env.errors import UserError
 from amc_env.layers import Layer
 from amc_env.pruning.calibration import Moments, Spots, record, repairable
 from amc_env.pruning.candidate import Candidates
-from amc_env.pruning.topology import Run, Topology
+from amc_env.pruning.topology import Batches, Run, Topology
 from amc_env.surgery import Keeps
 
 # Relative to the mean variance of the inputs: dead and duplicate channels must not break the solve.
 _RIDGE = 1e-6
 # Of the mean square of the inputs: what centring in float64 may get wrong, with room to spare.
 _ROUNDING = 1e-11
-_CHUNK = 250
+# Images of a batch: activations of wide layers should fit the processor's caches.
+_SMALL = 100
 
 
 class Repair(Protocol):
@@ -282,7 +284,7 @@ class Sequential:
     Args:
         candidates: The builder of candidates.
         topology: The traced network.
-        images: Normalised calibration images, run as one batch.
+        images: Normalised calibration images; every layer sees all of them before the next one runs.
         per_image: Output positions sampled from each image.
         seed: Seed of the positions.
         ridge: Ridge relative to the mean variance of the inputs.
@@ -309,7 +311,7 @@ class Sequential:
                 "use repair=least_squares"
             )
         self._topology = topology
-        self._images = images
+        self._batches = list(images.split(_SMALL))
         self._ridge = ridge
         self._layers = {layer.name: layer for layer in repairable_consumers(candidates)}
         self._spots = {
@@ -321,28 +323,26 @@ class Sequential:
 
     @torch.no_grad()
     def _record(self, original: nn.Module) -> None:
-        run = Run(original, self._topology)
-        part = slice(0, 0)
-        targets: dict[str, list[Tensor]] = {name: [] for name in self._layers}
-        shortcuts: dict[str, list[Tensor]] = {name: [] for name in self._layers}
-
-        def visit(name: str, module: nn.Module, x: Tensor, shortcut: Tensor | None) -> Tensor:
-            y: Tensor = module(x)
+        def visit(name: str, module: nn.Module, xs: Batches, shortcuts: Batches | None) -> Batches:
+            ys = [module(x) for x in xs]
             if name in self._layers:
-                targets[name].append(self._spots[name].outputs(y, part))
-                if shortcut is not None:
-                    shortcuts[name].append(self._spots[name].outputs(shortcut, part))
-            return y
+                self._targets[name] = self._sampled(name, ys)
+                if shortcuts is not None:
+                    self._shortcuts[name] = self._sampled(name, shortcuts)
+            return ys
 
-        for start in range(0, len(self._images), _CHUNK):
-            part = slice(start, min(start + _CHUNK, len(self._images)))
-            run(self._images[part], visit)
-        self._targets = {name: torch.cat(parts) for name, parts in targets.items() if parts}
-        self._shortcuts = {name: torch.cat(parts) for name, parts in shortcuts.items() if parts}
+        Run(original, self._topology)(self._batches, visit)
+
+    def _sampled(self, name: str, values: Batches) -> Tensor:
+        """Samples [images * positions, channels] of a layer's outputs, or of what is added to them."""
+        parts = _parts(values)
+        return torch.cat(
+            [self._spots[name].outputs(value, part) for value, part in zip(values, parts, strict=True)]
+        )
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, removed: Sequence[int], keeps: Keeps) -> None:
-        """Mends every layer that lost inputs, front to back."""
+        """Mends every layer that lost inputs, front to back; the others keep the error that reaches them."""
         cut = {
             name
             for name, layer in self._layers.items()
@@ -351,28 +351,26 @@ class Sequential:
         if not cut:
             return
 
-        def visit(name: str, module: nn.Module, x: Tensor, shortcut: Tensor | None) -> Tensor:
+        def visit(name: str, module: nn.Module, xs: Batches, shortcuts: Batches | None) -> Batches:
             if name in cut:
-                self._mend(model, name, x, shortcut, keeps[name].get("out"))
-            y: Tensor = module(x)
-            return y
+                self._mend(model, name, xs, shortcuts, keeps[name].get("out"))
+            return [module(x) for x in xs]
 
-        Run(model, self._topology)(self._images, visit)
+        Run(model, self._topology)(self._batches, visit)
 
     def _mend(
-        self, model: nn.Module, name: str, x: Tensor, shortcut: Tensor | None, out: Tensor | None
+        self, model: nn.Module, name: str, xs: Batches, shortcuts: Batches | None, out: Tensor | None
     ) -> None:
-        layer, spots = self._layers[name], self._spots[name]
-        module = model.get_submodule(name)
-        target = self._targets[name]
-        wanted = self._shortcuts.get(name)
+        layer, module = self._layers[name], model.get_submodule(name)
+        target, wanted = self._targets[name], self._shortcuts.get(name)
         if out is not None:
             target = target[:, out]
             wanted = None if wanted is None else wanted[:, out]
-        if wanted is not None and shortcut is not None:
-            target = target + (wanted - spots.outputs(shortcut)) / self._scale(model, name)
-        groups = layer.groups
-        moments = Moments.of(spots.inputs(module, x), target, groups)
+        if wanted is not None and shortcuts is not None:
+            target = target + (wanted - self._sampled(name, shortcuts)) / self._scale(model, name)
+        parts = zip(xs, _parts(xs), strict=True)
+        inputs = torch.cat([self._spots[name].inputs(module, x, part) for x, part in parts])
+        moments = Moments.of(inputs, target, layer.groups)
         weight, intercept = _solve(moments, _absorbs(layer, self._topology), self._ridge)
         _put(model, layer, self._topology, weight, intercept)
 
@@ -380,7 +378,7 @@ class Sequential:
         """What the batch norm after a layer multiplies its outputs by, [out]; ones without a batch norm."""
         norm_name = _norm_after(self._layers[name], self._topology)
         if norm_name is None:
-            return torch.ones(1, device=self._images.device)
+            return torch.ones(1, device=self._batches[0].device)
         norm = model.get_submodule(norm_name)
         assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
         assert norm.running_var is not None
@@ -388,3 +386,9 @@ class Sequential:
         scale = scale if norm.weight is None else scale * norm.weight
         tiny = 1e-3 * scale.abs().max()  # a channel that is scaled away cannot carry the shortcut's error
         return torch.where(scale.abs() < tiny, torch.full_like(scale, float("inf")), scale)
+
+
+def _parts(batches: Batches) -> list[slice]:
+    """Where each batch stands among all images."""
+    ends = list(accumulate(len(batch) for batch in batches))
+    return [slice(end - len(batch), end) for end, batch in zip(ends, batches, strict=True)]

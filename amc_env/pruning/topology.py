@@ -123,12 +123,16 @@ def _ancestors(node: fx.Node, partner: dict[str, fx.Node]) -> set[fx.Node]:
     return found
 
 
-Visit = Callable[[str, nn.Module, Tensor, Tensor | None], Tensor]
-"""Runs a layer: (name, module, input, the shortcut that will be added to its output or None) -> output."""
+Batches = list[Tensor]
+Visit = Callable[[str, nn.Module, Batches, Batches | None], Batches]
+"""Runs a layer: (name, module, its inputs, the shortcuts that will be added to its outputs or None) -> outputs."""
 
 
 class Run:
     """Executes a traced network operation by operation, so that layers can be changed as their turn comes.
+
+    Every operation is run for all batches before the next one is: a layer sees all of its inputs at once, in pieces
+    small enough for the processor's caches.
 
     Args:
         model: The network, or a skeleton of it, that the topology was taken from.
@@ -137,7 +141,7 @@ class Run:
 
     def __init__(self, model: nn.Module, topology: Topology):
         assert topology.graph is not None
-        self._module = fx.GraphModule(model, topology.graph)
+        self._model = model
         self._topology = topology
         self._order = topology.order()
         self._last: dict[fx.Node, int] = {}
@@ -145,25 +149,30 @@ class Run:
             for need in _needs(node, topology.partner):
                 self._last[need] = step
 
-    def __call__(self, inputs: Tensor, visit: Visit) -> Tensor:
-        """The network's output on ``inputs`` [N, ...], every layer run by ``visit``."""
-        interpreter = fx.Interpreter(self._module, garbage_collect_values=False)
-        interpreter.args_iter = iter([inputs])
-        values = interpreter.env
-        output: Tensor | None = None
+    def __call__(self, inputs: Batches, visit: Visit) -> Batches:
+        """The network's outputs on batches [N, ...], every layer run by ``visit``."""
+        lanes = [self._lane(batch) for batch in inputs]
+        outputs: Batches = []
         for step, node in enumerate(self._order):
-            module = self._module.get_submodule(str(node.target)) if node.op == "call_module" else None
+            module = self._model.get_submodule(str(node.target)) if node.op == "call_module" else None
             if isinstance(module, nn.Conv2d | nn.Linear):
-                name = str(node.target)
-                partner = self._topology.partner.get(name)
-                shortcut = None if partner is None else values[partner]
-                values[node] = visit(name, module, values[node.all_input_nodes[0]], shortcut)
+                outputs = self._layer(node, module, lanes, visit)
             else:
-                values[node] = interpreter.run_node(node)
-            if node.op == "output":
-                output = values[node]
-            for need in _needs(node, self._topology.partner):
-                if self._last[need] == step:
-                    values.pop(need, None)
-        assert isinstance(output, Tensor)
-        return output
+                outputs = [lane.run_node(node) for lane in lanes]
+            for lane, output in zip(lanes, outputs, strict=True):
+                lane.env[node] = output
+                for need in _needs(node, self._topology.partner):
+                    if self._last[need] == step:
+                        lane.env.pop(need, None)
+        return outputs
+
+    def _lane(self, batch: Tensor) -> fx.Interpreter:
+        lane = fx.Interpreter(self._model, garbage_collect_values=False, graph=self._topology.graph)
+        lane.args_iter = iter([batch])
+        return lane
+
+    def _layer(self, node: fx.Node, module: nn.Module, lanes: list[fx.Interpreter], visit: Visit) -> Batches:
+        name = str(node.target)
+        partner = self._topology.partner.get(name)
+        shortcuts = None if partner is None else [lane.env[partner] for lane in lanes]
+        return visit(name, module, [lane.env[node.all_input_nodes[0]] for lane in lanes], shortcuts)

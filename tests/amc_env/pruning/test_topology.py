@@ -45,13 +45,18 @@ def test_running_layer_by_layer_is_running(name: str) -> None:
     topology = Topology.of(model)
     ran: list[str] = []
 
-    def visit(layer: str, module: nn.Module, x: Tensor, shortcut: Tensor | None) -> Tensor:
+    def visit(
+        layer: str, module: nn.Module, xs: list[Tensor], shortcuts: list[Tensor] | None
+    ) -> list[Tensor]:
         ran.append(layer)
-        assert (shortcut is not None) == (layer in topology.partner)
-        return module(x)
+        assert (shortcuts is not None) == (layer in topology.partner)
+        return [module(x) for x in xs]
 
+    batches = list(images().split(3))
     with torch.no_grad():
-        assert torch.equal(Run(model, topology)(images(), visit), model(images()))
+        outputs = Run(model, topology)(batches, visit)
+        wanted = [model(batch) for batch in batches]
+    assert all(torch.equal(got, want) for got, want in zip(outputs, wanted, strict=True))
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert sorted(ran) == sorted(layers)
 
