@@ -311,7 +311,7 @@ class Sequential:
                 "use repair=least_squares"
             )
         self._topology = topology
-        self._batches = list(images.split(_SMALL))
+        self._batches = list(torch.split(images, _SMALL))
         self._ridge = ridge
         self._layers = {layer.name: layer for layer in repairable_consumers(candidates)}
         self._spots = {
