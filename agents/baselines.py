@@ -53,7 +53,6 @@ class Random(Agent):
     """Ratios drawn uniformly, shifted together so that they land on the budget.
 
     Attributes:
-        batch: Strategies scored in one call; it changes no result.
         redraws: Draws in a row that may repeat earlier strategies before the search ends for want of new
             ones.
     """
@@ -61,21 +60,19 @@ class Random(Agent):
     name: ClassVar[str] = "random"
     steps: ClassVar[bool] = False
 
-    batch: int = 8
     redraws: int = 100
 
     def __post_init__(self) -> None:
-        """Refuses counts below one."""
-        if self.batch < 1 or self.redraws < 1:
-            raise ValueError(f"agent.batch={self.batch} and agent.redraws={self.redraws} must be at least 1")
+        """Refuses a count below one."""
+        if self.redraws < 1:
+            raise ValueError(f"agent.redraws={self.redraws} must be at least 1")
 
     def search(self, task: SearchTask) -> None:
         """Scores ``task.episodes`` different strategies, or all that could be found."""
         strategies = list(islice(self._draw(task.problem, np.random.default_rng(task.seed)), task.episodes))
         if len(strategies) < task.episodes:
             log.warning("only %d different strategies found of %d asked for", len(strategies), task.episodes)
-        for start in range(0, len(strategies), self.batch):
-            task.score(strategies[start : start + self.batch])
+        task.score(strategies)
 
     def _draw(self, problem: Problem, rng: np.random.Generator) -> Iterator[Removed]:
         """Different strategies, without end unless repeats run into ``redraws``."""

@@ -7,6 +7,8 @@ the paper leaves open are those of the authors' release.
 from __future__ import annotations
 
 import logging
+import math
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +47,18 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """Puts the global random states back: Stable-Baselines3 seeds all of them, and they are the caller's."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 class AMCDDPG(DDPG):
@@ -263,6 +277,7 @@ class DDPGAgent(Agent):
                 "at least 1",
             ),
             "store": (self.store in ("raw", "executed"), "raw or executed"),
+            "infinite_reward": (math.isfinite(self.infinite_reward), "a finite number"),
             "baseline_rate": (0 <= self.baseline_rate <= 1, "in [0, 1]"),
         }
         wrong = [
@@ -280,7 +295,8 @@ class DDPGAgent(Agent):
                 self.warmup_episodes,
             )
         steps = len(task.problem.names)
-        self.learner(task).learn(task.episodes * steps, log_interval=None)  # type: ignore[arg-type]
+        with random_states_kept():
+            self.learner(task).learn(task.episodes * steps, log_interval=None)  # type: ignore[arg-type]
 
     def learner(self, task: SearchTask) -> AMCDDPG:
         """Returns the untrained learner of a task; all it draws comes from the task's seed."""

@@ -33,6 +33,10 @@ class Budget:
     limit: float
     ratio: float
 
+    def met(self, removed: Sequence[int]) -> bool:
+        """Whether a strategy is within the limit."""
+        return self.cost(removed) <= self.limit * (1 + 1e-12)  # the limit itself is a rounded product
+
     @classmethod
     def of(
         cls, cost: Cost, decisions: int, *, ratio: float | None = None, limit: float | None = None
@@ -87,14 +91,10 @@ class Problem:
             f"the least is {b.cost(self.most):,.0f} ({self.least_ratio(b.cost):.3g}); "
             "raise budget.ratio or max_ratio, or lower channel_multiple"
             for b in self.budgets
-            if not self._within(self.most, b)
+            if not b.met(self.most)
         ]
         if unreachable:
             raise UserError("; ".join(unreachable))
-
-    @staticmethod
-    def _within(removed: Sequence[int], budget: Budget) -> bool:
-        return budget.cost(removed) <= budget.limit * (1 + 1e-12)  # the limit itself is a rounded product
 
     def least_ratio(self, cost: Cost) -> float:
         """The least share of the original cost that the decisions can reach."""
@@ -106,7 +106,7 @@ class Problem:
 
     def met(self, removed: Sequence[int]) -> bool:
         """Whether every budget holds."""
-        return all(self._within(removed, budget) for budget in self.budgets)
+        return all(budget.met(removed) for budget in self.budgets)
 
     def strategy(self, removed: Sequence[int]) -> Strategy:
         """The strategy of these counts."""

@@ -89,10 +89,11 @@ class Macs:
             if layer.kind == "linear" and layer.bias:
                 terms.append((float(layer.positions), (layer.name, "out"), None))
         self._products = _Products(graph, terms)
+        self._other = graph.other_macs
 
     def __call__(self, removed: Sequence[int]) -> float:
         """MACs of the cut network."""
-        return self._products(removed)
+        return self._products(removed) + self._other
 
 
 class Params:

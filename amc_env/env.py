@@ -69,7 +69,10 @@ class PruningEnv(gymnasium.Env[Observation, Action]):
     decision allows. An action becomes the nearest feasible count of the decision (what is kept stays a
     multiple of the channel multiple, ties to the smaller count); with ``enforce_budget`` that is then raised
     to the least count from which every budget can still be met, later decisions at their largest. Finite
-    actions outside the box are taken for the nearest feasible count as well.
+    actions outside the box are taken for the nearest feasible count as well. With ``fill_budget`` the
+    strategy that is scored has all ratios lowered together as far as the budgets allow: ``strategy``,
+    ``executed_ratio`` and ``macs`` of the last step are that strategy's, while observations and earlier infos
+    hold what was known then.
 
     ## Observation space
     ``Box(0, 1, (11,), float32)``, describing the decision now taken. n, c, h, w, stride and k are of its
@@ -183,6 +186,7 @@ class PruningEnv(gymnasium.Env[Observation, Action]):
         if np.isnan(reward):
             raise UserError(f"the reward of accuracy {outcome.accuracy} and costs {outcome.costs} is NaN")
         info.update(accuracy=outcome.accuracy, met=outcome.met, strategy=strategy, outcome=outcome)
+        info.update(executed_ratio=strategy.ratios[-1], macs=outcome.costs["macs"])
         return reward
 
     def _filled(self) -> Sequence[int]:

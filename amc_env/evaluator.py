@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from amc_env.budget import Problem
-from amc_env.errors import UserError
+from amc_env.errors import UserError, first_line
 from amc_env.pruning.candidate import Candidates, Keeps
 from amc_env.pruning.folding import Folder
 from amc_env.pruning.repair import Repair
@@ -84,7 +84,8 @@ class Scorer:
         images: Normalised images of the search split, [N, C, H, W].
         labels: Their labels, int64 [N].
         batch_size: Images of a batch.
-        channels_last: Memory format of images and weights. It may move logits by rounding only.
+        channels_last: Memory format of images and weights, where the network runs in it. It may move logits by
+            rounding only.
     """
 
     def __init__(
@@ -96,16 +97,33 @@ class Scorer:
         batch_size: int = 250,
         channels_last: bool = True,
     ):
-        if images.ndim == 4 and channels_last:
+        channels_last = channels_last and images.ndim == 4 and _runs_channels_last(model, images[:2])
+        if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         self._images = images
         self._labels = labels
         self._batch_size = batch_size
-        self.folder = Folder(model, images[:4], channels_last=channels_last and images.ndim == 4)
+        self.channels_last = channels_last
+        self.folder = Folder(model, images[:4], channels_last=channels_last)
 
     def __call__(self, model: nn.Module) -> float:
         """Accuracy of a cut network, in [0, 1]."""
         return accuracy(self.folder(model), self._images, self._labels, self._batch_size)
+
+
+def _runs_channels_last(model: nn.Module, images: Tensor) -> bool:
+    """Whether a network takes channels-last images: one that calls ``view`` on feature maps does not."""
+    try:
+        with torch.inference_mode():
+            copy.deepcopy(model).to(memory_format=torch.channels_last)(  # type: ignore[call-overload]
+                images.contiguous(memory_format=torch.channels_last)
+            )
+    except RuntimeError as error:
+        log.info(
+            "images are scored contiguous: the network does not run channels-last (%s)", first_line(error)
+        )
+        return False
+    return True
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,8 +16,9 @@ from typing import Literal
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
-from amc_env.errors import UserError
+from amc_env.errors import UserError, first_line
 from amc_env.surgery import Keeps, resize, silence_inputs
 
 Side = Literal["in", "out"]
@@ -140,6 +141,7 @@ class LayerGraph:
         groups: Coupled channels, in the forward order of their first consumer.
         whole: Layers whose outputs are not pruned, with the reason.
         other_params: Parameters outside the modules above.
+        other_macs: MACs of convolutions that are counted but never pruned (1d, 3d, transposed).
     """
 
     layers: tuple[Layer, ...]
@@ -147,6 +149,7 @@ class LayerGraph:
     groups: tuple[ChannelGroup, ...]
     whole: tuple[Whole, ...]
     other_params: int
+    other_macs: int = 0
 
     @classmethod
     def trace(cls, model: nn.Module, example: Tensor) -> LayerGraph:
@@ -179,8 +182,9 @@ def _trace(model: nn.Module, example: Tensor) -> LayerGraph:
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
     layers = _layers(twin, example)
+    others = _other_convolutions(twin, example)
     groups: list[ChannelGroup] = []
-    whole: list[Whole] = []
+    whole = [Whole(name, "only Conv2d and Linear are pruned; its MACs are counted") for name in others]
     for raw in _raw_groups(twin, example[:1]):
         found = _channel_group(raw, twin, layers)
         if isinstance(found, ChannelGroup):
@@ -201,7 +205,8 @@ def _trace(model: nn.Module, example: Tensor) -> LayerGraph:
     groups.sort(key=lambda group: (order[group.consumers[0]], order[group.name]))
     channelwise, other = _rest(twin, layers)
     whole.sort(key=lambda w: order.get(w.name, len(order)))
-    return LayerGraph(tuple(layers.values()), channelwise, tuple(groups), tuple(whole), other)
+    counts = other, sum(others.values())
+    return LayerGraph(tuple(layers.values()), channelwise, tuple(groups), tuple(whole), *counts)
 
 
 def _layers(model: nn.Module, example: Tensor) -> dict[str, Layer]:
@@ -231,6 +236,28 @@ def _layers(model: nn.Module, example: Tensor) -> dict[str, Layer]:
         for handle in handles:
             handle.remove()
     return layers
+
+
+def _other_convolutions(model: nn.Module, example: Tensor) -> dict[str, int]:
+    """MACs of the convolutions that are no `Layer`, by name."""
+    macs: dict[str, int] = {}
+    names = {module: name for name, module in model.named_modules()}
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(module, _ConvNd)
+        places = inputs[0] if module.transposed else output
+        spatial = places.shape[-len(module.kernel_size) :].numel()
+        macs[names[module]] = macs.get(names[module], 0) + module.weight.numel() * spatial
+
+    others = [m for m in model.modules() if isinstance(m, _ConvNd) and not isinstance(m, nn.Conv2d)]
+    handles = [module.register_forward_hook(hook) for module in others]
+    try:
+        with torch.no_grad():
+            model(example[:1])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return macs
 
 
 def _layer(name: str, index: int, module: nn.Module, inputs: Tensor, output: Tensor) -> Layer:
@@ -441,8 +468,3 @@ def keeps_of(groups: Sequence[ChannelGroup], kept_units: Sequence[Tensor]) -> Ke
         stay[torch.cat(lists)] = False
         keeps.setdefault(module, {})[side] = stay.nonzero().flatten()
     return keeps
-
-
-def first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -44,7 +44,9 @@ def compare(cfg: DictConfig) -> None:
             line = f"ratio {ratio:.2f}  {repair:<14} search {100 * outcome.accuracy:6.2f}%  {seconds:6.2f} s"
             if with_test and data.test is not None:
                 network, _ = evaluator.network(outcome)
-                on_test = accuracy(network, prepared.images(data.test), data.test.labels.to(cfg.device))
+                on_test = accuracy(
+                    network, prepared.images(data.test), data.test.labels.to(prepared.settings.device)
+                )
                 line += f"  test {100 * on_test:6.2f}%"
             print(line, flush=True)
 

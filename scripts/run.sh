@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
-# From a bare machine to a search: makes .venv, installs the project, runs amc-search with the arguments given.
+# From a bare machine to a search: makes .venv, installs the project, runs amc-search with the arguments given, in
+# the folder that it was called from.
 set -euo pipefail
+here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/venv.sh
 source scripts/venv.sh
 prepare_venv ""
-exec .venv/bin/amc-search "$@"
+export PATH="$PWD/.venv/bin:$PATH"
+cd "$here"
+exec amc-search "$@"

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from agents.base import Agent
-from amc_env.errors import UserError
+from amc_env.errors import UserError, first_line
 from amc_env.pruning.candidate import Keeps
-from search.data import Data, from_loaders
+from search.data import Data, from_loaders, seeded
 from search.pipeline import Context, run
 from search.report import write_report
 from search.settings import BudgetSettings, FinetuneSettings, Settings
@@ -83,36 +83,42 @@ def compress(
     Raises:
         UserError: Whatever is wrong with network, data or settings, in one message, before anything expensive.
     """
-    budgets = budget if isinstance(budget, Mapping) else {"macs": budget}
     chosen = default_agent(agent) if isinstance(agent, str) else agent
-    base = Settings(agent=chosen, episodes=episodes) if settings is None else settings
     base = replace(
-        base,
+        settings or Settings(agent=chosen, episodes=episodes),
         agent=chosen,
         episodes=episodes,
-        budgets=tuple(BudgetSettings(cost, ratio) for cost, ratio in budgets.items()),
+        budgets=_budgets(budget),
         finetune=FinetuneSettings(epochs=finetune) if isinstance(finetune, int) else finetune,
         original_lr=original_lr,
         seed=seed,
         device=device,
     )
     network = copy.deepcopy(module).cpu().eval()
-    data = from_loaders(
-        train_loader, val_loader, test_loader, base.repair.images, _outputs(network, val_loader)
-    )
+    with seeded(seed):  # a loader draws from the global state when it begins, which is the caller's
+        outputs = _outputs(network, val_loader)
+    data = from_loaders(train_loader, val_loader, test_loader, base.repair.images, outputs)
     place = _folder(folder)
-    tracker = cache(lambda: CsvTracker(place))  # opened when the journal has found that the folder is ours
-    context = Context(
-        folder=place,
+    finished = run(network, data, base, _context(place, type(module).__name__, _config(base, data)))
+    write_report(place)
+    return Compressed(finished.model.cpu(), finished.strategy, finished.result, place, finished.keeps)
+
+
+def _budgets(budget: float | Mapping[str, float]) -> tuple[BudgetSettings, ...]:
+    shares = budget if isinstance(budget, Mapping) else {"macs": budget}
+    return tuple(BudgetSettings(cost, ratio) for cost, ratio in shares.items())
+
+
+def _context(folder: Path, model: str, config: Mapping[str, Any]) -> Context:
+    tracker = cache(lambda: CsvTracker(folder))  # opened when the journal has found that the folder is ours
+    return Context(
+        folder=folder,
         track=lambda metrics, step: tracker().log(metrics, step),
-        model=type(module).__name__,
-        config=_config(base, data),
+        model=model,
+        config=config,
         command="search.compress",
         begin=tracker,
     )
-    finished = run(network, data, base, context)
-    write_report(place)
-    return Compressed(finished.model.cpu(), finished.strategy, finished.result, place, finished.keeps)
 
 
 def _outputs(network: nn.Module, val_loader: Iterable[Any]) -> int:
@@ -122,8 +128,9 @@ def _outputs(network: nn.Module, val_loader: Iterable[Any]) -> int:
             with torch.no_grad():
                 logits = network(torch.as_tensor(batch[0][:1], dtype=torch.float32))
         except Exception as error:  # whatever a user's network and loader do not agree on
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"the network does not run on the first batch of val_loader: {reason}") from error
+            raise UserError(
+                f"the network does not run on the first batch of val_loader: {first_line(error)}"
+            ) from error
         if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
             raise UserError(
                 "the network's output must be one tensor of logits [N, classes]; got "
@@ -143,7 +150,7 @@ def _folder(folder: str | Path | None) -> Path:
 
 def _config(settings: Settings, data: Data) -> dict[str, Any]:
     """What evaluations depend on, for the journal's header."""
-    parts = ("agent", "budgets", "granularity", "criterion", "repair", "finalists", "reward", "scoring")
+    parts = ("agent", "budgets", "granularity", "criterion", "repair", "reward", "scoring")
     config: dict[str, Any] = {part: repr(getattr(settings, part)) for part in parts}
     config["search"] = {"episodes": settings.episodes, "images": len(data.search)}
     for name in ("seed", "enforce_budget", "fill_budget"):

@@ -57,6 +57,15 @@ class ModelSource:
     url: str | None = None
     recipe: Recipe | None = None
 
+    def check(self) -> None:
+        """Finds out, before any data is read, that there are no weights.
+
+        Raises:
+            UserError: There is neither a file, nor an address, nor a recipe.
+        """
+        if self.weights is None and self.url is None and self.recipe is None:
+            raise UserError(f"model={self.name} has no published weights; give model.weights=FILE")
+
     def load(self, data: Data) -> nn.Module:
         """The network with its weights, in eval mode on the CPU; the global random state stays as it was.
 

@@ -71,29 +71,25 @@ class Finished:
     result: dict[str, Any]
 
 
-def search(prepared: Prepared, context: Context, progress: Progress) -> tuple[Scored, Loop]:
-    """Runs the agent; what earlier runs in the folder have scored is read back."""
+def search(prepared: Prepared, context: Context, progress: Progress, journal: Journal) -> tuple[Scored, Loop]:
+    """Runs the agent; what earlier runs in the folder have scored is read back from the journal."""
     settings = prepared.settings
     latest: dict[str, float] = {}
-    header = _header(prepared, context)
-    with Journal(context.folder, header, prepared.problem, may_grow=_MAY_GROW) as journal:
-        if journal.replayed:
-            log.info("going on with %d evaluations of %s", journal.replayed, context.folder)
-        evaluator = make_evaluator(prepared, journal)
-        loop = Loop(evaluator, settings.reward, _watcher(prepared, context, progress, latest))
-        context.begin()
-        settings.agent.search(
-            SearchTask(
-                problem=prepared.problem,
-                env=PruningEnv(_handle(prepared, loop)),
-                score=loop.score,
-                episodes=settings.episodes,
-                seed=settings.seed,
-                on_update=latest.update,
-            )
+    if journal.replayed:
+        log.info("going on with %d evaluations of %s", journal.replayed, context.folder)
+    evaluator = make_evaluator(prepared, journal)
+    loop = Loop(evaluator, settings.reward, _watcher(prepared, context, progress, latest))
+    settings.agent.search(
+        SearchTask(
+            problem=prepared.problem,
+            env=PruningEnv(_handle(prepared, loop)),
+            score=loop.score,
+            episodes=settings.episodes,
+            seed=settings.seed,
+            on_update=latest.update,
         )
-        best = loop.best(settings.finalists.count, settings.finalists.repair)
-    return best, loop
+    )
+    return loop.best(settings.finalists.count, settings.finalists.repair), loop
 
 
 def _handle(prepared: Prepared, loop: Loop) -> EnvHandle:
@@ -153,22 +149,31 @@ def run(model: nn.Module, data: Data, settings: Settings, context: Context) -> F
     """
     prepared = prepare(model, data, settings)
     announce(prepared)
+    header = _header(prepared, context)
+    # The journal's lock is held to the end: a second run in the folder would write over this one's files.
+    with Journal(context.folder, header, prepared.problem, may_grow=_MAY_GROW) as journal:
+        context.begin()
+        return _run(prepared, context, journal)
+
+
+def _run(prepared: Prepared, context: Context, journal: Journal) -> Finished:
+    settings = prepared.settings
     with Progress(episodes=settings.episodes, epochs=settings.finetune.epochs) as progress:
         progress.start("search")
-        best, loop = search(prepared, context, progress)
+        best, loop = search(prepared, context, progress, journal)
         write_json(context.folder / "strategy.json", best.outcome.strategy.to_json())
         pruned, keeps = loop.evaluator.network(best.outcome)
-        stages = {"base": prepared.model, "pruned": pruned}
+        networks = {"base": prepared.model, "pruned": pruned}
         if settings.finetune.epochs:
             progress.start("fine-tune")
-            stages["finetuned"] = _finetuned(prepared, pruned, context, progress)
-    small = stages.get("finetuned", pruned)
-    example = prepared.images(data.search, 4)
+            networks["finetuned"] = _finetuned(prepared, pruned, context, progress)
+    small = networks.get("finetuned", pruned)
+    example = prepared.images(prepared.data.search, 4)
     exports = export_all(
         small, keeps, example, context.folder, settings.export, context.model, original=prepared.model
     )
     result = {"model": context.model, "command": context.command}
-    result |= result_of(prepared, stages, best, loop, exports)
+    result |= result_of(prepared, networks, best, loop, exports)
     write_json(context.folder / "result.json", result)
     return Finished(small, keeps, result["strategy"], result)
 
@@ -203,7 +208,6 @@ def _header(prepared: Prepared, context: Context) -> dict[str, Any]:
         "weights": _fingerprint(prepared.model),
         "data": prepared.data.fingerprint,
         "threads": torch.get_num_threads(),
-        "channels_last": prepared.settings.scoring.channels_last,
         "versions": {name: version(name) for name in ("torch", "numpy", "gymnasium", "stable-baselines3")},
     }
 

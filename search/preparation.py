@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from amc_env.budget import Budget, Problem
 from amc_env.costs import Macs, Params
-from amc_env.errors import UserError
+from amc_env.errors import UserError, first_line
 from amc_env.evaluator import ORIGINAL, Evaluator, Scorer, Start
 from amc_env.layers import LayerGraph
 from amc_env.pruning.candidate import Candidates
@@ -22,11 +22,14 @@ from amc_env.pruning.topology import Topology
 from search.data import Data, Split
 from search.export import check_formats
 from search.journal import Journal
-from search.settings import RepairSettings, Settings
+from search.settings import FinalistSettings, RepairSettings, Settings
 
 log = logging.getLogger(__name__)
 
 _NAMES_SHOWN = 4
+_CALIBRATION_BYTES = (
+    2**30
+)  # of one layer's activations over all calibration images; a few layers live at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,15 +89,37 @@ def prepare(model: nn.Module, data: Data, settings: Settings) -> Prepared:
         Budget.of(costs[b.cost], len(grids), ratio=None if b.limit else b.ratio, limit=b.limit)
         for b in settings.budgets
     ]
-    return Prepared(model, data, graph, Problem(grids, list(costs.values()), budgets), settings)
+    problem = Problem(grids, list(costs.values()), budgets)
+    return Prepared(model, data, graph, problem, _with_possible_repairs(settings, Topology.of(model)))
+
+
+def _with_possible_repairs(settings: Settings, topology: Topology) -> Settings:
+    """The settings without the rescoring of finalists where the network cannot be mended sequentially.
+
+    Raises:
+        UserError: The search itself was to use that repair.
+    """
+    if not topology.reason:
+        return settings
+    if settings.repair.name == "sequential":
+        raise UserError(
+            f"repair=sequential does not work for this network: {topology.reason}; use repair=least_squares"
+        )
+    if settings.finalists.count and settings.finalists.repair == "sequential":
+        log.warning(
+            "the best is delivered as the search scored it, not repaired sequentially: %s", topology.reason
+        )
+        return replace(settings, finalists=FinalistSettings(count=0, repair=settings.repair.name))
+    return settings
 
 
 def _check_device(device: str) -> None:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device={device} cannot be used here ({reason}); use device=cpu") from error
+        raise UserError(
+            f"device={device} cannot be used here ({first_line(error)}); use device=cpu"
+        ) from error
 
 
 def announce(prepared: Prepared) -> None:
@@ -122,12 +147,13 @@ def _repairs(prepared: Prepared, candidates: Candidates) -> dict[str, Callable[[
     settings: RepairSettings = prepared.settings.repair
     topology = Topology.of(candidates.original)
     train = prepared.data.train
+    images = _calibration_images(prepared.graph, settings.images)
 
     def fitted(kind: type[LeastSquares] | type[Sequential]) -> Repair:
         return kind(
             candidates,
             topology,
-            prepared.images(train, settings.images),
+            prepared.images(train, images),
             per_image=settings.per_image,
             seed=prepared.settings.seed,
             ridge=settings.ridge,
@@ -145,6 +171,18 @@ def _repairs(prepared: Prepared, candidates: Candidates) -> dict[str, Callable[[
     }
 
 
+def _calibration_images(graph: LayerGraph, wanted: int) -> int:
+    """As many images as are wanted, or as the largest layer's activations leave room for."""
+    largest = max(
+        max(layer.in_channels * layer.in_size[0] * layer.in_size[1], layer.out_channels * layer.positions)
+        for layer in graph.layers
+    )
+    room = max(1, _CALIBRATION_BYTES // (4 * largest))
+    if room < wanted:
+        log.info("repair is calibrated on %d images instead of %d: more would fill the memory", room, wanted)
+    return min(room, wanted)
+
+
 def make_evaluator(prepared: Prepared, memo: Journal | None = None) -> Evaluator:
     """The evaluator that judges every policy of this run."""
     settings = prepared.settings
@@ -157,5 +195,11 @@ def make_evaluator(prepared: Prepared, memo: Journal | None = None) -> Evaluator
         batch_size=settings.scoring.batch_size,
         channels_last=settings.scoring.channels_last,
     )
+    original = scorer(prepared.model)
+    log.info(
+        "the original's accuracy on the %d search images: %.2f%%", len(prepared.data.search), 100 * original
+    )
+    if original < 2 / len(prepared.data.classes):
+        log.warning("that is near chance: are the images scaled and normalised as in the network's training?")
     start = Start(ORIGINAL, candidates, _repairs(prepared, candidates))
     return Evaluator(start, prepared.problem, scorer, settings.repair.name, memo)

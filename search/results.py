@@ -74,7 +74,7 @@ def _budgets(prepared: Prepared, outcome: Outcome) -> list[dict[str, Any]]:
             "ratio": budget.ratio,
             "limit": budget.limit,
             "value": budget.cost(outcome.strategy.removed),
-            "met": outcome.met,
+            "met": budget.met(outcome.strategy.removed),
         }
         for budget in prepared.problem.budgets
     ]

@@ -32,6 +32,7 @@ def main_job(cfg: DictConfig) -> float:
     check_types(cfg)
     folder = run_folder()
     source = wiring.model_source(cfg)
+    source.check()
     settings = wiring.settings_of(cfg, source.original_lr)
     check(settings)
     go_on = command_line("amc-search", folder)

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 Built = TypeVar("Built")
 
-_NOT_OF_THE_SEARCH = ("tracker", "finetune", "export", "latency")
+_NOT_OF_THE_SEARCH = ("tracker", "finalists", "finetune", "export", "latency")
 """Sections that change no evaluation: a run may be gone on with under others."""
 
 

@@ -229,3 +229,8 @@ def same_state(a: nn.Module, b: nn.Module) -> bool:
     """Whether two state dicts are equal bit for bit."""
     left, right = a.state_dict(), b.state_dict()
     return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+def with_state(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of a network's state dict that later changes do not reach."""
+    return {key: value.detach().clone() for key, value in module.state_dict().items()}

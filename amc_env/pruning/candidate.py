@@ -73,8 +73,3 @@ class Candidates:
     def build(self, removed: Sequence[int]) -> nn.Module:
         """A network of its own, cut to a strategy."""
         return resize(copy.deepcopy(self._original), self.keeps(removed))
-
-
-def with_state(module: nn.Module) -> dict[str, Tensor]:
-    """A copy of a network's state dict that later changes do not reach."""
-    return {key: value.detach().clone() for key, value in module.state_dict().items()}

@@ -10,6 +10,7 @@ to back on what reaches each layer in the cut network.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Protocol
 
@@ -27,6 +28,8 @@ from amc_env.surgery import Keeps
 _RIDGE = 1e-6
 # Of the mean square of the inputs: what centring in float64 may get wrong, with room to spare.
 _ROUNDING = 1e-11
+# Solutions kept for later: solving again from the factor is cheap, memory is not.
+_SOLVED_BYTES = 256 * 2**20
 # Images of a batch: activations of wide layers should fit the processor's caches.
 _SMALL = 100
 
@@ -211,6 +214,7 @@ class LeastSquares:
         self._moments = record(candidates.original, layers, images, per_image=per_image, seed=seed)
         self._factors: dict[str, tuple[Moments, Tensor, Moments]] = {}
         self._solved: dict[tuple[str, int], tuple[Tensor, Tensor | None]] = {}
+        self._solved_bytes = 0
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, removed: Sequence[int], keeps: Keeps) -> None:
@@ -232,9 +236,13 @@ class LeastSquares:
         if not columns.nested:  # any combination may come: keeping them all would fill the memory
             return self._sub(columns, kept)
         key = columns.layer.name, len(kept)
-        if key not in self._solved:
-            self._solved[key] = self._leading(columns, kept)
-        return self._solved[key]
+        if key in self._solved:
+            return self._solved[key]
+        solved = self._leading(columns, kept)
+        self._solved_bytes += solved[0].nbytes
+        if self._solved_bytes <= _SOLVED_BYTES:
+            self._solved[key] = solved
+        return solved
 
     def _leading(self, columns: _Columns, kept: Tensor) -> tuple[Tensor, Tensor | None]:
         """From the leading block of the one factor: kept sets are nested."""
@@ -242,8 +250,11 @@ class LeastSquares:
         intercept = _absorbs(columns.layer, self._topology)
         if name not in self._factors:
             ordered = columns.columns(columns.order).to(self._moments[name].xx.device)
-            moments = _select(self._moments[name], ordered)
-            self._factors[name] = *_factored(moments, intercept, self._ridge), moments
+            moments = _select(self._moments.pop(name), ordered)
+            about, factor = _factored(moments, intercept, self._ridge)
+            # The factor stands for both matrices of inputs, which are as large as it is.
+            nothing = factor.new_empty(0)
+            self._factors[name] = replace(about, xx=nothing), factor, replace(moments, xx=nothing)
         about, factor, moments = self._factors[name]
         size = len(kept) * columns.area
         solution = torch.cholesky_solve(about.xy[:, :size], factor[:, :size, :size])
@@ -368,9 +379,13 @@ class Sequential:
             wanted = None if wanted is None else wanted[:, out]
         if wanted is not None and shortcuts is not None:
             target = target + (wanted - self._sampled(name, shortcuts)) / self._scale(model, name)
-        parts = zip(xs, _parts(xs), strict=True)
-        inputs = torch.cat([self._spots[name].inputs(module, x, part) for x, part in parts])
-        moments = Moments.of(inputs, target, layer.groups)
+        per_image = len(target) // sum(len(x) for x in xs)
+        moments: Moments | None = None
+        for x, part in zip(xs, _parts(xs), strict=True):
+            wanted_here = target[part.start * per_image : part.stop * per_image]
+            here = Moments.of(self._spots[name].inputs(module, x, part), wanted_here, layer.groups)
+            moments = here if moments is None else moments + here
+        assert moments is not None
         weight, intercept = _solve(moments, _absorbs(layer, self._topology), self._ridge)
         _put(model, layer, self._topology, weight, intercept)
 

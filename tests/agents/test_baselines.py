@@ -37,7 +37,7 @@ def test_random_lands_on_the_budget_without_repeats(toy) -> None:
 
 def test_random_repeats_with_its_seed_and_more_episodes_only_add_to_it(toy) -> None:
     first = toy().run(Random(), episodes=20, seed=3).scored
-    assert toy().run(Random(batch=3), episodes=20, seed=3).scored == first
+    assert toy().run(Random(redraws=50), episodes=20, seed=3).scored == first
     assert toy().run(Random(), episodes=30, seed=3).scored[:20] == first
     assert toy().run(Random(), episodes=20, seed=4).scored != first
 

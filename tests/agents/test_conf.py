@@ -25,8 +25,9 @@ def load(group: str, option: str) -> DictConfig:
 
 def ddpg(preset: str) -> DDPGAgent:
     """agent=ddpg with a preset on top, which may override existing keys only."""
-    base = OmegaConf.create({"agent": load("agent", "ddpg"), "search": {"episodes": 0}})
-    base = OmegaConf.merge(base, {"channel_multiple": 2, "max_ratio": 0.9, "fill_budget": True})
+    base = OmegaConf.load(CONF / "search.yaml")
+    groups = {"agent": "ddpg", "criterion": "l2", "repair": "least_squares"}
+    base = OmegaConf.merge(base, {group: load(group, option) for group, option in groups.items()})
     OmegaConf.set_struct(base, True)
     agent = instantiate(OmegaConf.merge(base, load("preset", preset)).agent)
     assert isinstance(agent, DDPGAgent)

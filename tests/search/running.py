@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-SMALL = ("model=digits_mlp", "model.epochs=3", "search.images=100", "repair.images=100")
+SMALL = ("device=cpu", "model=digits_mlp", "model.epochs=3", "search.images=100", "repair.images=100")
 
 QUICK = (
     *SMALL,

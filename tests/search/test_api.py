@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from amc_env.errors import UserError
 from search import compress, load_pruned
-from search.settings import LatencySettings, Settings
+from search.settings import LatencySettings, RepairSettings, Settings
 from search.wiring import default_agent
 
 
@@ -45,8 +48,9 @@ def quick(agent: str = "random") -> Settings:
 
 
 def own() -> Own:
-    torch.manual_seed(0)
-    return Own()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Own()
 
 
 def test_compress_gives_a_smaller_network_that_loads_onto_the_class(tmp_path: Path) -> None:
@@ -134,3 +138,65 @@ def test_mistakes_are_said_in_one_message(tmp_path: Path, change: dict[str, obje
     } | change
     with pytest.raises(UserError, match=message):
         compress(own(), **arguments, folder=tmp_path, settings=quick())  # type: ignore[arg-type]
+
+
+class Untraceable(nn.Module):
+    """Branches on data, which no symbolic trace follows, and flattens by view, which channels-last images break."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8 * 36, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        if x.sum() < 0:
+            x = -x
+        x = torch.relu(self.second(x))
+        return self.head(x.view(x.size(0), -1))
+
+
+def test_a_network_that_is_hard_to_trace_is_still_compressed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small = compress(
+        Untraceable(),
+        loader(64, 1),
+        loader(32, 2),
+        agent="random",
+        episodes=3,
+        finetune=0,
+        folder=tmp_path,
+        settings=quick(),
+    )
+    assert small.result["search"]["repair"] == "least_squares"  # sequential needs a symbolic trace
+    assert small.result["pruned"]["macs"] <= 0.5 * small.result["base"]["macs"]
+
+
+def test_sequential_repair_of_such_a_network_is_refused_before_the_search(tmp_path: Path) -> None:
+    settings = replace(quick(), repair=RepairSettings("sequential"))
+    with pytest.raises(UserError, match="repair=sequential does not work"):
+        compress(Untraceable(), loader(64, 1), loader(32, 2), finetune=0, folder=tmp_path, settings=settings)
+    assert not (tmp_path / "evaluations.jsonl").exists()
+
+
+def test_the_callers_random_states_are_kept(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)
+    wanted = torch.rand(1).item(), random.random(), np.random.random()
+    torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)
+    agent = replace(default_agent("ddpg"), warmup_episodes=2)  # type: ignore[type-var]
+    compress(
+        own(),
+        loader(64, 1),
+        loader(32, 2),
+        agent=agent,
+        episodes=3,
+        finetune=0,
+        folder=tmp_path,
+        settings=quick(),
+    )
+    assert (torch.rand(1).item(), random.random(), np.random.random()) == wanted

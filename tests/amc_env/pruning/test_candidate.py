@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch_pruning as tp
-from networks import NETWORKS, SMALL, images, network, prepared, random_removed, same_state
+from networks import NETWORKS, SMALL, images, network, prepared, random_removed, same_state, with_state
 from torch import nn
 
-from amc_env.pruning.candidate import Candidates, with_state
+from amc_env.pruning.candidate import Candidates
 from search.models import ResNet
 
 

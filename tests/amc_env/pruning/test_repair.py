@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from networks import SMALL, images, network, prepared, random_removed, settled
+from networks import SMALL, images, network, prepared, random_removed, settled, with_state
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from amc_env.errors import UserError
 from amc_env.layers import LayerGraph
 from amc_env.pruning.calibration import Spots
-from amc_env.pruning.candidate import Candidates, with_state
+from amc_env.pruning.candidate import Candidates
 from amc_env.pruning.criteria import Norm, rank
 from amc_env.pruning.repair import BatchNorm, Both, LeastSquares, NoRepair, Sequential, repairable_consumers
 from amc_env.pruning.topology import Topology
