@@ -10,14 +10,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import torch
 from torch import nn
 
+import amc_env  # noqa: F401 -- registers the environment
 from agents.base import Agent
+from agents.baselines import Random
 from amc_env.errors import UserError, first_line
 from amc_env.pruning.candidate import Keeps
 from search.data import Data, from_loaders, seeded
-from search.pipeline import Context, run
+from search.loop import Loop
+from search.pipeline import Context, env_handle, run
+from search.preparation import make_evaluator, prepare
 from search.report import write_report
 from search.settings import BudgetSettings, FinetuneSettings, Settings
 from search.tracking import CsvTracker
@@ -95,13 +100,52 @@ def compress(
         device=device,
     )
     network = copy.deepcopy(module).cpu().eval()
-    with seeded(seed):  # a loader draws from the global state when it begins, which is the caller's
-        outputs = _outputs(network, val_loader)
-    data = from_loaders(train_loader, val_loader, test_loader, base.repair.images, outputs)
+    data = _data(network, train_loader, val_loader, test_loader, base)
     place = _folder(folder)
     finished = run(network, data, base, _context(place, type(module).__name__, _config(base, data)))
     write_report(place)
     return Compressed(finished.model.cpu(), finished.strategy, finished.result, place, finished.keeps)
+
+
+def make_env(
+    module: nn.Module,
+    train_loader: Iterable[Any],
+    val_loader: Iterable[Any],
+    *,
+    budget: float | Mapping[str, float] | None = 0.5,
+    settings: Settings | None = None,
+) -> gymnasium.Env[Any, Any]:
+    """The search as a Gymnasium environment, for an agent of one's own; see `PruningEnv` for its specification.
+
+    Args:
+        module: As for `compress`.
+        train_loader: As for `compress`; calibrates the repair.
+        val_loader: As for `compress`; candidates are judged on it.
+        budget: As for `compress`; None for no budget (``reward=ErrorFlops()``: accuracy-guaranteed search).
+        settings: Everything else. Its agent and episodes do not matter here.
+
+    Raises:
+        UserError: As for `compress`.
+    """
+    base = settings or Settings(agent=Random(), episodes=1)
+    base = replace(base, budgets=() if budget is None else _budgets(budget))
+    network = copy.deepcopy(module).cpu().eval()
+    prepared = prepare(network, _data(network, train_loader, val_loader, None, base), base)
+    loop = Loop(make_evaluator(prepared), base.reward)
+    env: gymnasium.Env[Any, Any] = gymnasium.make("amc_env/Pruning-v0", handle=env_handle(prepared, loop))
+    return env
+
+
+def _data(
+    network: nn.Module,
+    train_loader: Iterable[Any],
+    val_loader: Iterable[Any],
+    test_loader: Iterable[Any] | None,
+    settings: Settings,
+) -> Data:
+    with seeded(settings.seed):  # a loader draws from the global state when it begins, which is the caller's
+        outputs = _outputs(network, val_loader)
+    return from_loaders(train_loader, val_loader, test_loader, settings.repair.images, outputs)
 
 
 def _budgets(budget: float | Mapping[str, float]) -> tuple[BudgetSettings, ...]:

@@ -82,7 +82,7 @@ def search(prepared: Prepared, context: Context, progress: Progress, journal: Jo
     settings.agent.search(
         SearchTask(
             problem=prepared.problem,
-            env=PruningEnv(_handle(prepared, loop)),
+            env=PruningEnv(env_handle(prepared, loop)),
             score=loop.score,
             episodes=settings.episodes,
             seed=settings.seed,
@@ -92,7 +92,8 @@ def search(prepared: Prepared, context: Context, progress: Progress, journal: Jo
     return loop.best(settings.finalists.count, settings.finalists.repair), loop
 
 
-def _handle(prepared: Prepared, loop: Loop) -> EnvHandle:
+def env_handle(prepared: Prepared, loop: Loop) -> EnvHandle:
+    """What the environment of a search refers to; its last step ends in ``loop``."""
     settings, problem = prepared.settings, prepared.problem
     return EnvHandle(
         problem,

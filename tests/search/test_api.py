@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from amc_env.errors import UserError
-from search import compress, load_pruned
+from search import compress, load_pruned, make_env
 from search.settings import LatencySettings, RepairSettings, Settings
 from search.wiring import default_agent
 
@@ -200,3 +200,24 @@ def test_the_callers_random_states_are_kept(tmp_path: Path) -> None:
         settings=quick(),
     )
     assert (torch.rand(1).item(), random.random(), np.random.random()) == wanted
+
+
+def test_the_search_as_an_environment_for_an_agent_of_ones_own() -> None:
+    env = make_env(own(), loader(64, 1), loader(32, 2), budget=0.5, settings=quick())
+    observation, _ = env.reset(seed=0)
+    terminated, infos = False, []
+    while not terminated:
+        assert env.observation_space.contains(observation)
+        observation, reward, terminated, _, info = env.step(np.zeros(1, dtype=np.float32))
+        infos.append(info)
+    assert infos[-1]["met"]
+    assert reward == pytest.approx(infos[-1]["accuracy"] - 1)
+
+
+def test_an_environment_without_a_budget_removes_what_it_is_told() -> None:
+    env = make_env(own(), loader(64, 1), loader(32, 2), budget=None, settings=quick())
+    env.reset(seed=0)
+    terminated = False
+    while not terminated:
+        terminated, info = env.step(np.zeros(1, dtype=np.float32))[2::2]
+    assert not any(info["strategy"].removed)
