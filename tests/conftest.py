@@ -3,6 +3,10 @@
 import os
 from pathlib import Path
 
+# One thread, here and in the commands that tests start: networks are tiny, and threads that wait for each other on a
+# busy machine cost tenfold. It must be said before torch is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
