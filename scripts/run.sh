@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # From a bare machine to a search: makes .venv, installs the project, runs amc-search with the arguments given, in
-# the folder that it was called from.
+# the folder that it was called from. ONNX is installed and exported as well.
 set -euo pipefail
 here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/venv.sh
 source scripts/venv.sh
-prepare_venv ""
+prepare_venv "[onnx]"
 export PATH="$PWD/.venv/bin:$PATH"
 cd "$here"
-exec amc-search "$@"
+exec amc-search 'export=[safetensors,pt2,onnx]' "$@"

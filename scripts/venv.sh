@@ -2,11 +2,12 @@
 # Sourced by run.sh and test.sh: an environment in .venv with this project in it.
 
 # Makes or updates the environment; does nothing when neither pyproject.toml nor the extras have changed.
-# Arguments: the extras to install ("" or "[dev]").
+# Arguments: the extras to install ("[onnx]" or "[dev]").
 prepare_venv() {
-  local extras=$1 stamp=.venv/installed wanted python
-  wanted="$(cksum <pyproject.toml) ${extras}"
-  if [[ -f $stamp && $(<"$stamp") == "$wanted"* ]]; then  # what test.sh installed is enough for run.sh
+  local extras=$1 stamp=.venv/installed project installed="" python
+  project=$(cksum <pyproject.toml)
+  [[ ! -f $stamp ]] || installed=$(<"$stamp")
+  if [[ $installed == "$project $extras" || $installed == "$project [dev]" ]]; then  # [dev] has all the others
     return
   fi
   echo "installing into $PWD/.venv (needed once, and when pyproject.toml changes)" >&2
@@ -15,7 +16,7 @@ prepare_venv() {
     "$python" -m venv .venv
   fi
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".${extras}" >&2
-  printf '%s\n' "$wanted" >"$stamp"
+  printf '%s\n' "$project $extras" >"$stamp"
 }
 
 # Prints the name of a Python that is new enough; ends the script where there is none.
