@@ -66,7 +66,8 @@ def plot_channels(widths: Sequence[Width], path: Path) -> Path:
     below.set_ylabel("share kept")
     below.yaxis.set_major_formatter(_PERCENT)
     below.set_yticks((0, 0.5, 1))
-    upright = max((len(width.name) for width in widths), default=0) * count < 90
+    # About 60 characters fit side by side; more would run into each other.
+    upright = max((len(width.name) for width in widths), default=0) * count < 55
     each = math.ceil(count / 64)  # more names than this run into each other
     below.set_xticks(
         places[::each],
