@@ -226,7 +226,7 @@ class Evaluator:
 
     def _mended(self, start: Start, strategy: Strategy, repair: str) -> tuple[nn.Module, Keeps]:
         keeps = start.candidates.keeps(strategy.removed)
-        model = start.candidates.cut(strategy.removed)
+        model = start.candidates.cut(strategy.removed, keeps)
         if any(strategy.removed):
             self._repair(start, repair)(model, strategy.removed, keeps)
         return model, keeps

@@ -52,9 +52,14 @@ class Candidates:
         ]
         return keeps_of(self.graph.groups, units)
 
-    def cut(self, removed: Sequence[int]) -> nn.Module:
-        """The skeleton cut to a strategy: valid until the next call, in eval mode, its tensors its own."""
-        keeps = self.keeps(removed)
+    def cut(self, removed: Sequence[int], keeps: Keeps | None = None) -> nn.Module:
+        """The skeleton cut to a strategy: valid until the next call, in eval mode, its tensors its own.
+
+        Args:
+            removed: Units removed from each group.
+            keeps: What `keeps` gives for them, where the caller has it already.
+        """
+        keeps = self.keeps(removed) if keeps is None else keeps
         for name, original, module in self._pairs:
             sides = keeps.get(name, {})
             cut = cut_tensors(original, sides) if sides else {}
