@@ -216,7 +216,7 @@ def prepared(name: str, multiple: int = 2, max_ratio: float = 0.9) -> tuple[Cand
     """Candidates of a network, and the grids of its decisions."""
     model, graph = traced(name)
     graph, grids = Channel(multiple, max_ratio).decisions(graph)
-    return Candidates(model, graph, rank(Norm().scores(model, graph))), grids
+    return Candidates(model, graph, rank(Norm().channel_scores(model, graph))), grids
 
 
 def random_removed(grids: tuple[Grid, ...], seed: int) -> tuple[int, ...]:

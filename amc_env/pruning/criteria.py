@@ -1,66 +1,58 @@
-"""Criteria: what an element of a weight is worth, and from it what a unit is worth.
-
-saliency: worth of an element; score: worth of a unit. Units are ranked once per start and cut in that order,
-so kept sets are nested.
-"""
+"""Criteria: what an element of a weight is worth, and what a unit is. All that conf offers, by name."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from amc_env.errors import UserError
+from amc_env.pruning.activations import APoZ, Lasso
+from amc_env.pruning.gradients import OBD, Taylor
+from amc_env.pruning.scores import Criterion, ElementCriterion, Sample, rank
+from amc_env.pruning.weights import FPGM, BatchNormScale, Norm, Random
 
-import torch
-from torch import Tensor, nn
+__all__ = [
+    "CRITERIA",
+    "FPGM",
+    "OBD",
+    "APoZ",
+    "BatchNormScale",
+    "Criterion",
+    "ElementCriterion",
+    "Lasso",
+    "Norm",
+    "Random",
+    "Sample",
+    "Taylor",
+    "check_fits",
+    "rank",
+]
 
-from amc_env.layers import ChannelGroup, LayerGraph, Member
+CRITERIA: tuple[Criterion, ...] = (
+    Norm(1),
+    Norm(2),
+    BatchNormScale(),
+    Taylor(),
+    OBD(),
+    APoZ(),
+    Lasso(),
+    FPGM(),
+    Random(),
+)
+"""Every criterion that conf offers, with its defaults."""
 
 
-@dataclass(frozen=True)
-class Norm:
-    """The L1 or L2 norm of a unit's weights.
+def check_fits(criterion: Criterion, granularity: str) -> None:
+    """Finds out whether a criterion can rank the units of a granularity.
 
-    Attributes:
-        p: 1 or 2.
-        members: Whose weights count: the layers that read the channels (AMC's choice: the summed magnitude of
-            the consuming layer), those that write them, or all.
+    Args:
+        criterion: The criterion.
+        granularity: The granularity's name.
+
+    Raises:
+        UserError: It cannot; the message names the criteria that can, and the granularities it fits.
     """
-
-    p: Literal[1, 2] = 2
-    members: Literal["consumers", "producers", "all"] = "all"
-
-    def scores(self, model: nn.Module, graph: LayerGraph) -> tuple[Tensor, ...]:
-        """The score of every unit, one float64 tensor [units] a group; higher stays longer."""
-        modules = dict(model.named_modules())
-        return tuple(self._score(group, graph, modules) for group in graph.groups)
-
-    def _score(self, group: ChannelGroup, graph: LayerGraph, modules: dict[str, nn.Module]) -> Tensor:
-        wanted = {"consumers": ("in",), "producers": ("out",), "all": ("in", "out")}[self.members]
-        layers = {layer.name: layer for layer in graph.layers}
-        parts = []
-        for member in group.members:
-            layer = layers.get(member.module)
-            if layer is None or layer.depthwise or layer.free or member.side not in wanted:
-                continue
-            parts.append(self._member_score(modules[member.module], member, layer.groups))
-        total = torch.zeros(group.total, dtype=torch.float64)
-        for part in parts:
-            # Members are put on one scale before their mean is taken, so that a wide layer does not speak for
-            # all.
-            total += part / part.mean().clamp_min(1e-30) / len(parts)
-        return total
-
-    def _member_score(self, module: nn.Module, member: Member, groups: int) -> Tensor:
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        saliency = weight.detach().double().cpu().abs().pow(self.p).reshape(*weight.shape[:2], -1)
-        if member.side == "out":
-            entries = saliency.sum((1, 2))
-        else:
-            entries = saliency.reshape(groups, -1, *saliency.shape[1:]).sum((1, 3)).flatten()
-        return entries[member.positions].sum(1).pow(1 / self.p)
-
-
-def rank(scores: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Units from worth most to worth least, ties by index (a stable order, never a threshold)."""
-    return tuple(torch.sort(score, descending=True, stable=True).indices for score in scores)
+    if granularity in criterion.granularities:
+        return
+    fitting = [other.name for other in CRITERIA if granularity in other.granularities]
+    raise UserError(
+        f"criterion={criterion.name} does not fit granularity={granularity}: it fits "
+        f"{', '.join(criterion.granularities)}; for granularity={granularity} use one of {', '.join(fitting)}"
+    )
