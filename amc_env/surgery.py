@@ -41,18 +41,59 @@ def resize(model: nn.Module, keeps: Keeps) -> nn.Module:
 def cut_tensors(module: nn.Module, sides: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The module's own tensors cut to ``sides``, by name; only those that change."""
     cut: dict[str, Tensor] = {}
-    out, into = sides.get("out"), sides.get("in")
-    for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-        value = tensor.detach()
-        if value.ndim == 0:
-            continue
-        if out is not None:
-            cut[key] = value = value.index_select(0, out.to(value.device))
-        if into is not None and key == "weight" and isinstance(module, nn.Conv2d | nn.Linear):
-            local = _local_inputs(module, into)
-            if local is not None:
-                cut[key] = value.index_select(1, local.to(value.device))
+    for key, value in _own_tensors(module):
+        for dimension, kept in _cut_dimensions(module, key, value, sides):
+            value = value.index_select(dimension, kept.to(value.device))
+            cut[key] = value
     return cut
+
+
+def widened_tensors(
+    module: nn.Module, cut: nn.Module, sides: Mapping[str, Tensor], name: str
+) -> dict[str, Tensor]:
+    """The inverse of `cut_tensors`: all tensors of ``cut``, by name, in the shapes of the uncut ``module``.
+
+    What was cut away is 0; running variances are 1 there.
+
+    Raises:
+        ValueError: A tensor of ``cut`` has not the shape that ``module`` has when it is cut to ``sides``.
+    """
+    wide: dict[str, Tensor] = {}
+    for key, value in _own_tensors(module):
+        small: Tensor = getattr(cut, key).detach()
+        dimensions = _cut_dimensions(module, key, value, sides)
+        shape = list(value.shape)
+        for dimension, kept in dimensions:
+            shape[dimension] = len(kept)
+        if list(small.shape) != shape:
+            raise ValueError(f"{name}.{key} has shape {list(small.shape)}; cut to what stays it has {shape}")
+        for dimension, kept in dimensions:
+            shape[dimension] = value.shape[dimension]
+            filled = small.new_full(shape, 1.0 if key == "running_var" else 0.0)
+            small = filled.index_copy_(dimension, kept.to(small.device), small)
+        wide[key] = small if dimensions else small.clone()
+    return wide
+
+
+def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
+    named = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    return [(key, tensor.detach()) for key, tensor in named]
+
+
+def _cut_dimensions(
+    module: nn.Module, key: str, value: Tensor, sides: Mapping[str, Tensor]
+) -> list[tuple[int, Tensor]]:
+    """Dimensions of one of the module's tensors that ``sides`` cut, with the entries that stay."""
+    dimensions: list[tuple[int, Tensor]] = []
+    if value.ndim == 0:
+        return dimensions
+    if "out" in sides:
+        dimensions.append((0, sides["out"]))
+    if "in" in sides and key == "weight" and isinstance(module, nn.Conv2d | nn.Linear):
+        local = _local_inputs(module, sides["in"])
+        if local is not None:
+            dimensions.append((1, local))
+    return dimensions
 
 
 def _local_inputs(module: nn.Conv2d | nn.Linear, into: Tensor) -> Tensor | None:

@@ -5,7 +5,7 @@ Only training images are read here: neither the search nor the test split.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from amc_env.errors import UserError
+from amc_env.pruning.regularization import LossTerm
 from search.data import Data, Split, seeded
+from search.distillation import Teacher, distillation_problems
+from search.layout import fastest_layout
 
 CROP_PADDING = 4
 # A look at the loss makes a GPU wait for it, so not at every step.
@@ -160,6 +163,11 @@ def finetune(
     seed: int = 0,
     device: str | torch.device = "cpu",
     on_epoch: OnEpoch | None = None,
+    penalty: LossTerm | None = None,
+    teacher: nn.Module | None = None,
+    distillation: float = 0.0,
+    temperature: float = 4.0,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> None:
     """SGD in place, cosine schedule by step down to 0; the last epoch's weights are kept, in eval mode.
 
@@ -170,17 +178,31 @@ def finetune(
         batches: on `device`, where the model is brought too.
         lr: peak learning rate, absolute.
         warmup_epochs: epochs in which the rate rises linearly to `lr`.
-        on_epoch: called with (epoch from 1, mean loss, learning rate of its last step, seconds).
+        on_epoch: called with (epoch from 1, mean loss with all its terms, learning rate of its last step,
+            seconds).
+        penalty: a term of the loss, of the model as it is at each step; in full precision.
+        teacher: a network that the model learns from as well; a copy is used, in eval mode.
+        distillation: the teacher's share of the loss, in [0, 1]; see `distillation_loss`. At 0 it is not run.
+        temperature: that both networks' logits are divided by in the teacher's share.
+        masks: for layers by name, a bool tensor like their weight: where it is False the weight is exactly 0
+            from before the first step to after the last, whatever momentum and weight decay would do.
 
     Raises:
         UserError: a setting out of range, nothing to train, or a loss that is no longer finite.
+        ValueError: a mask of a layer that is not there, or of another shape or type.
     """
     steps = len(batches)
     weights = [parameter for parameter in model.to(device).parameters() if parameter.requires_grad]
-    _check_settings(epochs, lr, steps, len(weights))
+    problems = distillation_problems(distillation, temperature, teacher)
+    _check_settings(epochs, lr, steps, len(weights), problems)
     optimizer = torch.optim.SGD(weights, lr, momentum, 0, weight_decay, nesterov and momentum > 0)
-    step = _Step(model, optimizer, fastest_layout(model, batches.example), torch.device(device))
-    schedule = Schedule(lr, epochs * steps, warmup_epochs * steps)
+    layout = fastest_layout(model, batches.example)
+    zeros = _Zeros(model, masks or {})
+    source = Teacher(teacher, batches.example, distillation, temperature) if distillation else None
+    where = torch.device(device)
+    scaler = torch.amp.GradScaler(enabled=where.type == "cuda")
+    step = _Step(model, optimizer, layout, where, zeros, penalty, source, scaler)
+    schedule = LearningRate(lr, epochs * steps, warmup_epochs * steps)
     with seeded(seed):
         for epoch in range(epochs):
             started = time.perf_counter()
@@ -191,24 +213,8 @@ def finetune(
     model.to(memory_format=torch.contiguous_format).eval()
 
 
-def fastest_layout(model: nn.Module, example: Tensor) -> torch.memory_format:
-    """Bring `model` into channels-last where it runs so, else leave it contiguous; the layout it has now.
-
-    Channels-last takes a fifth off a training step of ResNet-20 (batch 128, one CPU thread: 0.37 s for 0.46).
-    A network that calls `view` on feature maps does not run in it.
-    """
-    model.to(memory_format=torch.channels_last).eval()
-    try:
-        with torch.no_grad():
-            model(example.contiguous(memory_format=torch.channels_last))
-    except RuntimeError:
-        model.to(memory_format=torch.contiguous_format)
-        return torch.contiguous_format
-    return torch.channels_last
-
-
 @dataclass(frozen=True)
-class Schedule:
+class LearningRate:
     """Learning rate of each step, from 0: linear to `peak` over `warmup` steps, then along a cosine to 0."""
 
     peak: float
@@ -222,37 +228,67 @@ class Schedule:
         return self.peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+class _Zeros:
+    """Weights that are held at zero."""
+
+    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+        modules = dict(model.named_modules())
+        self.held: list[tuple[Tensor, Tensor]] = []
+        for name, mask in masks.items():
+            weight = getattr(modules.get(name), "weight", None)
+            if weight is None or mask.dtype != torch.bool or mask.shape != weight.shape:
+                has = "no weight" if weight is None else f"a weight of shape {list(weight.shape)}"
+                raise ValueError(
+                    f"mask of {name}: {mask.dtype} {list(mask.shape)}, but the layer of that name has {has}; "
+                    "a bool tensor of its shape is needed"
+                )
+            # On the weight's device and in its memory layout.
+            self.held.append((weight, torch.empty_like(weight, dtype=torch.bool).copy_(~mask)))
+        self.hold()
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Zero what is masked, in place."""
+        for weight, gone in self.held:
+            weight.masked_fill_(gone, 0)
+
+
+@dataclass(frozen=True, eq=False)
 class _Step:
     """One step of SGD; in mixed precision on CUDA."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        layout: torch.memory_format,
-        device: torch.device,
-    ) -> None:
-        self.model = model
-        self.optimizer = optimizer
-        self.layout = layout
-        self.device = device
-        self.mixed = device.type == "cuda"
-        self.scaler = torch.amp.GradScaler(enabled=self.mixed)
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    layout: torch.memory_format
+    device: torch.device
+    zeros: _Zeros
+    penalty: LossTerm | None
+    teacher: Teacher | None
+    scaler: torch.amp.GradScaler
 
     def __call__(self, images: Tensor, labels: Tensor, lr: float) -> Tensor:
         """The batch's mean loss, before the step."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.float16, enabled=self.mixed):
-            loss = F.cross_entropy(self.model(images.contiguous(memory_format=self.layout)), labels)
+        with torch.autocast(self.device.type, torch.float16, enabled=self.scaler.is_enabled()):
+            loss = self._loss(images, labels)
+        if self.penalty is not None:
+            loss = loss + self.penalty(self.model)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.zeros.hold()
         return loss.detach()
 
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        logits = self.model(images.contiguous(memory_format=self.layout))
+        if self.teacher is None:
+            return F.cross_entropy(logits, labels)
+        return self.teacher.loss(images, logits, labels)
 
-def _epoch(step: _Step, batches: Batches, schedule: Schedule, epoch: int) -> float:
+
+def _epoch(step: _Step, batches: Batches, schedule: LearningRate, epoch: int) -> float:
     """One pass over the batches; the mean loss."""
     total = torch.zeros((), device=step.device)
     steps = len(batches)
@@ -278,8 +314,8 @@ def _check_loss(total: float, epoch: int, done: int, lr: float) -> None:
         )
 
 
-def _check_settings(epochs: int, lr: float, steps: int, weights: int) -> None:
-    problems = []
+def _check_settings(epochs: int, lr: float, steps: int, weights: int, further: Sequence[str]) -> None:
+    problems = [*further]
     if epochs < 0:
         problems.append(f"finetune.epochs={epochs}: 0 or more is needed")
     if not 0 < lr < math.inf:

@@ -1,24 +1,31 @@
 """Augmentation is a shift and a flip, draws are the batches' own, and a seed gives the same weights twice."""
 
+import copy
 import itertools
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+from networks import traced
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from amc_env.errors import UserError
+from amc_env.layers import LayerGraph, keeps_of
+from amc_env.pruning.regularization import L1, L2, BNScale, GroupLasso, Regularization
+from amc_env.pruning.widen import widen
+from amc_env.surgery import resize
 from search.data import Data, Split, from_loaders
 from search.models import ResNet
 from search.training import (
     AugmentedBatches,
+    LearningRate,
     LoaderBatches,
     Recipe,
-    Schedule,
     crop_and_flip,
-    fastest_layout,
     finetune,
     train,
     training_batches,
@@ -185,14 +192,6 @@ def test_frozen_parameters_and_fixed_selections_stay(small_data: Data) -> None:
     assert not torch.equal(after["layer2.0.conv1.weight"], before["layer2.0.conv1.weight"])
 
 
-def test_the_layout_is_channels_last_where_the_network_runs_in_it() -> None:
-    example = torch.randn(2, 3, 8, 8)
-    assert fastest_layout(ResNet(8), example) is torch.channels_last
-    by_view = FlattenByView()
-    assert fastest_layout(by_view, example) is torch.contiguous_format
-    assert by_view.conv.weight.is_contiguous()
-
-
 def test_weights_are_contiguous_afterwards(small_data: Data) -> None:
     assert all(value.is_contiguous() for value in state_after(small_data, epochs=1).values())
 
@@ -202,8 +201,8 @@ def test_no_epochs_change_nothing(small_data: Data) -> None:
     assert same(ResNet(8, classes=4).state_dict(), state_after(small_data, epochs=0))
 
 
-def test_the_schedule_rises_in_a_line_and_falls_along_a_cosine() -> None:
-    schedule = Schedule(peak=1.0, steps=12, warmup=4)
+def test_the_learning_rate_rises_in_a_line_and_falls_along_a_cosine() -> None:
+    schedule = LearningRate(peak=1.0, steps=12, warmup=4)
     rates = [schedule(step) for step in range(13)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates[8] == pytest.approx(0.5)
@@ -221,6 +220,266 @@ def test_settings_out_of_range_are_listed_together(small_data: Data) -> None:
     model = FlattenByView().requires_grad_(False)
     with pytest.raises(UserError, match="finetune.epochs=-1.*learning rate nan.*nothing to train"):
         finetune(model, batches, epochs=-1, lr=float("nan"))
+
+
+# ----------------------------------------------------------------- penalty, teacher, masks: what they change
+
+
+def by_hand(model: nn.Module, batches: AugmentedBatches, epochs: int, lr: float) -> dict[str, torch.Tensor]:
+    """Plain SGD with Nesterov's momentum along a cosine, as a loop without any option."""
+    model = model.to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr, 0.9, weight_decay=1e-4, nesterov=True)
+    steps = epochs * len(batches)
+    for epoch in range(epochs):
+        for step, (images, labels) in enumerate(batches, epoch * len(batches)):
+            optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+            optimizer.zero_grad()
+            F.cross_entropy(model(images.contiguous(memory_format=torch.channels_last)), labels).backward()
+            optimizer.step()
+    return model.state_dict()
+
+
+def fresh(data: Data, seed: int = 1) -> tuple[nn.Module, AugmentedBatches]:
+    """A network from a seed, and its batches."""
+    torch.manual_seed(seed)
+    return ResNet(8, "conv", classes=4), AugmentedBatches(data.train, data, 16, 0, "cpu")
+
+
+def test_without_options_it_is_the_plain_loop_to_the_bit(small_data: Data) -> None:
+    expected = by_hand(*fresh(small_data), epochs=2, lr=0.05)
+    nothing = {"penalty": None, "teacher": None, "masks": None}
+    never_run = nn.Linear(1, 1)  # does not fit the images
+    for options in ({}, nothing, {"teacher": never_run, "distillation": 0.0}, {"masks": {}}):
+        model, batches = fresh(small_data)
+        finetune(model, batches, epochs=2, lr=0.05, **options)
+        assert same(expected, model.state_dict())
+
+
+def test_an_l2_penalty_is_weight_decay(small_data: Data) -> None:
+    states = []
+    for decay, weight in ((0.01, None), (0.0, 0.01)):
+        torch.manual_seed(1)
+        model = nn.Sequential(
+            nn.Flatten(), nn.Linear(192, 8, bias=False), nn.ReLU(), nn.Linear(8, 4, bias=False)
+        )
+        batches = AugmentedBatches(small_data.train, small_data, 16, 0, "cpu")
+        penalty = None if weight is None else L2(weight).penalty(model)
+        finetune(model, batches, epochs=3, lr=0.05, weight_decay=decay, penalty=penalty)
+        states.append(model.state_dict())
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-5)
+
+
+def scales(model: nn.Module) -> torch.Tensor:
+    """The sum of all batch-norm scales."""
+    return sum(m.weight.detach().abs().sum() for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def widest(model: nn.Module) -> torch.Tensor:
+    """The largest norm of what writes and reads a channel within the last block."""
+    rows = model.layer3[0].conv1.weight.detach().flatten(1).norm(dim=1)
+    columns = model.layer3[0].conv2.weight.detach().transpose(0, 1).flatten(1).norm(dim=1)
+    return torch.hypot(rows, columns).max()
+
+
+@pytest.mark.parametrize(
+    ("regularization", "measure", "most"),
+    [(BNScale(0.02), scales, 0.75), (GroupLasso(0.002), widest, 0.3), (L1(0.001), widest, 0.9)],
+    ids=["bn_scale", "group_lasso", "l1"],
+)
+def test_penalties_shrink_what_they_are_taken_of_and_the_network_still_learns(
+    regularization: Regularization,
+    measure: Callable[[nn.Module], torch.Tensor],
+    most: float,
+    small_data: Data,
+) -> None:
+    sizes = []
+    for used in (False, True):
+        model, batches = fresh(small_data)
+        penalty = regularization.penalty(model, LayerGraph.trace(model, batches.example)) if used else None
+        finetune(model, batches, epochs=20, lr=0.05, penalty=penalty)
+        sizes.append(float(measure(model)))
+        with torch.no_grad():
+            outputs = model(small_data.normalise(small_data.train.images))
+        assert F.cross_entropy(outputs, small_data.train.labels) < 0.05
+    assert sizes[1] < most * sizes[0]
+
+
+def test_a_penalty_that_is_not_finite_is_noticed(small_data: Data) -> None:
+    model, batches = fresh(small_data)
+    with pytest.raises(UserError, match="loss is no longer finite"):
+        finetune(model, batches, epochs=1, lr=0.05, penalty=lambda network: network.conv1.weight.sum() / 0)
+
+
+def test_a_student_learns_from_its_teacher_where_labels_are_noise(small_data: Data) -> None:
+    teacher, batches = fresh(small_data)
+    finetune(teacher, batches, epochs=12, lr=0.05)
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    teacher.train()
+    noise = torch.randint(0, 4, (64,), generator=torch.Generator().manual_seed(0))
+    noisy = AugmentedBatches(Split(small_data.train.images, noise), small_data, 16, 0, "cpu")
+    agreement = {}
+    for share in (0.0, 1.0):
+        student, _ = fresh(small_data, seed=2)
+        random = torch.get_rng_state()
+        finetune(student, noisy, epochs=12, lr=0.05, teacher=teacher, distillation=share)
+        assert torch.equal(torch.get_rng_state(), random)
+        with torch.no_grad():
+            tests = small_data.normalise(small_data.test.images)
+            same_class = student(tests).argmax(1) == copy.deepcopy(teacher).eval()(tests).argmax(1)
+        agreement[share] = same_class.double().mean().item()
+    assert agreement[1.0] > 0.9 > agreement[0.0]
+    assert teacher.training
+    assert same(before, teacher.state_dict())
+    assert all(p.requires_grad and p.is_contiguous() for p in teacher.parameters())
+
+
+def test_student_and_teacher_may_want_different_layouts(small_data: Data) -> None:
+    for student, teacher in (
+        (ResNet(8, classes=4), FlattenByView()),
+        (FlattenByView(), ResNet(8, classes=4)),
+    ):
+        before = {key: value.clone() for key, value in student.state_dict().items()}
+        batches = AugmentedBatches(small_data.train, small_data, 16, 0, "cpu")
+        finetune(student, batches, epochs=1, lr=0.05, teacher=teacher, distillation=0.5)
+        assert not same(before, student.state_dict())
+
+
+def test_distillation_twice_gives_the_same_weights_to_the_bit(small_data: Data) -> None:
+    states = []
+    for _ in range(2):
+        teacher, _ = fresh(small_data, seed=3)
+        model, batches = fresh(small_data)
+        torch.rand(len(states) + 1)
+        penalty = GroupLasso().penalty(model, LayerGraph.trace(model, batches.example))
+        finetune(model, batches, epochs=2, lr=0.05, teacher=teacher, distillation=0.5, penalty=penalty)
+        states.append(model.state_dict())
+    assert same(*states)
+
+
+def test_distillation_settings_out_of_range_are_listed_with_the_others(small_data: Data) -> None:
+    model, batches = fresh(small_data)
+    with pytest.raises(
+        UserError, match=r"finetune.distillation=0.5 needs a teacher.*temperature=0.*epochs=-1"
+    ):
+        finetune(model, batches, epochs=-1, lr=0.1, distillation=0.5, temperature=0)
+
+
+class Watched(AugmentedBatches):
+    """Batches that look at weights before every step."""
+
+    look: Callable[[], None]
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in super().__iter__():
+            self.look()
+            yield batch
+
+
+def random_masks(model: nn.Module, kept: float = 0.4) -> dict[str, torch.Tensor]:
+    """A mask for every convolution and linear layer."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.rand(module.weight.shape, generator=generator) < kept
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    }
+
+
+def test_masked_weights_are_zero_before_and_after_every_step(small_data: Data) -> None:
+    model, _ = fresh(small_data)
+    masks = random_masks(model)
+    looks = []
+
+    def look() -> None:
+        weights = {name: model.get_submodule(name).weight.detach() for name in masks}
+        zero = all(bool((weights[name][~mask] == 0).all()) for name, mask in masks.items())
+        signed = any(bool(weights[name][~mask].signbit().any()) for name, mask in masks.items())
+        looks.append(zero and not signed)
+
+    batches = Watched(small_data.train, small_data, 16, 0, "cpu")
+    batches.look = look
+    options = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.05, "penalty": L1(0.01).penalty(model)}
+    finetune(model, batches, epochs=3, lr=0.1, masks=masks, **options)
+    look()
+    assert len(looks) == 3 * 4 + 1  # four steps an epoch, and the end
+    assert all(looks)
+    assert all(bool((model.get_submodule(name).weight[mask] != 0).all()) for name, mask in masks.items())
+    # Zeros alone do not stay: without the masks every weight comes back.
+    finetune(model, AugmentedBatches(small_data.train, small_data, 16, 0, "cpu"), epochs=1, lr=0.1)
+    assert all(bool((model.get_submodule(name).weight != 0).any()) for name in masks)
+    share = torch.cat([model.get_submodule(n).weight.detach()[~mask] for n, mask in masks.items()]).ne(0)
+    assert share.double().mean() > 0.9
+
+
+class MaskedLinear(nn.Linear):
+    """Multiplies its weight with a mask in the forward pass: no gradient reaches what is masked."""
+
+    mask: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight * self.mask, self.bias)
+
+
+def test_the_other_weights_train_as_if_the_masked_ones_were_not_there(small_data: Data) -> None:
+    masks, states = {}, []
+    for kind in (nn.Linear, MaskedLinear):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Flatten(), kind(192, 16), nn.ReLU(), kind(16, 4))
+        masks = masks or random_masks(model)
+        for name, mask in masks.items():
+            model.get_submodule(name).mask = mask
+        held = masks if kind is nn.Linear else None
+        batches = AugmentedBatches(small_data.train, small_data, 16, 0, "cpu")
+        finetune(model, batches, epochs=3, lr=0.05, masks=held)
+        states.append(model.state_dict())
+    for name, mask in masks.items():
+        first, second = (state[f"{name}.weight"] for state in states)
+        assert torch.equal(first[mask], second[mask])
+        assert torch.equal(first[~mask], torch.zeros_like(first[~mask]))
+
+
+def test_masks_hold_without_an_epoch_and_for_frozen_weights(small_data: Data) -> None:
+    model, batches = fresh(small_data)
+    model.conv1.weight.requires_grad_(False)
+    masks = {"conv1": torch.zeros(16, 3, 3, 3, dtype=torch.bool)}
+    finetune(model, batches, epochs=0, lr=0.1, masks=masks)
+    assert model.conv1.weight.abs().sum() == 0
+    finetune(model, batches, epochs=1, lr=0.1, masks=masks)
+    assert model.conv1.weight.abs().sum() == 0
+
+
+def test_masks_that_do_not_fit_are_refused(small_data: Data) -> None:
+    model, batches = fresh(small_data)
+    shape = model.conv1.weight.shape
+    for masks, complaint in (
+        ({"conv9": torch.ones(shape, dtype=torch.bool)}, r"mask of conv9: .* has no weight"),
+        ({"conv1": torch.ones(shape)}, r"mask of conv1: torch.float32 .* a bool tensor"),
+        ({"conv1": torch.ones(3, dtype=torch.bool)}, r"mask of conv1: torch.bool \[3\], .*\[16, 3, 3, 3\]"),
+    ):
+        with pytest.raises(ValueError, match=complaint):
+            finetune(model, batches, epochs=1, lr=0.1, masks=masks)
+
+
+@pytest.mark.parametrize(
+    "name", ["residual", "selection", "depthwise", "concat", "grouped", "flatten", "mlp"]
+)
+def test_slim_networks_train_in_their_layout(name: str, small_data: Data) -> None:
+    model, graph = traced(name)
+    keeps = keeps_of(graph.groups, [torch.arange(0, group.total, 2) for group in graph.groups])
+    slim = resize(copy.deepcopy(model), keeps)
+    shapes = {key: value.shape for key, value in slim.state_dict().items()}
+    batches = AugmentedBatches(small_data.train, small_data, 16, 0, "cpu")
+    losses: list[float] = []
+    options = {"teacher": model, "distillation": 0.5, "penalty": L1(1e-5).penalty(slim)}
+    finetune(slim, batches, epochs=6, lr=0.02, on_epoch=lambda *report: losses.append(report[1]), **options)
+    assert losses[-1] < losses[0]
+    assert {key: value.shape for key, value in slim.state_dict().items()} == shapes
+    assert all(value.is_contiguous() for value in slim.state_dict().values())
+    wide = widen(slim, keeps, model)
+    with torch.no_grad():
+        inputs = small_data.normalise(small_data.test.images)
+        torch.testing.assert_close(wide(inputs), slim(inputs), rtol=1e-4, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------- loaders
