@@ -6,12 +6,15 @@ multiply-accumulate is one MAC; the papers' "FLOPs" are MACs (2 FLOPs each).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from amc_env.layers import Layer, LayerGraph
+from amc_env.strategy import Grid
 
 
 class Cost(Protocol):
@@ -32,14 +35,34 @@ class Cost(Protocol):
         ...
 
 
+Dimension = tuple[str, str]
+"""A module's name and side."""
+
+
+@dataclass(frozen=True)
+class _Term:
+    """``coefficient * kept(first) * kept(second)``; ``weights_of`` names the layer whose weights it counts."""
+
+    coefficient: float
+    first: Dimension
+    second: Dimension | None = None
+    weights_of: str | None = None
+
+
+def _weights(layer: Layer, places: int = 1) -> _Term:
+    """A layer's weights, each counted ``places`` times: k*k for each pair of output and (grouped) input."""
+    area = layer.kernel[0] * layer.kernel[1] * places
+    if layer.depthwise:
+        return _Term(float(area), (layer.name, "out"), None, layer.name)
+    return _Term(area / layer.groups, (layer.name, "out"), (layer.name, "in"), layer.name)
+
+
 class _Products:
     """``constant + sum(coefficient * kept(a) * kept(b))`` over dimensions of the network."""
 
-    def __init__(
-        self, graph: LayerGraph, terms: Sequence[tuple[float, tuple[str, str], tuple[str, str] | None]]
-    ):
-        sizes: dict[tuple[str, str], int] = {}
-        per_unit: dict[tuple[str, str], dict[int, int]] = {}
+    def __init__(self, graph: LayerGraph, terms: Sequence[_Term], constant: float):
+        sizes: dict[Dimension, int] = {}
+        per_unit: dict[Dimension, dict[int, int]] = {}
         for g, group in enumerate(graph.groups):
             for member in group.members:
                 per_unit.setdefault((member.module, member.side), {})[g] = member.positions.shape[1]
@@ -48,73 +71,99 @@ class _Products:
         for module in graph.channelwise:
             sizes[module.name, "out"] = module.channels
         index = {key: i for i, key in enumerate(sizes)}
+        self._constant = constant
         self._sizes = np.array([*sizes.values(), 1.0])  # the last entry stands for a missing factor
         self._per_unit = np.zeros((len(self._sizes), len(graph.groups)))
         for key, counts in per_unit.items():
             for g, count in counts.items():
                 self._per_unit[index[key], g] = count
-        self._coefficients = np.array([term[0] for term in terms])
-        self._first = np.array([index[term[1]] for term in terms])
-        self._second = np.array([index[term[2]] if term[2] else len(self._sizes) - 1 for term in terms])
+        self._coefficients = np.array([term.coefficient for term in terms])
+        self._first = np.array([index[term.first] for term in terms])
+        self._second = np.array([index[t.second] if t.second else len(self._sizes) - 1 for t in terms])
+
+    def values(self, removed: Sequence[int]) -> npt.NDArray[np.float64]:
+        """Every term."""
+        kept = self._sizes - self._per_unit @ np.asarray(removed, dtype=np.float64)
+        found: npt.NDArray[np.float64] = self._coefficients * (kept[self._first] * kept[self._second])
+        return found
 
     def __call__(self, removed: Sequence[int]) -> float:
-        kept = self._sizes - self._per_unit @ np.asarray(removed, dtype=np.float64)
-        return float(self._coefficients @ (kept[self._first] * kept[self._second]))
+        return self._constant + float(self.values(removed).sum())
 
 
-def _weights(layer: Layer) -> tuple[float, tuple[str, str], tuple[str, str] | None]:
-    """The number of weights as a term: per output channel, k*k for each input channel of its group."""
-    area = layer.kernel[0] * layer.kernel[1]
-    if layer.depthwise:
-        return float(area), (layer.name, "out"), None
-    return area / layer.groups, (layer.name, "out"), (layer.name, "in")
+class _Shares:
+    """The same where weights are masked: a layer's terms count by the share of its weights that is kept."""
+
+    def __init__(self, graph: LayerGraph, terms: Sequence[_Term], constant: float, masked: Sequence[Grid]):
+        values = _Products(graph, terms, constant).values(())
+        by_layer = {t.weights_of: float(v) for t, v in zip(terms, values, strict=True) if t.weights_of}
+        whole = np.array([by_layer[grid.name] for grid in masked])
+        self._totals = np.array([grid.total for grid in masked], dtype=np.float64)
+        self._per_unit = whole / self._totals  # whole numbers, so that all sums are exact
+        self._others = constant + float(values.sum()) - float(whole.sum())
+
+    def __call__(self, removed: Sequence[int]) -> float:
+        kept = self._totals - np.asarray(removed, dtype=np.float64)
+        return self._others + float(self._per_unit @ kept)
+
+
+def _sum(
+    graph: LayerGraph, terms: Sequence[_Term], constant: float, masked: Sequence[Grid]
+) -> Callable[[Sequence[int]], float]:
+    return _Shares(graph, terms, constant, masked) if masked else _Products(graph, terms, constant)
 
 
 class Macs:
     """Multiply-accumulates of one example: convolutions without bias, linear layers with theirs.
 
     This is the counting of the AMC release: MobileNet-V1 has 568,741,352.
+
+    Args:
+        graph: The layers, and the channel groups that decisions cut.
+        masked: The decisions where they mask weights of layers instead; MACs with zeros are not counted then.
     """
 
     name = "macs"
     unit = "MACs"
 
-    def __init__(self, graph: LayerGraph):
+    def __init__(self, graph: LayerGraph, masked: Sequence[Grid] = ()):
         terms = []
         for layer in graph.layers:
             if layer.free:
                 continue
-            coefficient, first, second = _weights(layer)
-            terms.append((coefficient * layer.positions, first, second))
+            terms.append(_weights(layer, layer.positions))
             if layer.kind == "linear" and layer.bias:
-                terms.append((float(layer.positions), (layer.name, "out"), None))
-        self._products = _Products(graph, terms)
-        self._other = graph.other_macs
+                terms.append(_Term(float(layer.positions), (layer.name, "out")))
+        self._sum = _sum(graph, terms, float(graph.other_macs), masked)
 
     def __call__(self, removed: Sequence[int]) -> float:
-        """MACs of the cut network."""
-        return self._products(removed) + self._other
+        """MACs of the pruned network."""
+        return self._sum(removed)
 
 
 class Params:
-    """Number of parameters of the cut network, all of them."""
+    """Number of parameters of the pruned network, all of them.
+
+    Args:
+        graph: The layers, and the channel groups that decisions cut.
+        masked: The decisions where they mask weights of layers instead; zeros are not counted then.
+    """
 
     name = "params"
     unit = "parameters"
 
-    def __init__(self, graph: LayerGraph):
+    def __init__(self, graph: LayerGraph, masked: Sequence[Grid] = ()):
         terms = []
         for layer in graph.layers:
             if layer.free:
                 continue
             terms.append(_weights(layer))
             if layer.bias:
-                terms.append((1.0, (layer.name, "out"), None))
+                terms.append(_Term(1.0, (layer.name, "out")))
         for module in graph.channelwise:
-            terms.append((float(module.params_per_channel), (module.name, "out"), None))
-        self._products = _Products(graph, terms)
-        self._other = graph.other_params
+            terms.append(_Term(float(module.params_per_channel), (module.name, "out")))
+        self._sum = _sum(graph, terms, float(graph.other_params), masked)
 
     def __call__(self, removed: Sequence[int]) -> float:
-        """Parameters of the cut network."""
-        return self._products(removed) + self._other
+        """Parameters of the pruned network."""
+        return self._sum(removed)

@@ -21,7 +21,7 @@ from amc_env.errors import UserError
 
 if TYPE_CHECKING:
     from amc_env.budget import Problem
-    from amc_env.layers import LayerGraph
+    from amc_env.layers import Layer, LayerGraph
     from amc_env.strategy import Grid
 
 FEATURES: Final = (
@@ -53,16 +53,16 @@ LARGEST: Final = {
 
 @dataclass(frozen=True)
 class DecisionDescription:
-    """What is fixed about one decision: its first consumer in forward order.
+    """What is fixed about one decision: its layer, or the first consumer of its channels in forward order.
 
     Attributes:
         name: The decision's name.
-        out_channels: Output channels (features) of the consumer, n.
-        in_channels: Input channels (features) of the consumer, c.
-        height: Height of the consumer's input in pixels; 1 for a linear layer.
-        width: Width of the consumer's input in pixels; 1 for a linear layer.
-        stride: The larger of the consumer's strides; 1 for a linear layer.
-        kernel: The larger side of the consumer's kernel; 1 for a linear layer.
+        out_channels: Output channels (features) of the layer, n.
+        in_channels: Input channels (features) of the layer, c.
+        height: Height of the layer's input in pixels; 1 for a linear layer.
+        width: Width of the layer's input in pixels; 1 for a linear layer.
+        stride: The larger of the layer's strides; 1 for a linear layer.
+        kernel: The larger side of the layer's kernel; 1 for a linear layer.
     """
 
     name: str
@@ -75,32 +75,37 @@ class DecisionDescription:
 
 
 def describe(graph: LayerGraph, grids: Sequence[Grid]) -> tuple[DecisionDescription, ...]:
-    """Describes the decisions of ``grids`` by the layers that read their channels.
+    """Describes the decisions of ``grids``: about a layer's weights, or about channels by who reads them.
 
     Raises:
-        UserError: A grid's name is no channel group of the graph, or nothing reads the group.
+        UserError: A grid's name is neither a layer nor a channel group that a layer reads.
     """
+    return tuple(_description(grid.name, _described_layer(graph, grid.name)) for grid in grids)
+
+
+def _described_layer(graph: LayerGraph, decision: str) -> Layer:
+    """The layer that a decision is about: the one that is masked, else the first that reads the channels."""
     layers = {layer.name: layer for layer in graph.layers}
+    if not graph.groups and decision in layers:
+        return layers[decision]
     groups = {group.name: group for group in graph.groups}
-    described = []
-    for grid in grids:
-        if grid.name not in groups or not groups[grid.name].consumers:
-            raise UserError(
-                f"decision {grid.name!r} is no channel group that a layer reads; there are {sorted(groups)}"
-            )
-        first = min((layers[name] for name in groups[grid.name].consumers), key=lambda layer: layer.index)
-        described.append(
-            DecisionDescription(
-                name=grid.name,
-                out_channels=first.out_channels,
-                in_channels=first.in_channels,
-                height=first.in_size[0],
-                width=first.in_size[1],
-                stride=_largest(first.stride),
-                kernel=_largest(first.kernel),
-            )
+    if decision not in groups or not groups[decision].consumers:
+        raise UserError(
+            f"decision {decision!r} is no channel group that a layer reads; there are {sorted(groups)}"
         )
-    return tuple(described)
+    return min((layers[name] for name in groups[decision].consumers), key=lambda layer: layer.index)
+
+
+def _description(name: str, layer: Layer) -> DecisionDescription:
+    return DecisionDescription(
+        name=name,
+        out_channels=layer.out_channels,
+        in_channels=layer.in_channels,
+        height=layer.in_size[0],
+        width=layer.in_size[1],
+        stride=max(layer.stride),
+        kernel=max(layer.kernel),
+    )
 
 
 class Encoder:
@@ -110,7 +115,7 @@ class Encoder:
     #   feature         value in [0, 1]
     ==  ==============  =====================================================================================
     0   index           decision t, from 0: log(1 + t) / log(256)
-    1   out_channels    of the decision's first consumer: log(1 + n) / log(4096)
+    1   out_channels    of the layer or first consumer: log(1 + n) / log(4096)
     2   in_channels     of the same: log(1 + c) / log(4096)
     3   height          of the same layer's input: log(1 + h) / log(512)
     4   width           of the same layer's input: log(1 + w) / log(512)
@@ -176,7 +181,3 @@ def _macs_of(problem: Problem) -> Callable[[Sequence[int]], float]:
     raise UserError(
         f"the state needs the cost 'macs', the problem has {[cost.name for cost in problem.costs]}"
     )
-
-
-def _largest(value: int | Sequence[int]) -> int:
-    return value if isinstance(value, int) else max(value)

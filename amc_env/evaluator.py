@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from amc_env.budget import Problem
 from amc_env.errors import UserError, first_line
-from amc_env.pruning.candidate import Candidates, Keeps
+from amc_env.pruning.candidate import Builder, Keeps, Masks
 from amc_env.pruning.folding import Folder
 from amc_env.pruning.repair import Repair
 from amc_env.strategy import Strategy
@@ -42,6 +42,21 @@ class Outcome:
     met: bool
     repair: str
     start: str = ORIGINAL
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """A pruned network of its own.
+
+    Attributes:
+        network: The network, in eval mode.
+        keeps: What stayed of the uncut network's channels.
+        masks: The weights that stayed of layers that are masked.
+    """
+
+    network: nn.Module
+    keeps: Keeps
+    masks: Masks
 
 
 @dataclass(frozen=True)
@@ -140,7 +155,7 @@ class Start:
     """
 
     name: str
-    candidates: Candidates
+    candidates: Builder
     repairs: Mapping[str, Callable[[], Repair]]
 
 
@@ -187,6 +202,10 @@ class Evaluator:
                 f"a start named {start.name!r} is known already; give each state of the weights its own name"
             )
         self._starts[start.name] = start
+
+    def builder(self, start: str) -> Builder:
+        """What builds candidates from these weights."""
+        return self._known_start(start).candidates
 
     def evaluate(
         self, strategies: Sequence[Strategy], *, start: str | None = None, repair: str | None = None
@@ -239,7 +258,18 @@ class Evaluator:
             self._repairs[key] = start.repairs[name]()
         return self._repairs[key]
 
-    def network(self, outcome: Outcome) -> tuple[nn.Module, Keeps]:
-        """The network that was scored, bit for bit, as one of its own, and what stayed of the uncut one."""
-        model, keeps = self._mended(self._known_start(outcome.start), outcome.strategy, outcome.repair)
-        return copy.deepcopy(model), keeps
+    def apply(self, strategy: Strategy, *, start: str | None = None, repair: str | None = None) -> Pruned:
+        """Prunes and mends without scoring.
+
+        Args:
+            strategy: What to remove.
+            start: As in `evaluate`.
+            repair: As in `evaluate`.
+        """
+        begun = self._known_start(start or self.start)
+        model, keeps = self._mended(begun, strategy, repair or self.repair)
+        return Pruned(copy.deepcopy(model), keeps, begun.candidates.masks(strategy.removed))
+
+    def network(self, outcome: Outcome) -> Pruned:
+        """The network that was scored, bit for bit."""
+        return self.apply(outcome.strategy, start=outcome.start, repair=outcome.repair)

@@ -73,6 +73,11 @@ class Layer:
         """Places at which the layer is applied to one example."""
         return self.out_size[0] * self.out_size[1]
 
+    @property
+    def weights(self) -> int:
+        """Number of weights, the bias left out."""
+        return self.out_channels * (self.in_channels // self.groups) * self.kernel[0] * self.kernel[1]
+
 
 @dataclass(frozen=True)
 class ChannelWise:
@@ -164,9 +169,33 @@ class LayerGraph:
         """
         return _trace(model, example)
 
+    @classmethod
+    def layers_of(cls, model: nn.Module, example: Tensor) -> LayerGraph:
+        """The layers alone, without coupled channels: all that masks need, and any network has it.
+
+        Raises:
+            UserError: The network does not run on the example, or has no convolution or linear layer.
+        """
+        layers = _layers(model, example)
+        if not layers:
+            raise UserError("the network has no Conv2d or Linear layer that is run: nothing can be pruned")
+        others = _other_convolutions(model, example)
+        reason = "only Conv2d and Linear are pruned; its MACs are counted"
+        whole = tuple(Whole(name, reason) for name in others)
+        channelwise, other = _rest(model, layers)
+        return cls(tuple(layers.values()), channelwise, (), whole, other, sum(others.values()))
+
     def layer(self, name: str) -> Layer:
         """The layer of that name."""
         return next(layer for layer in self.layers if layer.name == name)
+
+    def uncoupled(self, whole: tuple[Whole, ...]) -> LayerGraph:
+        """The graph without channel groups, for decisions about layers; of those ``whole`` stay as they are."""
+        names = {layer.name for layer in self.layers}
+        outside = tuple(
+            w for w in self.whole if w.name not in names
+        )  # why channels stay does not matter here
+        return replace(self, groups=(), whole=outside + whole)
 
     def only(self, left_out: Mapping[str, str]) -> LayerGraph:
         """The graph without the groups named in ``left_out`` (name to reason), which are reported whole."""

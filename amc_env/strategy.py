@@ -36,14 +36,14 @@ class Decision:
 
 @dataclass(frozen=True)
 class Grid:
-    """The feasible counts of one decision: 0, then every count that leaves a multiple of ``step``, up to
-    ``most``.
+    """The feasible counts of one decision: 0, then ``first``, ``first + step`` and so on, up to ``most``.
 
     Attributes:
         name: The decision's name.
         total: Units that there are.
-        step: What is kept is a multiple of this many units (or everything).
+        step: Units between two feasible counts.
         most: The largest count that may be removed.
+        first: The smallest count above 0; by default the least that leaves a multiple of ``step``.
 
     Example:
         >>> [Grid("conv", total=10, step=4, most=8).count(i) for i in range(3)]
@@ -54,10 +54,11 @@ class Grid:
     total: int
     step: int
     most: int
+    first: int | None = None
 
     @property
     def _first(self) -> int:
-        return self.total % self.step or self.step
+        return self.first or self.total % self.step or self.step
 
     @property
     def size(self) -> int:

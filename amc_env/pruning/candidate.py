@@ -3,14 +3,41 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from amc_env.layers import LayerGraph, keeps_of
+from amc_env.strategy import Grid
 from amc_env.surgery import Keeps, cut_tensors, resize, set_sizes
 
-__all__ = ["Candidates", "Keeps", "resize"]
+__all__ = ["Builder", "Candidates", "Keeps", "MaskedCandidates", "resize"]
+
+Masks = dict[str, Tensor]
+"""Layer name to a boolean tensor shaped like its weight; True stays."""
+
+
+class Builder(Protocol):
+    """Builds the networks of strategies."""
+
+    @property
+    def original(self) -> nn.Module:
+        """The uncut network."""
+        ...
+
+    def keeps(self, removed: Sequence[int]) -> Keeps:
+        """Channels that stay of every module that is cut; none where weights are masked."""
+        ...
+
+    def masks(self, removed: Sequence[int]) -> Masks:
+        """Weights that stay of every layer that is masked; none where channels are cut."""
+        ...
+
+    def cut(self, removed: Sequence[int], keeps: Keeps | None = None) -> nn.Module:
+        """A strategy's network: valid until the next call, in eval mode, its tensors its own."""
+        ...
 
 
 class Candidates:
@@ -52,6 +79,10 @@ class Candidates:
         ]
         return keeps_of(self.graph.groups, units)
 
+    def masks(self, removed: Sequence[int]) -> Masks:
+        """Nothing is masked: channels are cut out."""
+        return {}
+
     def cut(self, removed: Sequence[int], keeps: Keeps | None = None) -> nn.Module:
         """The skeleton cut to a strategy: valid until the next call, in eval mode, its tensors its own.
 
@@ -78,3 +109,44 @@ class Candidates:
     def build(self, removed: Sequence[int]) -> nn.Module:
         """A network of its own, cut to a strategy."""
         return resize(copy.deepcopy(self._original), self.keeps(removed))
+
+
+class MaskedCandidates:
+    """Builds the networks of strategies that set weights to zero and leave shapes as they are.
+
+    Args:
+        model: The network that is pruned; it is copied, not changed.
+        grids: The decisions, each named like its layer.
+        places: For every decision's layer the place of each weight's unit in the order of removal, int32, shaped
+            like the weight: a weight stays where its place is below what is kept of the decision.
+    """
+
+    def __init__(self, model: nn.Module, grids: Sequence[Grid], places: Mapping[str, Tensor]):
+        self.grids = tuple(grids)
+        self.places = dict(places)
+        self._original = copy.deepcopy(model).eval()
+        self.skeleton = copy.deepcopy(self._original)
+
+    @property
+    def original(self) -> nn.Module:
+        """The unpruned network."""
+        return self._original
+
+    def keeps(self, removed: Sequence[int]) -> Keeps:
+        """No channel is cut."""
+        return {}
+
+    def masks(self, removed: Sequence[int]) -> Masks:
+        """What stays of the weights of every decision that removes something."""
+        pairs = zip(self.grids, removed, strict=True)
+        return {grid.name: self.places[grid.name] < grid.total - count for grid, count in pairs if count}
+
+    @torch.no_grad()
+    def cut(self, removed: Sequence[int], keeps: Keeps | None = None) -> nn.Module:
+        """The skeleton with the weights of a strategy set to zero: valid until the next call, in eval mode."""
+        self.skeleton.load_state_dict(self._original.state_dict())
+        for name, mask in self.masks(removed).items():
+            weight = self.skeleton.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            weight.masked_fill_(~mask.to(weight.device), 0.0)
+        return self.skeleton.eval()

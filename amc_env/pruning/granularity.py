@@ -1,13 +1,47 @@
-"""Granularities: what one decision removes, and the counts it may take."""
+"""Granularities: what one decision removes, and the counts it may take.
+
+Whole channels are cut out: the network gets smaller and runs faster anywhere. All finer granularities are
+*masked*: weights are set to zero and shapes stay; what speed that brings depends on hardware and kernels that
+know the pattern, and each granularity's ``speed`` says which (Mao et al., "Exploring the Granularity of Sparsity
+in Convolutional Neural Networks", CVPR workshops 2017).
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor
 
 from amc_env.errors import UserError
-from amc_env.layers import ChannelGroup, LayerGraph
+from amc_env.layers import ChannelGroup, Layer, LayerGraph, Whole
 from amc_env.strategy import Grid
+
+
+class Granularity(Protocol):
+    """What a decision removes units of."""
+
+    @property
+    def name(self) -> str:
+        """Its name in conf."""
+        ...
+
+    @property
+    def masked(self) -> bool:
+        """Whether weights are set to zero; else channels are cut out."""
+        ...
+
+    @property
+    def speed(self) -> str:
+        """Which hardware it makes faster, in a sentence."""
+        ...
+
+    def decisions(self, graph: LayerGraph) -> tuple[LayerGraph, tuple[Grid, ...]]:
+        """The grids of all decisions, and the graph with what leaves nothing to decide reported whole."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -19,14 +53,19 @@ class Channel:
         max_ratio: The largest pruning ratio of a decision, in (0, 1).
     """
 
+    name: ClassVar[str] = "channel"
+    masked: ClassVar[bool] = False
+    speed: ClassVar[str] = (
+        "Channels are cut out: the network is smaller and dense, and runs faster on any hardware and runtime."
+    )
+
     multiple: int = 2
     max_ratio: float = 0.9
 
     def __post_init__(self) -> None:
         if self.multiple < 1:
             raise UserError(f"channel_multiple={self.multiple} must be a whole number of at least 1")
-        if not 0.0 < self.max_ratio < 1.0:
-            raise UserError(f"max_ratio={self.max_ratio} is outside (0, 1)")
+        _check_max_ratio(self.max_ratio)
 
     def decisions(self, graph: LayerGraph) -> tuple[LayerGraph, tuple[Grid, ...]]:
         """The grids of all decisions, and the graph without the groups that leave nothing to decide.
@@ -42,5 +81,226 @@ class Channel:
     def _grid(self, group: ChannelGroup) -> Grid:
         per_unit = group.channels // group.total
         step = self.multiple // math.gcd(self.multiple, per_unit)
-        most = min(math.floor(self.max_ratio * group.total + 1e-9), group.total - 1)
-        return Grid(group.name, group.total, step, most)
+        return Grid(group.name, group.total, step, _most(self.max_ratio, group.total))
+
+
+class Masked(Protocol):
+    """A granularity that sets weights to zero: one decision per layer."""
+
+    @property
+    def name(self) -> str:
+        """Its name in conf."""
+        ...
+
+    def decisions(self, graph: LayerGraph) -> tuple[LayerGraph, tuple[Grid, ...]]:
+        """One grid per layer, in forward order; layers that do not suit are reported whole."""
+        ...
+
+    def places(self, saliency: Tensor, layer: Layer) -> Tensor:
+        """The place of each element's unit in the order of removal, int32, shaped like the weight.
+
+        Units are ordered by the sum of their elements' saliency, ties by position: place 0 is worth most and
+        stays longest. An element stays where its place is below ``total - removed``.
+
+        Args:
+            saliency: Worth of each element, shaped like the weight: [O, I / groups, kh, kw] or [O, I].
+            layer: The layer.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class FineGrained:
+    """Single weights, anywhere (Han et al., "Learning both Weights and Connections", NeurIPS 2015).
+
+    Attributes:
+        max_ratio: The largest pruning ratio of a decision, in (0, 1).
+    """
+
+    name: ClassVar[str] = "fine_grained"
+    masked: ClassVar[bool] = True
+    speed: ClassVar[str] = (
+        "Sparsity only: GPUs and common CPU runtimes gain nothing from zeros at random places. Storage shrinks, and "
+        "accelerators built for it (EIE) or sparse CPU kernels at high sparsity run faster."
+    )
+
+    max_ratio: float = 0.98
+
+    def __post_init__(self) -> None:
+        _check_max_ratio(self.max_ratio)
+
+    def decisions(self, graph: LayerGraph) -> tuple[LayerGraph, tuple[Grid, ...]]:
+        """One grid per layer over its weights."""
+        return _per_layer(graph, lambda layer: _grid(layer, layer.weights, self.max_ratio))
+
+    def places(self, saliency: Tensor, layer: Layer) -> Tensor:
+        """See `Masked.places`."""
+        return _ranks(saliency.flatten()).view(saliency.shape)
+
+
+@dataclass(frozen=True)
+class Vector:
+    """Rows or columns of the kernels.
+
+    Attributes:
+        axis: ``row``: the kw weights of a kernel's row; ``column``: the kh weights of its column.
+        max_ratio: The largest pruning ratio of a decision, in (0, 1).
+    """
+
+    name: ClassVar[str] = "vector"
+    masked: ClassVar[bool] = True
+    speed: ClassVar[str] = (
+        "Sparsity only on GPUs and common CPU runtimes; smaller indices than single weights (one per row), which "
+        "vector accelerators use."
+    )
+
+    axis: Literal["row", "column"] = "row"
+    max_ratio: float = 0.95
+
+    def __post_init__(self) -> None:
+        if self.axis not in ("row", "column"):
+            raise UserError(f"granularity.axis={self.axis!r} must be row or column")
+        _check_max_ratio(self.max_ratio)
+
+    def decisions(self, graph: LayerGraph) -> tuple[LayerGraph, tuple[Grid, ...]]:
+        """One grid per layer over the rows (columns) of all its kernels."""
+
+        def grid(layer: Layer) -> Grid | str:
+            length = layer.kernel[1 if self.axis == "row" else 0]
+            if length == 1:
+                return f"a {self.axis} of its kernels is a single weight"
+            return _grid(layer, layer.weights // length, self.max_ratio)
+
+        return _per_layer(graph, grid)
+
+    def places(self, saliency: Tensor, layer: Layer) -> Tensor:
+        """See `Masked.places`."""
+        scores = saliency.sum(3 if self.axis == "row" else 2)
+        ranks = _ranks(scores.flatten()).view(scores.shape)
+        return ranks.unsqueeze(3 if self.axis == "row" else 2).expand(saliency.shape)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Whole two-dimensional kernels: the link from one input channel to one output channel.
+
+    Attributes:
+        max_ratio: The largest pruning ratio of a decision, in (0, 1).
+    """
+
+    name: ClassVar[str] = "kernel"
+    masked: ClassVar[bool] = True
+    speed: ClassVar[str] = (
+        "Sparsity only on GPUs and common CPU runtimes; kernels that skip whole 2-d convolutions can use it."
+    )
+
+    max_ratio: float = 0.95
+
+    def __post_init__(self) -> None:
+        _check_max_ratio(self.max_ratio)
+
+    def decisions(self, graph: LayerGraph) -> tuple[LayerGraph, tuple[Grid, ...]]:
+        """One grid per convolution over its kernels."""
+
+        def grid(layer: Layer) -> Grid | str:
+            area = layer.kernel[0] * layer.kernel[1]
+            if area == 1:
+                return "its kernels are single weights"
+            return _grid(layer, layer.weights // area, self.max_ratio)
+
+        return _per_layer(graph, grid)
+
+    def places(self, saliency: Tensor, layer: Layer) -> Tensor:
+        """See `Masked.places`."""
+        scores = saliency.sum((2, 3))
+        return _ranks(scores.flatten()).view(scores.shape)[:, :, None, None].expand(saliency.shape)
+
+
+@dataclass(frozen=True)
+class NM:
+    """n weights that are not zero in every m along the input channels; each layer is dense or has the pattern.
+
+    Mishra et al., "Accelerating Sparse Deep Neural Networks", arXiv 2104.08378. A layer's decision removes 0 or
+    m - n units of m, so its pruning ratio is 0 or (m - n) / m.
+
+    Attributes:
+        n: Weights that stay in every block.
+        m: Weights of a block: neighbours along the input channels, at one place of the kernel.
+    """
+
+    name: ClassVar[str] = "nm"
+    masked: ClassVar[bool] = True
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n < self.m:
+            raise UserError(
+                f"granularity.n={self.n} and granularity.m={self.m}: n of every m weights stay, so 1 <= n < m is "
+                "needed, like n=2 m=4"
+            )
+
+    @property
+    def speed(self) -> str:
+        """Which hardware it makes faster."""
+        if (self.n, self.m) == (2, 4):
+            return (
+                "NVIDIA GPUs from Ampere on multiply 2:4 matrices up to twice as fast (linear layers in fp16, bf16 or "
+                "int8, with to_sparse_semi_structured); elsewhere sparsity only."
+            )
+        return (
+            f"Sparsity only: no common hardware runs {self.n}:{self.m} faster (2:4 is what NVIDIA GPUs know)."
+        )
+
+    def decisions(self, graph: LayerGraph) -> tuple[LayerGraph, tuple[Grid, ...]]:
+        """One grid per layer with the counts 0 and m - n."""
+
+        def grid(layer: Layer) -> Grid | str:
+            inputs = layer.in_channels // layer.groups
+            if inputs % self.m:
+                return f"its {inputs} input channels (per group) are not divisible by m={self.m}"
+            return Grid(layer.name, self.m, self.m, self.m - self.n, first=self.m - self.n)
+
+        return _per_layer(graph, grid)
+
+    def places(self, saliency: Tensor, layer: Layer) -> Tensor:
+        """See `Masked.places`; places count within each block of m."""
+        outputs, inputs = saliency.shape[:2]
+        blocks = saliency.reshape(outputs, inputs // self.m, self.m, *saliency.shape[2:])
+        order = torch.sort(blocks, dim=2, descending=True, stable=True).indices
+        return order.argsort(dim=2).flatten(1, 2).to(torch.int32)
+
+
+def _check_max_ratio(max_ratio: float) -> None:
+    if not 0.0 < max_ratio < 1.0:
+        raise UserError(f"max_ratio={max_ratio} is outside (0, 1)")
+
+
+def _most(max_ratio: float, total: int) -> int:
+    return min(math.floor(max_ratio * total + 1e-9), total - 1)
+
+
+def _grid(layer: Layer, units: int, max_ratio: float) -> Grid | str:
+    most = _most(max_ratio, units)
+    return Grid(layer.name, units, 1, most) if most else f"it is too small for max_ratio={max_ratio}"
+
+
+class _MakesGrid(Protocol):
+    def __call__(self, layer: Layer, /) -> Grid | str: ...
+
+
+def _per_layer(graph: LayerGraph, make: _MakesGrid) -> tuple[LayerGraph, tuple[Grid, ...]]:
+    """The grids of all layers, and the graph where those that gave a reason instead are reported whole."""
+    made = {layer.name: make(layer) for layer in graph.layers if not layer.free}
+    reasons: Mapping[str, str] = {name: grid for name, grid in made.items() if isinstance(grid, str)}
+    whole = tuple(Whole(name, reason) for name, reason in reasons.items())
+    return graph.uncoupled(whole), tuple(grid for grid in made.values() if isinstance(grid, Grid))
+
+
+def _ranks(scores: Tensor) -> Tensor:
+    """The place of each entry [N] from worth most (0) to worth least, int32; ties by position."""
+    order = torch.sort(scores, descending=True, stable=True).indices
+    ranks = torch.empty_like(order, dtype=torch.int32)
+    ranks[order] = torch.arange(len(order), dtype=torch.int32, device=scores.device)
+    return ranks

@@ -9,7 +9,7 @@ to back on what reaches each layer in the cut network.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Protocol
@@ -111,14 +111,12 @@ def _norm_after(layer: Layer, topology: Topology) -> str | None:
     return None if tokens else topology.norm_after.get(layer.name)
 
 
-def _absorbs(layer: Layer, topology: Topology) -> bool:
+def absorbs(layer: Layer, topology: Topology) -> bool:
     """Whether an intercept has a place to go: the layer's bias, or the mean of the batch norm after it."""
     return layer.bias or _norm_after(layer, topology) is not None
 
 
-def _put(
-    model: nn.Module, layer: Layer, topology: Topology, weight: Tensor, intercept: Tensor | None
-) -> None:
+def put(model: nn.Module, layer: Layer, topology: Topology, weight: Tensor, intercept: Tensor | None) -> None:
     """Writes a solution [out, in, ...] and its intercept [out] into a cut network."""
     module = model.get_submodule(layer.name)
     old = module.weight
@@ -229,7 +227,7 @@ class LeastSquares:
             if out is not None:
                 weight = weight[out]
                 intercept = None if intercept is None else intercept[out]
-            _put(model, columns.layer, self._topology, weight, intercept)
+            put(model, columns.layer, self._topology, weight, intercept)
 
     def _solution(self, columns: _Columns, kept: Tensor) -> tuple[Tensor, Tensor | None]:
         """The solution for kept (local, ascending) channels, all outputs; solved once where nested."""
@@ -247,7 +245,7 @@ class LeastSquares:
     def _leading(self, columns: _Columns, kept: Tensor) -> tuple[Tensor, Tensor | None]:
         """From the leading block of the one factor: kept sets are nested."""
         name = columns.layer.name
-        intercept = _absorbs(columns.layer, self._topology)
+        intercept = absorbs(columns.layer, self._topology)
         if name not in self._factors:
             ordered = columns.columns(columns.order).to(self._moments[name].xx.device)
             moments = _select(self._moments.pop(name), ordered)
@@ -270,7 +268,7 @@ class LeastSquares:
         """From the sub-Gram: a consumer fed by several groups has no single order."""
         moments = self._moments[columns.layer.name]
         moments = _select(moments, columns.columns(kept).to(moments.xx.device))
-        return _solve(moments, _absorbs(columns.layer, self._topology), self._ridge)
+        return _solve(moments, absorbs(columns.layer, self._topology), self._ridge)
 
 
 def _select(moments: Moments, columns: Tensor) -> Moments:
@@ -285,15 +283,12 @@ def repairable_consumers(candidates: Candidates) -> list[Layer]:
     return [x for x in candidates.graph.layers if x.name in names and repairable(modules[x.name], x)]
 
 
-class Sequential:
-    """Least squares front to back, on what reaches each layer in the network as cut and mended so far.
-
-    The target is the uncut network's output before batch norm, mended for the error that the shortcut
-    carries: the difference of the two shortcuts divided by the batch norm's scale is added. One pass over the
-    calibration images mends all layers, each as its turn comes.
+class FrontToBack:
+    """One pass over calibration images that mends layers as their turn comes, on what reaches them then.
 
     Args:
-        candidates: The builder of candidates.
+        original: The uncut network, whose outputs are the targets.
+        layers: Layers that may be mended.
         topology: The traced network.
         images: Normalised calibration images; every layer sees all of them before the next one runs.
         per_image: Output positions sampled from each image.
@@ -308,13 +303,14 @@ class Sequential:
 
     def __init__(
         self,
-        candidates: Candidates,
+        original: nn.Module,
+        layers: Sequence[Layer],
         topology: Topology,
         images: Tensor,
         *,
-        per_image: int = 16,
-        seed: int = 0,
-        ridge: float = _RIDGE,
+        per_image: int,
+        seed: int,
+        ridge: float,
     ):
         if topology.graph is None:
             raise UserError(
@@ -324,13 +320,13 @@ class Sequential:
         self._topology = topology
         self._batches = list(torch.split(images, _SMALL))
         self._ridge = ridge
-        self._layers = {layer.name: layer for layer in repairable_consumers(candidates)}
+        self._layers = {layer.name: layer for layer in layers}
         self._spots = {
             name: Spots(layer, len(images), per_image, seed) for name, layer in self._layers.items()
         }
         self._targets: dict[str, Tensor] = {}
         self._shortcuts: dict[str, Tensor] = {}
-        self._record(candidates.original)
+        self._record(original)
 
     @torch.no_grad()
     def _record(self, original: nn.Module) -> None:
@@ -351,20 +347,14 @@ class Sequential:
             [self._spots[name].outputs(value, part) for value, part in zip(values, parts, strict=True)]
         )
 
-    @torch.no_grad()
-    def __call__(self, model: nn.Module, removed: Sequence[int], keeps: Keeps) -> None:
-        """Mends every layer that lost inputs, front to back; the others keep the error that reaches them."""
-        cut = {
-            name
-            for name, layer in self._layers.items()
-            if "in" in keeps.get(name, {}) and len(keeps[name]["in"]) < layer.in_channels
-        }
-        if not cut:
+    def _mended(self, model: nn.Module, names: Collection[str], keeps: Keeps) -> None:
+        """Mends the named layers of ``model``, front to back; the others keep the error that reaches them."""
+        if not names:
             return
 
         def visit(name: str, module: nn.Module, xs: Batches, shortcuts: Batches | None) -> Batches:
-            if name in cut:
-                self._mend(model, name, xs, shortcuts, keeps[name].get("out"))
+            if name in names:
+                self._mend(model, name, xs, shortcuts, keeps.get(name, {}).get("out"))
             return [module(x) for x in xs]
 
         Run(model, self._topology)(self._batches, visit)
@@ -386,8 +376,12 @@ class Sequential:
             here = Moments.of(self._spots[name].inputs(module, x, part), wanted_here, layer.groups)
             moments = here if moments is None else moments + here
         assert moments is not None
-        weight, intercept = _solve(moments, _absorbs(layer, self._topology), self._ridge)
-        _put(model, layer, self._topology, weight, intercept)
+        weight, intercept = self._solved(layer, module, moments)
+        put(model, layer, self._topology, weight, intercept)
+
+    def _solved(self, layer: Layer, module: nn.Module, moments: Moments) -> tuple[Tensor, Tensor | None]:
+        """Weights [out, n] and intercept [out]."""
+        return _solve(moments, absorbs(layer, self._topology), self._ridge)
 
     def _scale(self, model: nn.Module, name: str) -> Tensor:
         """What the batch norm after a layer multiplies its outputs by, [out]; ones without a batch norm."""
@@ -401,6 +395,50 @@ class Sequential:
         scale = scale if norm.weight is None else scale * norm.weight
         tiny = 1e-3 * scale.abs().max()  # a channel that is scaled away cannot carry the shortcut's error
         return torch.where(scale.abs() < tiny, torch.full_like(scale, float("inf")), scale)
+
+
+class Sequential(FrontToBack):
+    """Least squares front to back, on what reaches each layer in the network as cut and mended so far.
+
+    The target is the uncut network's output before batch norm, mended for the error that the shortcut
+    carries: the difference of the two shortcuts divided by the batch norm's scale is added. One pass over the
+    calibration images mends all layers, each as its turn comes.
+
+    Args:
+        candidates: The builder of candidates.
+        topology: The traced network.
+        images: Normalised calibration images; every layer sees all of them before the next one runs.
+        per_image: Output positions sampled from each image.
+        seed: Seed of the positions.
+        ridge: Ridge relative to the mean variance of the inputs.
+
+    Raises:
+        UserError: The network cannot be traced symbolically.
+    """
+
+    def __init__(
+        self,
+        candidates: Candidates,
+        topology: Topology,
+        images: Tensor,
+        *,
+        per_image: int = 16,
+        seed: int = 0,
+        ridge: float = _RIDGE,
+    ):
+        layers = repairable_consumers(candidates)
+        options = {"per_image": per_image, "seed": seed}
+        super().__init__(candidates.original, layers, topology, images, ridge=ridge, **options)
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, removed: Sequence[int], keeps: Keeps) -> None:
+        """Mends every layer that lost inputs."""
+        cut = {
+            name
+            for name, layer in self._layers.items()
+            if "in" in keeps.get(name, {}) and len(keeps[name]["in"]) < layer.in_channels
+        }
+        self._mended(model, cut, keeps)
 
 
 def _parts(batches: Batches) -> list[slice]:

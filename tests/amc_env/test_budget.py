@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from masking import SUITABLE, masked
 from networks import prepared
 
 from amc_env.budget import Budget, Problem
@@ -80,6 +81,37 @@ def test_any_bounded_sequence_meets_the_budget(name: str, ratio: float, multiple
         assert task.met(chosen)
         assert macs(chosen) <= ratio * macs([0] * len(grids))
         assert [grid.count(grid.index(count)) for grid, count in zip(grids, chosen, strict=True)] == chosen
+
+
+@pytest.mark.parametrize("kind", [Macs, Params])
+@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize(("name", "granularity"), SUITABLE)
+def test_masked_strategies_meet_the_budget(name: str, granularity: str, ratio: float, kind: type) -> None:
+    _, graph, grids = masked(name, granularity)
+    cost, nothing = kind(graph, grids), [0] * len(grids)
+    budget = Budget.of(cost, len(grids), ratio=ratio)
+    if cost([grid.count(grid.size - 1) for grid in grids]) > budget.limit:
+        with pytest.raises(UserError, match="cannot be reached: the least is"):
+            Problem(grids, [cost], [budget])
+        return
+    task = Problem(grids, [cost], [budget])
+    generator = np.random.default_rng(0)
+    for _ in range(5):
+        chosen: list[int] = []
+        for grid in grids:
+            chosen.append(max(grid.snap(generator.uniform() ** 3), task.least(chosen)))
+        ratios = generator.uniform(0, 1, len(grids)) ** 2
+        for counts in (chosen, task.project(ratios), task.land(ratios)):
+            assert cost(counts) <= ratio * cost(nothing) * (1 + 1e-12)
+            assert [grid.count(grid.index(count)) for grid, count in zip(grids, counts, strict=True)] == [
+                *counts
+            ]
+        if (
+            granularity == "fine_grained"
+        ):  # single weights: the budget is used up to less than a weight of every layer
+            landed = task.land(ratios)
+            fewer = [max(0, count - 1) for count in landed]
+            assert cost(fewer) > ratio * cost(nothing)
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.8])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from masking import SUITABLE, masked, weight
 from networks import (
     NETWORKS,
     SMALL,
@@ -95,6 +96,41 @@ def test_costs_are_those_of_the_cut_network(name: str, seed: int) -> None:
     small = candidates.cut(removed)
     assert Params(candidates.graph)(removed) == sum(p.numel() for p in small.parameters())
     assert Macs(candidates.graph)(removed) == pytest.approx(hooked_macs(small, images(1)), rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("name", "granularity"), SUITABLE)
+def test_masked_costs_count_what_is_not_zero(name: str, granularity: str, seed: int) -> None:
+    candidates, graph, grids = masked(name, granularity)
+    parameters = sum(p.numel() for p in candidates.original.parameters())
+    assert Params(graph)([]) == parameters
+    for removed in (random_removed(grids, seed), [grid.count(grid.size - 1) for grid in grids]):
+        model = candidates.cut(removed)
+        zeros = {grid.name: int((weight(model, grid.name) == 0).sum()) for grid in grids}
+        assert Params(graph, grids)(removed) == parameters - sum(zeros.values())
+        skipped = sum(graph.layer(layer).positions * count for layer, count in zeros.items())
+        assert Macs(graph, grids)(removed) == hooked_macs(model, images(1)) - skipped
+
+
+def test_masked_costs_by_hand() -> None:
+    """mlp has 192 x 20, 20 x 16 and 16 x 4 weights, and 40 biases."""
+    _, graph, grids = masked("mlp", "2:4")
+    for removed, weights in (((0, 0, 0), 4224), ((2, 0, 0), 2304), ((0, 2, 2), 4032), ((2, 2, 2), 2112)):
+        assert Params(graph, grids)(removed) == Macs(graph, grids)(removed) == weights + 40
+    _, graph, grids = masked("mlp", "fine_grained")
+    assert Params(graph, grids)((1, 10, 3)) == 4224 + 40 - 14
+
+
+@pytest.mark.parametrize("cost", [Macs, Params])
+@pytest.mark.parametrize(("name", "granularity"), SUITABLE)
+def test_masked_costs_fall_with_every_unit(name: str, granularity: str, cost: type[Cost]) -> None:
+    _, graph, grids = masked(name, granularity)
+    price = cost(graph, grids)
+    removed = list(random_removed(grids, 0))
+    for i, grid in enumerate(grids):
+        steps = range(0, grid.size, max(1, grid.size // 20))
+        values = [price([*removed[:i], grid.count(j), *removed[i + 1 :]]) for j in steps]
+        assert all(np.diff(values) < 0)
 
 
 @pytest.mark.parametrize("cost", [Macs, Params])

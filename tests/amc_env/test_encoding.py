@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from masking import masked
 
 from amc_env.budget import Problem
+from amc_env.costs import Macs
 from amc_env.encoding import FEATURES, DecisionDescription, Encoder, describe
 from amc_env.errors import UserError
 from amc_env.strategy import Grid
@@ -116,3 +118,26 @@ def test_a_decision_is_described_by_its_first_consumer_in_forward_order() -> Non
     assert described == DecisionDescription("conv1", 6, 4, 8, 16, 2, 5)
     with pytest.raises(UserError, match="'unused' is no channel group that a layer reads"):
         describe(graph, [Grid("unused", 4, 1, 3)])
+
+
+def test_a_masked_decision_is_described_by_its_own_layer() -> None:
+    """The same network's channels of ``conv`` would be described by ``conv2``, which reads them."""
+    _, graph, grids = masked("flatten", "fine_grained")
+    described = {d.name: d for d in describe(graph, grids)}
+    assert list(described) == ["conv", "conv2", "hidden", "head"]
+    assert described["conv"] == DecisionDescription("conv", 6, 3, 8, 8, 2, 3)
+    assert described["conv2"] == DecisionDescription("conv2", 8, 6, 4, 4, 1, 3)
+    assert described["hidden"] == DecisionDescription("hidden", 12, 128, 1, 1, 1, 1)
+    with pytest.raises(UserError, match="'nowhere'"):
+        describe(graph, [Grid("nowhere", 4, 1, 3)])
+
+
+def test_costs_of_masked_decisions_by_hand() -> None:
+    """mlp has 3840, 320 and 64 weights and 40 biases; half of each layer can go, and the encoder asks for all."""
+    _, graph, grids = masked("mlp", "2:4")
+    encoder = Encoder(describe(graph, grids), Problem(grids, [Macs(graph, grids)]))
+    first, second = (dict(zip(FEATURES, encoder(taken), strict=True)) for taken in ((), (2,)))
+    assert first["macs"] == pytest.approx(3840 / 4264)
+    assert first["rest"] == pytest.approx((320 + 64) / 4264)
+    assert (second["macs"], second["reduced"]) == (pytest.approx(320 / 4264), pytest.approx(1920 / 4264))
+    assert (second["rest"], second["previous_ratio"]) == (pytest.approx(64 / 4264), 0.5)

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env as gymnasium_check
+from masking import masked
 from stable_baselines3.common.env_checker import check_env as sb3_check
 
 from amc_env.budget import Budget, Problem
-from amc_env.encoding import DecisionDescription, Encoder
+from amc_env.costs import Macs, Params
+from amc_env.encoding import DecisionDescription, Encoder, describe
 from amc_env.env import EnvHandle, PruningEnv
 from amc_env.errors import UserError
 from amc_env.rewards import Error, ErrorFlops, Infinity
@@ -90,6 +92,33 @@ def test_stable_baselines_checker(kind: dict) -> None:
     notes = [str(warning.message) for warning in caught]
     excepted = ("symmetric and normalized Box action space", "found inf in rewards")
     assert [note for note in notes if not any(words in note for words in excepted)] == []
+
+
+def masked_handle(granularity: str, ratio: float = 0.7) -> EnvHandle:
+    """Masks over a small network, with a budget on its parameters; scored by a formula."""
+    _, graph, grids = masked("residual", granularity)
+    params = Params(graph, grids)
+    problem = Problem(grids, [Macs(graph, grids), params], [Budget.of(params, len(grids), ratio=ratio)])
+    return EnvHandle(problem, Encoder(describe(graph, grids), problem), Score(problem), Error())
+
+
+@pytest.mark.parametrize("granularity", ["fine_grained", "row", "kernel", "2:4"])
+def test_checkers_and_bound_over_masks(granularity: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gymnasium_check(gymnasium.make("amc_env/Pruning-v0", handle=masked_handle(granularity)).unwrapped)
+        warnings.filterwarnings("ignore", message=".*symmetric and normalized Box action space.*")
+        sb3_check(PruningEnv(masked_handle(granularity)))
+    rng = np.random.default_rng(0)
+    made = masked_handle(granularity)
+    env = PruningEnv(made)
+    for _ in range(10):
+        info = act(env, *rng.uniform(0, 1, len(made.problem.grids)) ** 3)[-1][4]
+        assert info["met"]
+        for grid, count in zip(made.problem.grids, info["strategy"].removed, strict=True):
+            assert grid.count(grid.index(count)) == count
+        assert info["strategy"].removed == env.unwrapped.handle.score.asked[-1].removed
+        assert made.problem.cost(info["strategy"].removed)["params"] <= made.problem.budgets[0].limit + 1e-6
 
 
 def test_the_bound_by_hand() -> None:

@@ -126,13 +126,14 @@ def test_what_was_scored_is_what_is_delivered(repair: str) -> None:
     judge._scorer = scorer
     outcomes = judge.evaluate(some(judge))
     for outcome, state in zip(outcomes, list(scored), strict=True):
-        model, keeps = judge.network(outcome)
+        pruned = judge.network(outcome)
+        model, keeps = pruned.network, pruned.keeps
         assert model.state_dict().keys() == state.keys()
         assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
         assert inner(model) == outcome.accuracy
         assert not model.training
         assert keeps["linear"]["in"].numel() == model.linear.in_features
-    first, _ = judge.network(outcomes[0])
+    first = judge.network(outcomes[0]).network
     judge.evaluate([judge.problem.strategy(random_removed(judge.problem.grids, 9))])
     # A network of its own: later candidates leave it alone.
     assert all(torch.equal(scored[0][key], value) for key, value in first.state_dict().items())
@@ -186,7 +187,7 @@ def test_starts_are_scored_and_remembered_apart() -> None:
     second = judge.evaluate([strategy], start="round-1")[0]
     assert (first.start, second.start) == (ORIGINAL, "round-1")
     assert judge.evaluations == 2
-    state = judge.network(second)[0].state_dict()
+    state = judge.network(second).network.state_dict()
     assert all(
         torch.equal(state[key], value) for key, value in other.build(strategy.removed).state_dict().items()
     )

@@ -41,6 +41,31 @@ def test_counts_off_the_grid_are_refused(removed: int) -> None:
         Grid("conv", 10, 4, 6).index(removed)
 
 
+@pytest.mark.parametrize(
+    ("grid", "counts"),
+    [
+        (Grid("2:4", total=4, step=4, most=2, first=2), [0, 2]),
+        (Grid("1:4", total=4, step=4, most=3, first=3), [0, 3]),
+        (Grid("4:8", total=8, step=8, most=4, first=4), [0, 4]),
+        (Grid("own", total=10, step=2, most=8, first=3), [0, 3, 5, 7]),
+        (Grid("out of reach", total=10, step=2, most=2, first=3), [0]),
+    ],
+    ids=lambda value: value.name if isinstance(value, Grid) else "",
+)
+def test_a_first_count_of_its_own(grid: Grid, counts: list[int]) -> None:
+    assert [grid.count(i) for i in range(grid.size)] == counts
+    assert [grid.index(count) for count in counts] == list(range(grid.size))
+    assert grid.max_ratio == counts[-1] / grid.total
+    for ratio in [*np.linspace(-0.2, 1.2, 57), *(count / grid.total for count in counts)]:
+        target = min(max(ratio, 0.0), 1.0) * grid.total
+        assert grid.snap(float(ratio)) == min(counts, key=lambda c: (abs(c - target), c))
+    for removed in set(range(-1, grid.total + 2)) - set(counts):
+        with pytest.raises(
+            UserError, match=rf"{grid.name}: {removed} removed of {grid.total} is not feasible"
+        ):
+            grid.index(removed)
+
+
 def test_decision() -> None:
     decision = Decision(removed=3, total=12)
     assert (decision.ratio, decision.kept) == (0.25, 9)

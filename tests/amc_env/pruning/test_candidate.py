@@ -1,12 +1,15 @@
-"""Candidates: torch-pruning's own result bit for bit, and one skeleton for all."""
+"""Candidates: torch-pruning's own result bit for bit, masks that zero what they should, one skeleton for all."""
 
 import pytest
 import torch
 import torch_pruning as tp
+from masking import SUITABLE, masked, weight
 from networks import NETWORKS, SMALL, images, network, prepared, random_removed, same_state, with_state
 from torch import nn
 
-from amc_env.pruning.candidate import Candidates
+from amc_env.layers import LayerGraph
+from amc_env.pruning.candidate import Candidates, MaskedCandidates
+from amc_env.pruning.granularity import FineGrained
 from search.models import ResNet
 
 
@@ -97,3 +100,87 @@ def test_frozen_parameters_stay_frozen() -> None:
     frozen = Candidates(model, candidates.graph, candidates.orders).cut(random_removed(grids, 0))
     assert {name for name, p in frozen.named_parameters() if not p.requires_grad} == {"left.weight"}
     assert not frozen.training
+
+
+# ------------------------------------------------------------------------------------------------ masked
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("name", "granularity"), SUITABLE)
+def test_what_is_masked_is_zero_and_the_rest_is_the_original_bit_for_bit(
+    name: str, granularity: str, seed: int
+) -> None:
+    candidates, _, grids = masked(name, granularity)
+    removed = random_removed(grids, seed)
+    masks = candidates.masks(removed)
+    model, original = candidates.cut(removed), network(name)
+    assert list(masks) == [grid.name for grid, count in zip(grids, removed, strict=True) if count]
+    for grid, count in zip(grids, removed, strict=True):
+        if count:
+            gone = ~masks[grid.name]
+            assert int(gone.sum()) * grid.total == gone.numel() * count
+            with torch.no_grad():
+                original.get_submodule(grid.name).weight[gone] = 0.0
+    assert same_state(model, original)
+    assert same_state(candidates.original, network(name))
+    assert not model.training
+    assert candidates.keeps(removed) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "granularity"), [("residual", "fine_grained"), ("grouped", "kernel"), ("mlp", "2:4")]
+)
+def test_a_masked_network_does_not_depend_on_those_before_it(name: str, granularity: str) -> None:
+    candidates, _, grids = masked(name, granularity)
+    first, second = random_removed(grids, 0), random_removed(grids, 1)
+    before = with_state(candidates.cut(first))
+    with torch.no_grad():
+        for tensor in candidates.cut(second).state_dict().values():
+            tensor.fill_(7)  # as a repair would
+    again = candidates.cut(first)
+    assert again is candidates.skeleton
+    assert all(torch.equal(before[key], value) for key, value in again.state_dict().items())
+    assert same_state(candidates.cut([0] * len(grids)), network(name))
+
+
+class Tied(nn.Module):
+    """An autoencoder's two layers, each the other's transpose in spirit: one square weight for both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.hidden, self.back = nn.Linear(192, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.back.weight = self.hidden.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.back(self.hidden(self.into(x.flatten(1))))
+
+
+def test_a_shared_weight_loses_what_either_layer_loses() -> None:
+    torch.manual_seed(0)
+    model = Tied().eval()
+    before = with_state(model)
+    _, grids = FineGrained().decisions(LayerGraph.layers_of(model, images(1)))
+    order = torch.arange(64, dtype=torch.int32).view(8, 8)
+    places = {
+        "into": torch.arange(8 * 192, dtype=torch.int32).view(8, 192),
+        "hidden": order,
+        "back": 63 - order,
+    }
+    candidates = MaskedCandidates(model, grids, places)
+    for removed, zeros in (((0, 16, 0), 16), ((0, 16, 8), 24), ((0, 8, 0), 8), ((0, 40, 40), 64)):
+        cut = candidates.cut(removed)
+        assert cut.back.weight is cut.hidden.weight
+        assert int((cut.hidden.weight == 0).sum()) == zeros
+        kept = cut.hidden.weight != 0
+        assert torch.equal(cut.hidden.weight[kept], before["hidden.weight"][kept])
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert same_state(candidates.cut((0, 0, 0)), model)
+
+
+def test_masked_layers_that_are_frozen_stay_frozen() -> None:
+    candidates, _, grids = masked("mlp", "fine_grained")
+    model = network("mlp")
+    model[1].weight.requires_grad_(False)
+    cut = MaskedCandidates(model, grids, candidates.places).cut([grid.count(1) for grid in grids])
+    assert {name for name, p in cut.named_parameters() if not p.requires_grad} == {"1.weight"}
+    assert int((weight(cut, "1") == 0).sum()) == 1

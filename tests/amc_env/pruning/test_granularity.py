@@ -1,10 +1,14 @@
-"""Channels: grids of a network's decisions."""
+"""Granularities: grids of a network's decisions by hand, and the order in which units go."""
 
 import pytest
-from networks import traced
+import torch
+from masking import GRANULARITIES, SUITABLE, layers, masked, weight
+from networks import images, traced
+from torch import Tensor, nn
 
 from amc_env.errors import UserError
-from amc_env.pruning.granularity import Channel
+from amc_env.layers import Layer, LayerGraph
+from amc_env.pruning.granularity import NM, Channel, FineGrained, Kernel, Masked, Vector
 
 
 def test_grids_by_hand() -> None:
@@ -46,6 +50,247 @@ def test_every_count_is_within_max_ratio_and_keeps_a_channel(multiple: int, max_
             assert largest <= max_ratio * grid.total + 1e-6
 
 
+# ----------------------------------------------------------------------------------------- masked: grids
+
+
+class Mixed(nn.Module):
+    """One layer of every kind: 216, 54, 48, 96 and 20 weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3, padding=1)
+        self.depthwise = nn.Conv2d(6, 6, 3, groups=6)
+        self.point = nn.Conv2d(6, 8, 1)
+        self.wide = nn.Conv2d(8, 4, (1, 3))
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.wide(self.point(self.depthwise(self.conv(x)))).mean((2, 3)))
+
+
+MIXED = LayerGraph.layers_of(Mixed(), torch.zeros(1, 4, 8, 8))
+NOT_DIVISIBLE = "its {} input channels (per group) are not divisible by m={}"
+
+
+@pytest.mark.parametrize(
+    ("granularity", "grids", "whole"),
+    [
+        # 98% of the weights: 211.68, 52.92, 47.04, 94.08 and 19.6
+        (
+            FineGrained(),
+            {
+                "conv": (216, 211),
+                "depthwise": (54, 52),
+                "point": (48, 47),
+                "wide": (96, 94),
+                "head": (20, 19),
+            },
+            {},
+        ),
+        # 95% of 72, 18 and 32 rows: 68.4, 17.1 and 30.4
+        (
+            Vector("row"),
+            {"conv": (72, 68), "depthwise": (18, 17), "wide": (32, 30)},
+            dict.fromkeys(("point", "head"), "a row of its kernels is a single weight"),
+        ),
+        (
+            Vector("column", 0.5),
+            {"conv": (72, 36), "depthwise": (18, 9)},
+            dict.fromkeys(("point", "wide", "head"), "a column of its kernels is a single weight"),
+        ),
+        # 95% of 24, 6 and 32 kernels: 22.8, 5.7 and 30.4
+        (
+            Kernel(),
+            {"conv": (24, 22), "depthwise": (6, 5), "wide": (32, 30)},
+            dict.fromkeys(("point", "head"), "its kernels are single weights"),
+        ),
+        (
+            NM(2, 4),
+            {"conv": (4, 2), "wide": (4, 2), "head": (4, 2)},
+            {"depthwise": NOT_DIVISIBLE.format(1, 4), "point": NOT_DIVISIBLE.format(6, 4)},
+        ),
+        (
+            NM(1, 4),
+            {"conv": (4, 3), "wide": (4, 3), "head": (4, 3)},
+            {"depthwise": NOT_DIVISIBLE.format(1, 4), "point": NOT_DIVISIBLE.format(6, 4)},
+        ),
+        (
+            NM(4, 8),
+            {"wide": (8, 4)},
+            {
+                "conv": NOT_DIVISIBLE.format(4, 8),
+                "depthwise": NOT_DIVISIBLE.format(1, 8),
+                "point": NOT_DIVISIBLE.format(6, 8),
+                "head": NOT_DIVISIBLE.format(4, 8),
+            },
+        ),
+    ],
+    ids=str,
+)
+def test_masked_grids_by_hand(
+    granularity: Masked, grids: dict[str, tuple[int, int]], whole: dict[str, str]
+) -> None:
+    """Units, the most that may go, and the reasons of what stays whole."""
+    graph, found = granularity.decisions(MIXED)
+    assert {grid.name: (grid.total, grid.count(grid.size - 1)) for grid in found} == grids
+    assert [grid.name for grid in found] == [layer.name for layer in graph.layers if layer.name in grids]
+    assert {w.name: w.reason for w in graph.whole} == whole
+    assert graph.groups == ()
+    assert graph.layers == MIXED.layers
+
+
+def test_nm_is_all_or_nothing_and_the_others_take_every_count() -> None:
+    for n, m in ((2, 4), (1, 4), (4, 8)):
+        (wide,) = [grid for grid in NM(n, m).decisions(MIXED)[1] if grid.name == "wide"]
+        assert [wide.count(i) for i in range(wide.size)] == [0, m - n]
+    for granularity in (FineGrained(0.1), Vector("row", 0.1), Kernel(0.1)):
+        for grid in granularity.decisions(MIXED)[1]:
+            assert [grid.count(i) for i in range(grid.size)] == list(range(grid.size))
+
+
+def test_a_layer_too_small_to_lose_a_weight_stays_whole() -> None:
+    graph, grids = FineGrained(0.05).decisions(MIXED)
+    assert [grid.name for grid in grids] == ["conv", "depthwise", "point", "wide", "head"]
+    graph, grids = FineGrained(0.04).decisions(MIXED)  # of 20 weights 0.8
+    assert {w.name: w.reason for w in graph.whole} == {"head": "it is too small for max_ratio=0.04"}
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_fixed_selections_are_neither_decided_nor_reported(granularity: str) -> None:
+    _, graph, grids = masked("selection", granularity)
+    free = {layer.name for layer in graph.layers if layer.free}
+    assert len(free) == 2
+    assert not free & ({grid.name for grid in grids} | {w.name for w in graph.whole})
+
+
+def test_reasons_about_channels_are_dropped_and_those_about_other_layers_kept() -> None:
+    class Upsampled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+            self.up = nn.ConvTranspose2d(4, 4, 2)
+            self.head = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.up(self.second(self.first(x))).mean((2, 3)))
+
+    for graph in (LayerGraph.layers_of(Upsampled(), images(1)), LayerGraph.trace(Upsampled(), images(1))):
+        decided, grids = FineGrained().decisions(graph)
+        assert [grid.name for grid in grids] == ["first", "second", "head"]
+        assert [w.name for w in decided.whole] == ["up"]
+
+
+def test_masks_need_no_tracer() -> None:
+    class Branching(nn.Module):
+        """Its two layers share no channels, and no tracer follows it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(192, 4), nn.Linear(192, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.flatten(1)
+            return self.first(x) if float(x.sum()) > 1e9 else self.second(x)
+
+    with pytest.raises(UserError):
+        LayerGraph.trace(Branching(), images(1))
+    graph = LayerGraph.layers_of(Branching(), images(1))
+    assert [grid.name for grid in FineGrained().decisions(graph)[1]] == ["second"]  # the one that ran
+    assert graph.other_params == 192 * 4 + 4
+    with pytest.raises(UserError, match="no Conv2d or Linear layer"):
+        LayerGraph.layers_of(nn.Flatten(), images(1))
+
+
+def test_layers_alone_are_those_of_the_traced_graph() -> None:
+    for name in ("residual", "selection", "grouped", "flatten"):
+        whole, alone = traced(name)[1], layers(name)[1]
+        assert alone.layers == whole.layers
+        assert (alone.channelwise, alone.other_params) == (whole.channelwise, whole.other_params)
+        assert alone.groups == ()
+
+
+# ---------------------------------------------------------------------------------------- masked: places
+
+
+def linear(outputs: int, inputs: int) -> Layer:
+    return Layer("layer", 0, "linear", inputs, outputs, (1, 1), (1, 1), 1, True, (1, 1), (1, 1))
+
+
+def conv(outputs: int, inputs: int, kernel: tuple[int, int]) -> Layer:
+    return Layer("layer", 0, "conv", inputs, outputs, kernel, (1, 1), 1, False, (8, 8), (8, 8))
+
+
+def placed(granularity: Masked, saliency: object, layer: Layer) -> object:
+    places = granularity.places(torch.tensor(saliency, dtype=torch.float64), layer)
+    assert places.dtype == torch.int32
+    return places.tolist()
+
+
+def test_single_weights_by_hand_ties_by_position() -> None:
+    assert placed(FineGrained(), [[3, 1], [2, 3]], linear(2, 2)) == [[0, 3], [2, 1]]
+
+
+def test_rows_and_columns_by_hand() -> None:
+    saliency = [[[[1, 2, 3], [4, 5, 6]], [[0, 9, 0], [0, 0, 0]]]]  # 1 x 2 x 2 x 3
+    # Sums of rows 6, 15, 9, 0; of columns 5, 7, 9, 0, 9, 0: the tie to the first kernel, then to the first place.
+    rows = [[[[2, 2, 2], [0, 0, 0]], [[1, 1, 1], [3, 3, 3]]]]
+    columns = [[[[3, 2, 0], [3, 2, 0]], [[4, 1, 5], [4, 1, 5]]]]
+    assert placed(Vector("row"), saliency, conv(1, 2, (2, 3))) == rows
+    assert placed(Vector("column"), saliency, conv(1, 2, (2, 3))) == columns
+
+
+def test_kernels_by_hand() -> None:
+    saliency = [[[[1, 1]], [[5, 0]]], [[[2, 2]], [[0, 2]]]]  # 2 x 2 x 1 x 2, sums 2, 5, 4, 2
+    places = [[[[2, 2]], [[0, 0]]], [[[1, 1]], [[3, 3]]]]
+    assert placed(Kernel(), saliency, conv(2, 2, (1, 2))) == places
+
+
+def test_places_within_blocks_of_m_by_hand() -> None:
+    saliency = [[5, 1, 7, 3, 2, 2, 2, 9]]
+    assert placed(NM(2, 4), saliency, linear(1, 8)) == [[1, 3, 0, 2, 1, 2, 3, 0]]
+    assert placed(NM(4, 8), saliency, linear(1, 8)) == [[2, 7, 1, 3, 4, 5, 6, 0]]
+    # Blocks run along the input channels: the two places of the kernel are ranked apart.
+    saliency = [[[[4, 1]], [[3, 2]], [[2, 3]], [[1, 4]]]]  # 1 x 4 x 1 x 2
+    assert placed(NM(1, 4), saliency, conv(1, 4, (1, 2))) == [[[[0, 3]], [[1, 2]], [[2, 1]], [[3, 0]]]]
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8)])
+@pytest.mark.parametrize("shape", [(6, 16), (5, 8, 3, 3)])
+def test_every_block_keeps_exactly_n(n: int, m: int, shape: tuple[int, ...]) -> None:
+    saliency = torch.randint(3, shape, generator=torch.Generator().manual_seed(0)).double()  # with ties
+    layer = linear(*shape) if len(shape) == 2 else conv(shape[0], shape[1], (shape[2], shape[3]))
+    kept = NM(n, m).places(saliency, layer) < n
+    blocks = kept.movedim(1, -1).reshape(-1, m)
+    assert blocks.sum(1).tolist() == [n] * (kept.numel() // m)
+    worth = saliency.movedim(1, -1).reshape(-1, m)
+    assert (worth.where(blocks, torch.inf).amin(1) >= worth.where(~blocks, -torch.inf).amax(1)).all()
+
+
+def unit_sums(saliency: Tensor, granularity: str) -> Tensor:
+    """Sums of the units, each given to all of its elements."""
+    dims = {"row": 3, "column": 2, "kernel": (2, 3)}.get(granularity)
+    return saliency if dims is None else saliency.sum(dims, keepdim=True).expand(saliency.shape)
+
+
+@pytest.mark.parametrize(("name", "granularity"), SUITABLE)
+def test_any_count_removes_its_share_of_every_layer_and_the_least_worth(name: str, granularity: str) -> None:
+    candidates, graph, grids = masked(name, granularity)
+    for grid in grids:
+        places, weights = candidates.places[grid.name], graph.layer(grid.name).weights
+        worth = unit_sums(weight(candidates.original, grid.name).double() ** 2, granularity)
+        before = torch.ones_like(places, dtype=torch.bool)
+        for removed in sorted({0, grid.count(1), grid.count(grid.size // 2), grid.count(grid.size - 1)}):
+            kept = places < grid.total - removed
+            assert int(kept.sum()) * grid.total == weights * (grid.total - removed)
+            assert not bool((kept & ~before).any())
+            if removed and ":" not in granularity:  # n:m compares within its blocks only
+                assert worth[kept].min() >= worth[~kept].max()
+            before = kept
+
+
+# ---------------------------------------------------------------------------------------------- refusals
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -58,3 +303,31 @@ def test_every_count_is_within_max_ratio_and_keeps_a_channel(multiple: int, max_
 def test_options_out_of_range(options: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Channel(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [FineGrained, Vector, Kernel])
+@pytest.mark.parametrize("max_ratio", [0.0, 1.0, -0.5, float("nan")])
+def test_masks_must_leave_something_and_take_something(kind: type[FineGrained], max_ratio: float) -> None:
+    with pytest.raises(UserError, match=rf"max_ratio={max_ratio} is outside \(0, 1\)"):
+        kind(max_ratio=max_ratio)
+
+
+@pytest.mark.parametrize(("n", "m"), [(4, 4), (5, 4), (0, 4), (-1, 4), (1, 1)])
+def test_n_of_m_must_be_a_pattern(n: int, m: int) -> None:
+    with pytest.raises(UserError, match=rf"granularity.n={n} and granularity.m={m}.*1 <= n < m.*n=2 m=4"):
+        NM(n, m)
+
+
+def test_a_vector_is_a_row_or_a_column() -> None:
+    with pytest.raises(UserError, match="granularity.axis='diagonal' must be row or column"):
+        Vector("diagonal")  # type: ignore[arg-type]
+
+
+def test_only_two_of_four_is_promised_speed_on_gpus() -> None:
+    assert "twice as fast" in NM(2, 4).speed
+    for n, m in ((1, 4), (4, 8)):
+        assert NM(n, m).speed.startswith("Sparsity only")
+        assert f"{n}:{m}" in NM(n, m).speed
+    assert "any hardware" in Channel().speed
+    for granularity in (FineGrained(), Vector(), Kernel()):
+        assert granularity.speed.startswith("Sparsity only")

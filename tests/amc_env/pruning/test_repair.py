@@ -19,7 +19,7 @@ REPAIRS = {"least_squares": LeastSquares, "sequential": Sequential}
 
 def candidates_of(model: nn.Module, orders: list[Tensor] | None = None) -> Candidates:
     graph = LayerGraph.trace(model, images(1))
-    return Candidates(model, graph, orders or rank(Norm().scores(model, graph)))
+    return Candidates(model, graph, orders or rank(Norm().channel_scores(model, graph)))
 
 
 def mended(
