@@ -59,6 +59,10 @@ class Problem(Protocol):
         """Returns the least count for the next decision from which the budgets can still be met."""
 
 
+class TaskError(ValueError):
+    """What was asked of an agent cannot be done: one message with the value, what is allowed and the way out."""
+
+
 @dataclass(frozen=True)
 class Result:
     """What a proposal turned out to be worth.
@@ -108,6 +112,13 @@ class Agent(ABC):
 
     name: ClassVar[str]
     steps: ClassVar[bool]
+
+    def check(self, problem: Problem) -> None:  # noqa: B027 -- most can search any problem
+        """Refuses a problem that it cannot search, before anything is scored.
+
+        Raises:
+            ValueError: It cannot.
+        """
 
     @abstractmethod
     def search(self, task: SearchTask) -> None:

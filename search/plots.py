@@ -9,25 +9,36 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.typing import NDArray
 
+from agents.sensitivity import Curve
 from search.formatting import cost_name
 
 BLUE, ORANGE, VERMILION, GREY, INK = "#0072B2", "#E69F00", "#D55E00", "#D0D3D6", "#30343A"
 DPI = 150
+_ALL_NAMED = 10  # lines that can still be told apart by colour
+_NARROWEST = 0.02  # axis of costs, as a share of the original's
+_MARKERS = ("o", "s", "^", "D")  # of the lines with names where there are more
+_DEPTH = LinearSegmentedColormap.from_list("depth", colormaps["viridis_r"](np.linspace(0.1, 1.0, 256)))
 _PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.6g}%")
+_COUNT = FuncFormatter(lambda count, _: f"{count:.6g}" if count < 10_000 else f"{count / 1000:,.6g}k")
 
 
 @dataclass(frozen=True)
 class Width:
-    """Channels of one decision: how many of how many stay."""
+    """Channels of one decision, or weights of one layer: how many of how many stay."""
 
     name: str
     kept: int
@@ -43,12 +54,13 @@ class Candidate:
     met: bool
 
 
-def plot_channels(widths: Sequence[Width], path: Path) -> Path:
+def plot_channels(widths: Sequence[Width], path: Path, unit: str = "channels") -> Path:
     """AMC's picture: per decision, in forward order, the channels kept before the original's, and their share below.
 
     Args:
         widths: one per decision, front to back.
         path: PNG to write.
+        unit: what is counted: channels, or weights where those are masked.
     """
     count = len(widths)
     figure = _figure(width=min(11.0, max(5.8, 1.2 + 0.175 * count)), height=4.6)
@@ -58,7 +70,8 @@ def plot_channels(widths: Sequence[Width], path: Path) -> Path:
     kept = np.array([width.kept for width in widths])
     above.bar(places, totals, width=0.84, color=GREY, label="original")
     above.bar(places, kept, width=0.84, color=BLUE, label="kept")
-    above.set_ylabel("channels")
+    above.set_ylabel(unit)
+    above.yaxis.set_major_formatter(_COUNT)
     above.legend(loc="upper left", ncols=2, frameon=False, bbox_to_anchor=(0.0, 1.12), borderaxespad=0.0)
     below.bar(places, np.ones(count), width=0.84, color=GREY)
     below.bar(places, kept / totals, width=0.84, color=BLUE)
@@ -82,33 +95,43 @@ def plot_channels(widths: Sequence[Width], path: Path) -> Path:
     return _save(figure, path)
 
 
-def plot_reward(rewards: Sequence[float], path: Path, warmup: int = 0, note: str = "") -> Path:
+def plot_reward(
+    rewards: Sequence[float], path: Path, warmup: int = 0, note: str = "", stages: Sequence[int] = ()
+) -> Path:
     """Reward of every episode, the running best, and the warm-up shaded.
 
     Args:
         rewards: one per episode, in order; infinities and nan leave a gap.
         path: PNG to write.
-        warmup: episodes at the start that were played at random.
+        warmup: episodes at the start, of each stage, that were played at random.
         note: a few words beside the axis title, such as the budget.
+        stages: how many episodes lie before each further stage, whose rewards are of another network and budget: the
+            best begins anew there.
     """
     figure = _figure()
     axes = figure.subplots()
     values = np.array([reward if math.isfinite(reward) else np.nan for reward in rewards], dtype=float)
-    episodes = np.arange(1, len(values) + 1)
-    if warmup:
-        axes.axvspan(
-            0.5, min(warmup, len(values)) + 0.5, color=GREY, alpha=0.45, lw=0, label="warm-up (random)"
-        )
-    axes.plot(episodes, values, ".", ms=4, color=ORANGE, label="episode")
-    if np.isfinite(values).any():
-        best = np.fmax.accumulate(values)
-        axes.plot(episodes, best, color=BLUE, lw=1.8, drawstyle="steps-post", label="best so far")
+    axes.plot(np.arange(1, len(values) + 1), values, ".", ms=4, color=ORANGE, label="episode")
+    for first, end in pairwise((0, *stages, len(values))):
+        _stage(axes, values[first:end], first, warmup)
     axes.set_xlim(0.5, max(1, len(values)) + 0.5)
     axes.set_xlabel(f"episode ({note})" if note else "episode")
     axes.set_ylabel("reward")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _legend(axes)
     return _save(figure, path)
+
+
+def _stage(axes: Axes, values: NDArray[np.float64], first: int, warmup: int) -> None:
+    """The best so far and the warm-up of one search, after ``first`` episodes of earlier ones."""
+    if warmup:
+        end = first + min(warmup, len(values))
+        axes.axvspan(first + 0.5, end + 0.5, color=GREY, alpha=0.45, lw=0, label="warm-up (random)")
+    if np.isfinite(values).any():
+        episodes, best = first + np.arange(1, len(values) + 1), np.fmax.accumulate(values)
+        axes.plot(episodes, best, color=BLUE, lw=1.8, drawstyle="steps-post", label="best so far")
+    if first:
+        axes.axvline(first + 0.5, color=INK, lw=1, ls=":", label="next stage")
 
 
 def plot_tradeoff(
@@ -119,6 +142,7 @@ def plot_tradeoff(
     limit: float | None = None,
     best: Candidate | None = None,
     base: float | None = None,
+    masked: bool = False,
 ) -> Path:
     """Accuracy against cost of all evaluations, the delivered one marked.
 
@@ -127,6 +151,7 @@ def plot_tradeoff(
         limit: the budget, as a share of the original's cost.
         best: the evaluation that was delivered.
         base: accuracy of the original network on the same split.
+        masked: weights are masked: MACs and parameters count those that are not zero.
     """
     figure = _figure()
     axes = figure.subplots()
@@ -145,12 +170,20 @@ def plot_tradeoff(
             "zorder": 3,
         }
         axes.scatter([best.cost], [best.accuracy], label="chosen", **star)
-    axes.set_xlabel(f"{cost_name(cost)}, share of the original")
+    _widen(axes, _NARROWEST)
+    axes.set_xlabel(f"{cost_name(cost, masked)}, share of the original")
     axes.set_ylabel(f"accuracy, {split}")
     axes.xaxis.set_major_formatter(_PERCENT)
     axes.yaxis.set_major_formatter(_PERCENT)
     _legend(axes)
     return _save(figure, path)
+
+
+def _widen(axes: Axes, narrowest: float) -> None:
+    """Keeps what all lies on the budget from looking spread out."""
+    left, right = axes.get_xlim()
+    missing = max(0.0, narrowest - (right - left))
+    axes.set_xlim(left - missing / 2, right + missing / 2)
 
 
 def _scatter(axes: Axes, candidates: Sequence[Candidate]) -> None:
@@ -184,6 +217,75 @@ def plot_finetune(losses: Sequence[float], path: Path, accuracies: Mapping[int, 
     return _save(figure, path)
 
 
+def plot_sensitivity(
+    curves: Sequence[Curve],
+    path: Path,
+    *,
+    threshold: float | None = None,
+    picked: Sequence[float] = (),
+    split: str = "search split",
+) -> Path:
+    """The lecture's picture: accuracy against the share removed of one decision at a time, a line each.
+
+    Colour goes with depth. Few lines have their names beside them; of many, the most sensitive have.
+
+    Args:
+        curves: one per decision, front to back.
+        path: PNG to write.
+        threshold: accuracy, in [0, 1], that was picked for all of them.
+        picked: share removed of each decision by that; none where nothing was picked.
+        split: the images that accuracies are on.
+    """
+    figure = _figure(width=7.4, height=4.4)
+    axes = figure.subplots()
+    colours = _DEPTH(np.linspace(0.0, 1.0, max(2, len(curves))))
+    many = len(curves) > _ALL_NAMED
+    falling_most = sorted(range(len(curves)), key=lambda place: -curves[place].drop)
+    named = falling_most[: len(_MARKERS)] if many else range(len(curves))
+    for place, curve in enumerate(curves):
+        style: dict[str, Any] = {"lw": 0.9, "alpha": 0.8}
+        if place in named:
+            marker = _MARKERS[named.index(place)] if many else "o"
+            style = {"lw": 1.6, "marker": marker, "ms": 4, "label": _shorten(curve.name)}
+        axes.plot(curve.ratios, curve.accuracies, color=colours[place], **style)
+    _picked(axes, curves, picked, threshold)
+    if many:
+        _depth_bar(figure, axes, len(curves))
+    axes.set_xlim(0.0, None)
+    axes.set_xlabel("share removed, one decision at a time")
+    axes.set_ylabel(f"accuracy, {split}")
+    axes.xaxis.set_major_formatter(_PERCENT)
+    axes.yaxis.set_major_formatter(_PERCENT)
+    title = "most sensitive" if many else None
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8, title=title, title_fontsize=8)
+    return _save(figure, path)
+
+
+def _picked(axes: Axes, curves: Sequence[Curve], picked: Sequence[float], threshold: float | None) -> None:
+    """The common threshold, and where it left every curve."""
+    if threshold is not None:
+        axes.axhline(threshold, color=INK, lw=1, ls="--", label=f"threshold {100 * threshold:.2f}%")
+    if picked:
+        heights = [
+            np.interp(x, curve.ratios, curve.accuracies) for curve, x in zip(curves, picked, strict=True)
+        ]
+        marks: dict[str, Any] = {
+            "s": 18,
+            "facecolor": "white",
+            "edgecolor": VERMILION,
+            "lw": 1.2,
+            "zorder": 3,
+        }
+        axes.scatter(picked, heights, label="picked", **marks)
+
+
+def _depth_bar(figure: Figure, axes: Axes, count: int) -> None:
+    scale = ScalarMappable(Normalize(1, count), _DEPTH)
+    bar = figure.colorbar(scale, ax=axes, pad=0.01, aspect=40, ticks=MaxNLocator(integer=True))
+    bar.set_label("decision, front to back")
+    bar.outline.set_visible(False)
+
+
 def _figure(width: float = 5.8, height: float = 3.5) -> Figure:
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
@@ -191,9 +293,12 @@ def _figure(width: float = 5.8, height: float = 3.5) -> Figure:
 
 
 def _legend(axes: Axes) -> None:
-    """A row above the axes, where it covers no point."""
+    """A row above the axes, where it covers no point; what is drawn several times is named once."""
+    named = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.01, 1.0)}
-    axes.legend(**place, ncols=5, frameon=False, handletextpad=0.4, columnspacing=1.2)
+    size = 10 if len(named) < 4 else 8.5
+    look: dict[str, Any] = {"fontsize": size, "frameon": False, "handletextpad": 0.4, "columnspacing": 1.2}
+    axes.legend(named.values(), named.keys(), **place, **look, ncols=5)
 
 
 def _shorten(name: str) -> str:
@@ -203,6 +308,8 @@ def _shorten(name: str) -> str:
 
 def _save(figure: Figure, path: Path) -> Path:
     for axes in figure.axes:
+        if axes.get_label() == "<colorbar>":
+            continue
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color("#9AA0A6")
         axes.tick_params(colors=INK, labelsize=None)
