@@ -68,17 +68,20 @@ class Key:
     removed: tuple[int, ...]
 
 
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 250) -> float:
-    """Share of images [N, ...] (normalised) whose largest logit is their label [N], in [0, 1].
+def accuracy(
+    model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, batch_size: int = 250
+) -> float:
+    """Share of images [N, ...] whose largest logit is their label [N], in [0, 1].
 
-    The model is scored in the mode it is in; put it in eval mode first.
+    The model is scored in the mode it is in; put it in eval mode first. It is given the images batch by batch, as they
+    are; its logits are where the labels are.
 
     Raises:
         UserError: A logit is not a number.
     """
     with torch.inference_mode():
-        hits = torch.zeros((), dtype=torch.int64, device=images.device)
-        broken = torch.zeros((), dtype=torch.bool, device=images.device)
+        hits = torch.zeros((), dtype=torch.int64, device=labels.device)
+        broken = torch.zeros((), dtype=torch.bool, device=labels.device)
         for start in range(0, len(images), batch_size):
             part = slice(start, start + batch_size)
             logits = model(images[part])

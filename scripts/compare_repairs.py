@@ -43,7 +43,7 @@ def compare(cfg: DictConfig) -> None:
             seconds = time.perf_counter() - started
             line = f"ratio {ratio:.2f}  {repair:<14} search {100 * outcome.accuracy:6.2f}%  {seconds:6.2f} s"
             if with_test and data.test is not None:
-                network, _ = evaluator.network(outcome)
+                network = evaluator.network(outcome).network
                 on_test = accuracy(
                     network, prepared.images(data.test), data.test.labels.to(prepared.settings.device)
                 )

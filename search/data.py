@@ -6,7 +6,7 @@ judges candidates and nothing else. `test`: read once, for the final figures.
 
 import hashlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +62,7 @@ class Data:
         augment: whether fine-tuning may crop and flip the images.
         fingerprint: short SHA-256 of all pixels, labels and the split.
         loader: the user's own training batches (images, labels), used for fine-tuning in place of `train`.
+        stream: makes such batches of a batch size and a seed, where the training images do not fit in memory.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Data:
     augment: bool
     fingerprint: str
     loader: Iterable[Any] | None = None
+    stream: Callable[[int, int], Iterable[Any]] | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -83,11 +85,14 @@ class Data:
 
     def normalise(self, images: Tensor) -> Tensor:
         """Float32 network input from uint8 pixels [N, C, H, W]; float images pass as they are."""
-        if images.is_floating_point():
-            return images
-        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
-        return images.to(torch.float32).mul_(1 / (255 * std)).sub_(mean / std)
+        return images if images.is_floating_point() else scaled(images, self.mean, self.std)
+
+
+def scaled(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Float32 [N, C, H, W] from uint8 pixels: scaled to [0, 1], less the mean, by the standard deviation."""
+    means = torch.tensor(mean, device=images.device).view(-1, 1, 1)
+    deviations = torch.tensor(std, device=images.device).view(-1, 1, 1)
+    return images.to(torch.float32).mul_(1 / (255 * deviations)).sub_(means / deviations)
 
 
 def digits(search_images: int | None = None, split_seed: int = 0) -> Data:
@@ -107,7 +112,7 @@ def digits(search_images: int | None = None, split_seed: int = 0) -> Data:
     bunch = load_digits()
     pixels = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
     everything = Split(pixels, torch.from_numpy(bunch.target).to(torch.int64))
-    order = _stratified(everything.labels, seed=0)
+    order = stratified(everything.labels, seed=0)
     held_out = len(everything) // 5
     test, rest = (
         everything.take(order[:held_out].sort().values),
@@ -148,8 +153,7 @@ def cifar10(
         UserError: files or columns missing, undecodable or wrong images, labels outside the classes,
             hub out of reach, `search_images` out of reach.
     """
-    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise UserError(f"data.mean={list(mean)}, data.std={list(std)}: needs 3 numbers each, std above 0")
+    check_scaling(mean, std)
     tables = _hub_tables() if path is None else _local_tables(Path(path))
     train, test = (_decoded(f"cifar10 {part}", table) for part, table in tables.items())
     train, search = split_off("cifar10", train, _default(search_images, CIFAR10_DEFAULT_SEARCH), split_seed)
@@ -233,9 +237,19 @@ def split_off(name: str, split: Split, search_images: int, seed: int) -> tuple[S
             f"search.images={search_images}: {name} has {len(split)} training images, "
             f"from 1 to {len(split) - 1} can be split off for the search"
         )
-    order = _stratified(split.labels, seed)
+    order = stratified(split.labels, seed)
     chosen, rest = order[:search_images].sort().values, order[search_images:].sort().values
     return split.take(rest), split.take(chosen)
+
+
+def check_scaling(mean: Sequence[float], std: Sequence[float]) -> None:
+    """Refuse what pixels of three channels cannot be scaled with.
+
+    Raises:
+        UserError: not three numbers each, or a deviation that is not above 0.
+    """
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise UserError(f"data.mean={list(mean)}, data.std={list(std)}: needs 3 numbers each, std above 0")
 
 
 def check_split(name: str, split: Split, classes: int) -> None:
@@ -280,15 +294,16 @@ def _default(value: int | None, otherwise: int) -> int:
     return otherwise if value is None else value
 
 
-def _stratified(labels: Tensor, seed: int) -> Tensor:
-    """A random order of all images, by `seed`; every leading part of it holds the classes in their shares."""
+def stratified(labels: Tensor, seed: int) -> Tensor:
+    """A random order of all images, by `seed`; every part of it in a row holds the classes in their shares."""
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    position = torch.empty(len(labels), dtype=torch.float64)
-    for label in labels.unique():
-        members = shuffled[labels[shuffled] == label]
-        # Spread over [0, 1): sorting all classes by it interleaves them evenly.
-        position[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
-    return shuffled[position[shuffled].argsort(stable=True)]
+    _, classes, counts = labels[shuffled].unique(return_inverse=True, return_counts=True)
+    by_class = classes.argsort(stable=True)
+    number = torch.empty_like(by_class)  # of each image among those of its class, in the random order
+    number[by_class] = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    # Spread over [0, 1): sorting all classes by it interleaves them evenly.
+    position = (number.to(torch.float64) + 0.5) / counts[classes]
+    return shuffled[position.argsort(stable=True)]
 
 
 def _local_tables(folder: Path) -> dict[str, Any]:

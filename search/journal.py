@@ -33,6 +33,7 @@ class Journal:
         header: What evaluations depend on: configuration, fingerprints, threads, layout, versions.
         problem: Reads strategies back.
         may_grow: Dotted names of header entries that may be larger than they were.
+        ordered: Whether evaluations will be asked for in the order of the file; if not, none is missed.
 
     Raises:
         UserError: Another run holds the folder, the file is damaged, or the header differs (every difference
@@ -40,7 +41,13 @@ class Journal:
     """
 
     def __init__(
-        self, folder: Path, header: Mapping[str, Any], problem: Problem, *, may_grow: tuple[str, ...] = ()
+        self,
+        folder: Path,
+        header: Mapping[str, Any],
+        problem: Problem,
+        *,
+        may_grow: tuple[str, ...] = (),
+        ordered: bool = True,
     ):
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(folder)
@@ -59,6 +66,8 @@ class Journal:
             self._lock.close()
             raise
         self._found = len(self._known)
+        if not ordered:
+            self._replay.clear()
         self._write_back([{"header": dict(header)}, *lines[1:]])
         self._file: IO[str] = self._path.open("a", encoding="utf-8")
 

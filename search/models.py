@@ -7,6 +7,8 @@ Networks:
     mobilenet: MobileNet-V1 (Howard et al., arXiv 1704.04861) with stride 1 in its first convolution.
     mobilenet_v2 (Sandler et al., arXiv 1801.04381), vgg16 (Simonyan and Zisserman, arXiv 1409.1556):
         for 32 x 32 images, with batch norm; their weights are the user's.
+    resnet50: for ImageNet (He et al., arXiv 1512.03385), with the layer names of torchvision, whose
+        published weights it loads.
 
 An option `model=x` is a file conf/model/x.yaml whose `_target_` is a function here, giving a ModelSource.
 """
@@ -77,8 +79,15 @@ class ModelSource:
             return trained_once(self.name, build, data, self.recipe)
         with seeded(0):
             model = build()
-        load_weights(model, self.weights, self.url, name=self.name)
+        load_weights(model, self.weights, self.url, name=self.name, images=_described(data))
         return model.eval()
+
+
+def _described(data: Data) -> str:
+    """What a network is built for, in messages; the digits are the default, and few weights are made for them."""
+    channels, height, width = data.image_shape
+    hint = "; weights for colour images go with data=cifar10" if data.name == "digits" else ""
+    return f" on data={data.name} ({channels} x {height} x {width}{hint})"
 
 
 # ---------------------------------------------------------------------------------------------------- sources
@@ -125,6 +134,11 @@ def mobilenet_v2(weights: str | None = None, url: str | None = None, original_lr
 def vgg16(weights: str | None = None, url: str | None = None, original_lr: float = 0.1) -> ModelSource:
     """VGG-16 with batch norm for 32 x 32 images."""
     return ModelSource("vgg16", partial(_build_for_images, VGG16), original_lr, weights, url)
+
+
+def resnet50(weights: str | None = None, url: str | None = None, original_lr: float = 0.1) -> ModelSource:
+    """ResNet-50 for ImageNet."""
+    return ModelSource("resnet50", partial(_build_for_images, ResNet50), original_lr, weights, url)
 
 
 def _build_resnet(depth: int, shortcut: str, shape: tuple[int, int, int], classes: int) -> nn.Module:
@@ -361,16 +375,74 @@ class VGG16(nn.Module):
         return self.classifier(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
 
 
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions, the last to four times the width, and a shortcut around them.
+
+    The stride is in the 3x3 convolution ("v1.5"), as the published weights want it; the paper has it in the
+    first 1x1.
+    """
+
+    EXPANSION = 4
+
+    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
+        super().__init__()
+        out_planes = planes * self.EXPANSION
+        self.conv1 = nn.Conv2d(in_planes, planes, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, out_planes, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_planes)
+        self.downsample = (
+            None
+            if stride == 1 and in_planes == out_planes
+            else _shortcut(in_planes, out_planes, stride, "conv")
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet50(nn.Module):
+    """ResNet-50 in torchvision's layout: 25,557,032 parameters, 4.09 G MACs for 224 x 224 images."""
+
+    STAGES = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))
+
+    def __init__(self, in_channels: int = 3, classes: int = 1000) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        width = 64
+        for number, (planes, count, stride) in enumerate(self.STAGES, start=1):
+            blocks = [Bottleneck(width, planes, stride)]
+            width = planes * Bottleneck.EXPANSION
+            blocks += [Bottleneck(width, planes, 1) for _ in range(count - 1)]
+            self.add_module(f"layer{number}", nn.Sequential(*blocks))
+        self.fc = nn.Linear(width, classes)
+        _kaiming(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, stride=2, padding=1)
+        out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
+        return self.fc(F.adaptive_avg_pool2d(out, 1).flatten(1))
+
+
 # ---------------------------------------------------------------------------------------------------- weights
 
 
-def load_weights(model: nn.Module, path: str | None, url: str | None, name: str = "model") -> None:
+def load_weights(
+    model: nn.Module, path: str | None, url: str | None, name: str = "model", images: str = ""
+) -> None:
     """Fill `model` from the user's file, or from the published address where no file is given.
 
     Args:
         path: .safetensors, or a pickle (.th, .pt, .pth) of a state dict, read with `weights_only=True`.
         url: its file's name ends with `-` and 8 or more leading hex digits of the SHA-256, which are checked.
         name: of the network, for messages.
+        images: what it was built for, for messages.
 
     Raises:
         UserError: neither given, unreadable, names or shapes that do not fit (listed), NaN or infinity.
@@ -388,7 +460,7 @@ def load_weights(model: nn.Module, path: str | None, url: str | None, name: str 
         raise UserError(
             f"{source}: NaN or infinite values in {_listed(broken)}; the checkpoint cannot be used"
         )
-    _fit(model, state, f"{source} does not fit model={name}")
+    _fit(model, state, f"{source} does not fit model={name}{images}")
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:

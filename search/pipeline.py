@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from agents.base import SearchTask
+from agents.base import SearchTask, TaskError
 from amc_env.encoding import Encoder, describe
 from amc_env.env import EnvHandle, PruningEnv
+from amc_env.errors import UserError
+from amc_env.evaluator import Start
 from amc_env.pruning.candidate import Keeps
 from search.data import Data
 from search.export import export_all
@@ -24,9 +25,11 @@ from search.journal import Journal
 from search.loop import Episode, Loop, Scored
 from search.preparation import Prepared, announce, make_evaluator, prepare
 from search.progress import Progress, SearchStatus
-from search.results import result_of, write_json
+from search.results import result_of, strategy_json, write_json
+from search.rounds import finetuned
 from search.settings import Settings
-from search.training import finetune, training_batches
+from search.stages import Stage, first_start, forget, next_start, stages
+from search.tuning import Tuner
 
 log = logging.getLogger(__name__)
 
@@ -71,24 +74,27 @@ class Finished:
     result: dict[str, Any]
 
 
-def search(prepared: Prepared, context: Context, progress: Progress, journal: Journal) -> tuple[Scored, Loop]:
+def search(
+    stage: Stage, start: Start, context: Context, progress: Progress, journal: Journal
+) -> tuple[Scored, Loop]:
     """Runs the agent; what earlier runs in the folder have scored is read back from the journal."""
-    settings = prepared.settings
+    prepared, settings = stage.prepared, stage.prepared.settings
     latest: dict[str, float] = {}
-    if journal.replayed:
-        log.info("going on with %d evaluations of %s", journal.replayed, context.folder)
-    evaluator = make_evaluator(prepared, journal)
-    loop = Loop(evaluator, settings.reward, _watcher(prepared, context, progress, latest))
-    settings.agent.search(
-        SearchTask(
-            problem=prepared.problem,
-            env=PruningEnv(env_handle(prepared, loop)),
-            score=loop.score,
-            episodes=settings.episodes,
-            seed=settings.seed,
-            on_update=latest.update,
-        )
+    evaluator = make_evaluator(prepared, journal, start)
+    before = (stage.number - 1) * settings.episodes
+    loop = Loop(evaluator, settings.reward, _watcher(prepared, context, progress, latest, before))
+    task = SearchTask(
+        problem=prepared.problem,
+        env=PruningEnv(env_handle(prepared, loop)),
+        score=loop.score,
+        episodes=settings.episodes,
+        seed=settings.seed,
+        on_update=latest.update,
     )
+    try:
+        settings.agent.search(task)
+    except TaskError as error:  # agents know no UserError
+        raise UserError(str(error)) from error
     return loop.best(settings.finalists.count, settings.finalists.repair), loop
 
 
@@ -106,16 +112,24 @@ def env_handle(prepared: Prepared, loop: Loop) -> EnvHandle:
 
 
 def _watcher(
-    prepared: Prepared, context: Context, progress: Progress, latest: Mapping[str, float]
+    prepared: Prepared, context: Context, progress: Progress, latest: Mapping[str, float], before: int
 ) -> Callable[[Episode], None]:
-    """What is shown and tracked of every episode; ``latest`` holds the agent's own figures."""
+    """What is shown and tracked of every episode.
+
+    Args:
+        prepared: The run, with the stage's budget.
+        context: Tracks.
+        progress: Shows.
+        latest: The agent's own figures.
+        before: Episodes of earlier stages.
+    """
     macs = prepared.problem.cost([0] * len(prepared.problem.grids))["macs"]
 
     def on_episode(episode: Episode) -> None:
         outcome, best = episode.scored.outcome, episode.best
         progress.episode(
             SearchStatus(
-                done=episode.number,
+                done=before + episode.number,
                 reward=episode.scored.reward,
                 best_reward=best.reward,
                 best_accuracy=best.outcome.accuracy,
@@ -131,7 +145,7 @@ def _watcher(
             "best/reward": best.reward,
             "best/accuracy": best.outcome.accuracy,
         }
-        context.track({**metrics, **latest}, episode.number)
+        context.track({**metrics, **latest}, before + episode.number)
 
     return on_episode
 
@@ -150,59 +164,69 @@ def run(model: nn.Module, data: Data, settings: Settings, context: Context) -> F
     """
     prepared = prepare(model, data, settings)
     announce(prepared)
-    header = _header(prepared, context)
+    settings.agent.check(prepared.problem)
+    head = header(prepared, context)
     # The journal's lock is held to the end: a second run in the folder would write over this one's files.
-    with Journal(context.folder, header, prepared.problem, may_grow=_MAY_GROW) as journal:
+    with Journal(context.folder, head, prepared.problem, may_grow=_MAY_GROW) as journal:
         context.begin()
         return _run(prepared, context, journal)
 
 
 def _run(prepared: Prepared, context: Context, journal: Journal) -> Finished:
     settings = prepared.settings
-    with Progress(episodes=settings.episodes, epochs=settings.finetune.epochs) as progress:
-        progress.start("search")
-        best, loop = search(prepared, context, progress, journal)
-        write_json(context.folder / "strategy.json", best.outcome.strategy.to_json())
-        pruned, keeps = loop.evaluator.network(best.outcome)
-        networks = {"base": prepared.model, "pruned": pruned}
+    if journal.replayed:
+        log.info("going on with %d evaluations of %s", journal.replayed, context.folder)
+    else:
+        forget(context.folder)
+    with Progress(episodes=settings.all_episodes, epochs=settings.all_epochs) as progress:
+        tune = Tuner(prepared, _epoch_watcher(context, progress))
+        last, best, loop = _searched(prepared, context, progress, journal, tune)
+        write_json(context.folder / "strategy.json", strategy_json(last, best.outcome))
+        pruned = loop.evaluator.network(best.outcome)
+        networks = {"base": prepared.model, "pruned": pruned.network}
         if settings.finetune.epochs:
             progress.start("fine-tune")
-            networks["finetuned"] = _finetuned(prepared, pruned, context, progress)
-    small = networks.get("finetuned", pruned)
+            pruned = finetuned(last, loop.evaluator, best.outcome, tune)
+            networks["finetuned"] = pruned.network
     example = prepared.images(prepared.data.search, 4)
     exports = export_all(
-        small, keeps, example, context.folder, settings.export, context.model, original=prepared.model
+        pruned.network,
+        pruned.keeps,
+        example,
+        context.folder,
+        settings.export,
+        context.model,
+        original=prepared.model,
     )
-    result = {"model": context.model, "command": context.command}
-    result |= result_of(prepared, networks, best, loop, exports)
+    result = {"model": context.model, "command": context.command, "resumed": journal.replayed > 0}
+    result |= result_of(last, networks, best, loop, exports)
     write_json(context.folder / "result.json", result)
-    return Finished(small, keeps, result["strategy"], result)
+    return Finished(pruned.network, pruned.keeps, result["strategy"], result)
 
 
-def _finetuned(prepared: Prepared, pruned: nn.Module, context: Context, progress: Progress) -> nn.Module:
-    settings = prepared.settings
-    network = copy.deepcopy(pruned)
+def _searched(
+    prepared: Prepared, context: Context, progress: Progress, journal: Journal, tune: Tuner
+) -> tuple[Prepared, Scored, Loop]:
+    """All searches of a run; the last stage with its best strategy and the loop that found it."""
+    start = first_start(prepared, context.folder, tune)
+    for stage in stages(prepared):
+        progress.start("search")
+        best, loop = search(stage, start, context, progress, journal)
+        if stage.last:
+            break
+        start = next_start(stage, loop.evaluator, best.outcome, context.folder, tune)
+    return stage.prepared, best, loop
 
-    def on_epoch(epoch: int, loss: float, lr: float, seconds: float) -> None:
+
+def _epoch_watcher(context: Context, progress: Progress) -> Callable[[int, float, float], None]:
+    def on_epoch(epoch: int, loss: float, lr: float) -> None:
         progress.epoch(epoch, loss)
         context.track({"finetune/loss": loss, "finetune/lr": lr}, epoch)
 
-    chosen = settings.finetune
-    finetune(
-        network,
-        training_batches(prepared.data, chosen.batch_size, settings.seed, settings.device),
-        epochs=chosen.epochs,
-        lr=chosen.lr_fraction * settings.original_lr,
-        momentum=chosen.momentum,
-        weight_decay=chosen.weight_decay,
-        seed=settings.seed,
-        device=settings.device,
-        on_epoch=on_epoch,
-    )
-    return network.eval()
+    return on_epoch
 
 
-def _header(prepared: Prepared, context: Context) -> dict[str, Any]:
+def header(prepared: Prepared, context: Context) -> dict[str, Any]:
     """What evaluations depend on."""
     return {
         "config": dict(context.config),
@@ -210,7 +234,23 @@ def _header(prepared: Prepared, context: Context) -> dict[str, Any]:
         "data": prepared.data.fingerprint,
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "numpy", "gymnasium", "stable-baselines3")},
+        **_training(prepared.settings),
     }
+
+
+def _training(settings: Settings) -> dict[str, Any]:
+    """What evaluations depend on further where the weights that they begin with are trained within the run."""
+    found: dict[str, Any] = {}
+    if settings.trains_between:
+        found |= {"training": asdict(settings.finetune), "regularization": repr(settings.regularization)}
+    if settings.stages:  # a stage begins with the best of the one before: more episodes may find another
+        found["stages"] = {
+            "shares": list(settings.stages),
+            "episodes": settings.episodes,
+            "finalists": asdict(settings.finalists),
+            "schedule": asdict(settings.schedule),
+        }
+    return found
 
 
 def _fingerprint(model: nn.Module) -> str:

@@ -18,7 +18,16 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from search.formatting import budget_lines, comparison, duration, percent
+from search.formatting import (
+    budget_lines,
+    comparison,
+    duration,
+    history_line,
+    masked,
+    pattern_line,
+    percent,
+    storage_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -212,6 +221,21 @@ def final_table(
     console.print(table)
     for line, met in budget_lines(result):
         console.print(Text(f"budget: {line}", style="" if met else "bold red"), soft_wrap=True)
+    _tell_masked(result, console)
+    if history := history_line(result):
+        console.print(Text(f"weights: {history}"), soft_wrap=True)
     for name, path in (("run folder", folder), ("report", report)):
         if path is not None:
             console.print(Text(f"{name}: {path}"), soft_wrap=True)
+
+
+def _tell_masked(result: Mapping[str, Any], console: Console) -> None:
+    """What zeros bring: stored size, whether an n:m pattern holds, and which hardware gains."""
+    if not masked(result):
+        return
+    if rows := storage_rows(result):
+        sizes = [f"{s.format} {s.weights} {s.size}" + (f" ({s.share})" if s.share else "") for s in rows]
+        console.print(Text(f"stored: {', '.join(sizes)}"), soft_wrap=True)
+    if pattern := pattern_line(result):
+        console.print(Text(f"pattern: {pattern[0]}", style="" if pattern[1] else "bold red"), soft_wrap=True)
+    console.print(Text(f"speed: {result['granularity']['speed']}"), soft_wrap=True)

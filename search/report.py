@@ -25,9 +25,13 @@ from search.formatting import (
     comparison,
     cost_name,
     duration,
+    history_line,
+    masked,
+    pattern_line,
     percent,
-    quantity,
+    size,
     split_name,
+    storage_rows,
 )
 from search.plots import Candidate, Width, plot_channels, plot_finetune, plot_reward, plot_tradeoff
 
@@ -154,11 +158,10 @@ def headline(result: Mapping[str, Any]) -> str:
         accuracies = (
             f"{before} on the {split_name(base['split'])} → {after} on the {split_name(final['split'])}"
         )
-    cost = (result.get("budget") or {}).get("cost", "macs")
+    cost = (result.get("budget") or {}).get("cost", "params" if masked(result) else "macs")
     cost = cost if base.get(cost) and final.get(cost) is not None else "macs"
-    return (
-        f"{model} to {percent(final[cost] / base[cost], 1)} of its {cost_name(cost)}: {accuracies} {state}."
-    )
+    share, name = percent(final[cost] / base[cost], 1), cost_name(cost, masked(result))
+    return f"{model} to {share} of its {name}: {accuracies} {state}."
 
 
 def _view(run: RunFiles) -> dict[str, Any]:
@@ -170,10 +173,15 @@ def _view(run: RunFiles) -> dict[str, Any]:
         "asked": _asked(result),
         "table": table,
         "budgets": budget_lines(result),
+        "masked": masked(result),
+        "granularity": {"speed": "", "unit": ""} | (result.get("granularity") or {}),
+        "history": history_line(result),
+        "storage": storage_rows(result),
+        "pattern": pattern_line(result),
         "pictures": _pictures(run),
-        "decisions": [_decision_row(name, decision) for name, decision in run.decisions.items()],
+        "decisions": [_decision_row(result, name, decision) for name, decision in run.decisions.items()],
         "whole": _whole(result),
-        "exports": [(Path(e["path"]).name, f"{quantity(e['bytes'])}B") for e in _kept_exports(result)],
+        "exports": [(Path(e["path"]).name, size(e["bytes"])) for e in _kept_exports(result)],
         "failed": [(e["format"], e["error"]) for e in result.get("exports") or [] if e.get("error")],
         "snippets": _snippets(result),
         "command": result.get("command") or "",
@@ -187,17 +195,29 @@ def _view(run: RunFiles) -> dict[str, Any]:
 def _asked(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Short facts about the search, as (what, value)."""
     search = result.get("search") or {}
-    facts = [("data", result.get("data")), ("agent", search.get("agent")), ("seed", search.get("seed"))]
-    if "episodes" in search:
-        facts.append(("episodes", search["episodes"]))
+    facts = [
+        ("data", result.get("data")),
+        ("granularity", _granularity_name(result)),
+        ("agent", search.get("agent")),
+        ("seed", search.get("seed")),
+    ]
+    if search.get("stages") or search.get("episodes") != 1:  # else nothing was searched
+        facts += _of_the_search(search, resumed=bool(result.get("resumed")))
+    return [(name, str(value)) for name, value in facts if value is not None]
+
+
+def _of_the_search(search: Mapping[str, Any], resumed: bool) -> Iterator[tuple[str, Any]]:
+    last = ", last stage" if search.get("stages") else ""
+    if last:
+        yield "stages", ", ".join(f"{100 * ratio:.3g}%" for ratio in search["stages"])
+    yield f"episodes{last}", search.get("episodes")
     if "evaluations" in search:
         again = f", {search['cache_hits']} met again" if search.get("cache_hits") is not None else ""
-        facts.append(("evaluations", f"{search['evaluations']}{again}"))
+        yield f"evaluations{last}", f"{search['evaluations']}{again}"
     if search.get("seconds") is not None:
-        facts.append(("search time", duration(search["seconds"])))
+        yield f"search time{last}{', this session' if resumed else ''}", duration(search["seconds"])
     if search.get("best_reward") is not None:
-        facts.append(("best reward", f"{search['best_reward']:.4f}"))
-    return [(name, str(value)) for name, value in facts if value is not None]
+        yield "best reward", f"{search['best_reward']:.4f}"
 
 
 def _pictures(run: RunFiles) -> list[Picture]:
@@ -206,39 +226,73 @@ def _pictures(run: RunFiles) -> list[Picture]:
 
 
 def _channels_picture(run: RunFiles) -> Picture | None:
-    widths = [Width(name, d["total"] - d["removed"], d["total"]) for name, d in run.decisions.items()]
+    zeros = masked(run.result)
+    widths = _weights_kept(run) if zeros else _channels_kept(run)
     if not widths:
         return None
-    path = plot_channels(widths, run.folder / "plots" / "channels.png")
+    unit = "weights" if zeros else "channels"
+    path = plot_channels(widths, run.folder / "plots" / "channels.png", unit)
     caption = "Channels kept per decision, front to back, before the original network's. Coupled layers share one decision."
+    if zeros:
+        caption = (
+            "Weights kept per layer, front to back, before all weights of the layer; the others are zero."
+        )
+        pattern = run.result.get("pattern")
+        caption += f" A layer is dense or keeps {pattern['n']} of every {pattern['m']}." if pattern else ""
     shape = "plain" if len(widths) <= 12 else "long" if len(widths) <= 30 else "longer"
-    return Picture("What was kept", caption, _data_uri(path), shape)
+    return Picture("Weights kept" if zeros else "What was kept", caption, _data_uri(path), shape)
+
+
+def _channels_kept(run: RunFiles) -> list[Width]:
+    return [Width(name, d["total"] - d["removed"], d["total"]) for name, d in run.decisions.items()]
+
+
+def _weights_kept(run: RunFiles) -> list[Width]:
+    layers = run.result.get("layers") or {}
+    return [Width(name, layers[name]["nonzero"], layers[name]["weights"]) for name in run.decisions]
 
 
 def _reward_picture(run: RunFiles) -> Picture | None:
-    rewards = run.series("episode/reward")
-    if not rewards:
+    rewards, search = run.series("episode/reward"), run.result.get("search") or {}
+    if len(rewards) < 2:
         return None
-    warmup = int((run.result.get("search") or {}).get("warmup") or 0)
-    note = _budget_note(run.result)
-    path = plot_reward(list(rewards.values()), run.folder / "plots" / "reward.png", warmup, note)
+    warmup = int(search.get("warmup") or 0)
+    stages = _boundaries(list(rewards), search.get("stage_episodes") or math.inf)
+    path = plot_reward(
+        list(rewards.values()), run.folder / "plots" / "reward.png", warmup, _budget_note(run.result), stages
+    )
     caption = "Reward of every episode and the best so far, from accuracies on the search split."
+    if stages:
+        caption += (
+            " Each stage searches under its own budget, from the network that the one before left: rewards of "
+            "different stages do not compare."
+        )
     return Picture("The search", caption, _data_uri(path))
+
+
+def _boundaries(steps: list[int], each: float) -> list[int]:
+    """How many episodes lie before each further stage, whose steps begin after a multiple of ``each``."""
+    numbers = [(step - 1) // each for step in steps]
+    return [place for place in range(1, len(steps)) if numbers[place] != numbers[place - 1]]
 
 
 def _tradeoff_picture(run: RunFiles) -> Picture | None:
     cost, whole, limit = _cost_axis(run.result)
-    points = [(e, _candidate(e, cost, whole)) for e in run.evaluations if cost in e["costs"]]
-    if not points or not whole:
+    start = ((run.result.get("search") or {}).get("start") or ["original"])[-1]
+    scored = [e for e in run.evaluations if cost in e["costs"] and e.get("start", start) == start]
+    if len({tuple(e["removed"]) for e in scored}) < 2 or not whole:
         return None
+    points = [(e, _candidate(e, cost, whole)) for e in scored]
     delivered = [decision["removed"] for decision in run.decisions.values()]
     # The last of equals: a strategy may have been scored once more, by a dearer repair, before it was delivered.
     best = next((point for e, point in reversed(points) if e["removed"] == delivered), None)
-    candidates = [point for _, point in points]
-    path = plot_tradeoff(candidates, run.folder / "plots" / "tradeoff.png", cost, limit=limit, best=best)
+    candidates, path = [point for _, point in points], run.folder / "plots" / "tradeoff.png"
+    plot_tradeoff(candidates, path, cost, limit=limit, best=best, masked=masked(run.result))
+    of = "that the last stage " if (run.result.get("search") or {}).get("stages") else ""
     caption = (
-        "All strategies scored. Accuracies are on the search split, before fine-tuning: it was split off the training "
-        "data, which a pretrained network has seen, so they compare strategies and do not predict the test accuracy."
+        f"All strategies {of}scored. Accuracies are on the search split, before fine-tuning: it was split off the "
+        "training data, which a pretrained network has seen, so they compare strategies and do not predict the test "
+        "accuracy."
     )
     return Picture("Accuracy against cost", caption, _data_uri(path))
 
@@ -250,7 +304,11 @@ def _finetune_picture(run: RunFiles) -> Picture | None:
     path = plot_finetune(
         list(losses.values()), run.folder / "plots" / "finetune.png", run.series("finetune/accuracy") or None
     )
-    return Picture("Fine-tuning", "Training loss per epoch; the last epoch is the one kept.", _data_uri(path))
+    caption = "Training loss per epoch; the last epoch is the one kept."
+    search = run.result.get("search") or {}
+    if search.get("stages") or search.get("rounds") or "start" in search:
+        caption += " All trainings of the run follow one another: the loss jumps where more is pruned."
+    return Picture("Fine-tuning", caption, _data_uri(path))
 
 
 def _cost_axis(result: Mapping[str, Any]) -> tuple[str, float, float | None]:
@@ -271,17 +329,27 @@ def _budget_note(result: Mapping[str, Any]) -> str:
     budget = result.get("budget")
     if not budget:
         return ""
-    if budget.get("ratio") is not None:
-        return f"budget {100 * budget['ratio']:.3g}% of {cost_name(budget['cost'])}"
-    return f"budget {amount(budget['cost'], budget['limit'])} {cost_name(budget['cost'])}"
+    name = cost_name(budget["cost"], masked(result))
+    stages = (result.get("search") or {}).get("stages") or [budget.get("ratio")]
+    if stages[-1] is not None:
+        return f"budget {', '.join(f'{100 * ratio:.3g}%' for ratio in stages)} of {name}"
+    return f"budget {amount(budget['cost'], budget['limit'])} {name}"
 
 
-def _decision_row(name: str, decision: Mapping[str, Any]) -> dict[str, Any]:
+def _granularity_name(result: Mapping[str, Any]) -> str | None:
+    """As conf has it; of n:m with its numbers."""
+    granularity = result.get("granularity") or {}
+    return f"{granularity['n']}:{granularity['m']}" if "n" in granularity else granularity.get("name")
+
+
+def _decision_row(result: Mapping[str, Any], name: str, decision: Mapping[str, Any]) -> dict[str, Any]:
     removed, total = decision["removed"], decision["total"]
+    kept = f"{total - removed:,} / {total:,}"
+    if "pattern" in result:
+        kept = f"{total - removed}:{total}" if removed else "dense"
     return {
         "name": name,
-        "kept": total - removed,
-        "total": total,
+        "kept": kept,
         "ratio": percent(removed / total, 1),
         "share": 1 - removed / total,
     }

@@ -11,13 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from amc_env.evaluator import Outcome, accuracy
+from amc_env.evaluator import ORIGINAL, Outcome, accuracy
 from amc_env.latency import measure
+from search.data import Split
 from search.export import Exported
 from search.loop import Loop, Scored
 from search.preparation import Prepared
+from search.settings import StorageBudget
+from search.sparsity import granularity_of, sparsity_of
+from search.stages import chain
+
+
+def strategy_json(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:
+    """The content of strategy.json: counts, granularity and, but for the original, the weights they were cut from.
+
+    Those are named as the chain that led to them: ``["original", "stage 1 (0.5)"]``.
+    """
+    granularity = {"granularity": prepared.settings.granularity.name}
+    return outcome.strategy.to_json() | granularity | _start(prepared, outcome)
+
+
+def _start(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:
+    return {"start": chain(prepared.settings, outcome.start)} if outcome.start != ORIGINAL else {}
 
 
 def result_of(
@@ -36,11 +53,13 @@ def result_of(
     budgets = _budgets(prepared, best.outcome)
     return {
         "data": prepared.data.name,
+        "granularity": granularity_of(prepared.settings.granularity),
         **_stages(prepared, networks, best.outcome),
         "budget": min(budgets, key=lambda b: b["ratio"], default=None),
         "budgets": budgets,
         "search": _search(prepared, best, loop),
         "strategy": dict(zip(strategy.names, strategy.ratios, strict=True)),
+        **sparsity_of(prepared, networks.get("finetuned", networks["pruned"]), strategy),
         "whole": [{"name": w.name, "reason": w.reason} for w in prepared.graph.whole],
         "exports": [_export(export) for export in exports],
         "latency_batch": prepared.settings.latency.batch,
@@ -51,23 +70,38 @@ def result_of(
 def _stages(prepared: Prepared, networks: Mapping[str, nn.Module], outcome: Outcome) -> dict[str, Any]:
     settings, data = prepared.settings, prepared.data
     name, split = ("search", data.search) if data.test is None else ("test", data.test)
-    images, labels = prepared.images(split), split.labels.to(settings.device)
     example = prepared.images(data.search, settings.latency.batch)
     latency = measure(networks, example, repeats=settings.latency.repeats) if settings.latency.repeats else {}
     whole = prepared.problem.cost([0] * len(prepared.problem.grids))
+    dense = {f"dense_{cost}": round(whole[cost]) for cost in ("macs", "params") if prepared.masked}
     stages: dict[str, Any] = {"base": None, "pruned": None, "finetuned": None}
     for stage, network in networks.items():
         costs = whole if stage == "base" else outcome.costs
         stages[stage] = {
-            "accuracy": accuracy(network, images, labels),
-            **{cost: int(value) for cost, value in costs.items()},
+            "accuracy": _accuracy(prepared, network, split),
+            **{cost: round(value) for cost, value in costs.items()},
+            **dense,
             "latency_ms": latency.get(stage),
             "split": name,
         }
     return stages
 
 
+def _accuracy(prepared: Prepared, network: nn.Module, split: Split) -> float:
+    """Of a split that may be larger than the memory: its images are normalised batch by batch."""
+    device = prepared.settings.device
+
+    def logits(pixels: Tensor) -> Tensor:
+        found: Tensor = network(prepared.data.normalise(pixels.to(device)))
+        return found
+
+    return accuracy(logits, split.images, split.labels.to(device))
+
+
 def _budgets(prepared: Prepared, outcome: Outcome) -> list[dict[str, Any]]:
+    formats = {
+        b.cost: {"format": b.format} for b in prepared.settings.budgets if isinstance(b, StorageBudget)
+    }
     return [
         {
             "cost": budget.cost.name,
@@ -75,13 +109,19 @@ def _budgets(prepared: Prepared, outcome: Outcome) -> list[dict[str, Any]]:
             "limit": budget.limit,
             "value": budget.cost(outcome.strategy.removed),
             "met": budget.met(outcome.strategy.removed),
+            **formats.get(budget.cost.name, {}),
         }
         for budget in prepared.problem.budgets
     ]
 
 
 def _search(prepared: Prepared, best: Scored, loop: Loop) -> dict[str, Any]:
-    agent = prepared.settings.agent
+    agent, settings = prepared.settings.agent, prepared.settings
+    more: dict[str, Any] = _start(prepared, best.outcome)
+    if settings.stages:  # counts below are those of the last
+        more |= {"stages": list(settings.stages), "stage_episodes": settings.episodes}
+    if settings.schedule.rounds > 1:
+        more |= {"schedule": settings.schedule.shape, "rounds": settings.schedule.rounds}
     return {
         "agent": agent.name,
         "episodes": loop.episodes,
@@ -93,6 +133,7 @@ def _search(prepared: Prepared, best: Scored, loop: Loop) -> dict[str, Any]:
         "search_accuracy": best.outcome.accuracy,
         "repair": best.outcome.repair,
         "warmup": getattr(agent, "warmup_episodes", 0),
+        **more,
     }
 
 

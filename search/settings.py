@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Literal
 
 from agents.base import Agent
 from agents.baselines import Uniform
 from amc_env.errors import UserError
-from amc_env.pruning.criteria import Norm
-from amc_env.pruning.granularity import Channel
+from amc_env.pruning.criteria import Criterion, Norm, check_fits
+from amc_env.pruning.granularity import Channel, Granularity
+from amc_env.pruning.regularization import NoRegularization, Regularization
+from amc_env.pruning.schedule import Schedule
 from amc_env.rewards import Error, RewardFunction
 
 REPAIRS = ("none", "least_squares", "batch_norm", "both", "sequential")
-COSTS = ("macs", "params")
+COSTS = ("macs", "params", "storage", "cycles")
 
 
 def _require(checks: dict[str, tuple[bool, object, str]]) -> None:
@@ -33,7 +37,7 @@ class BudgetSettings:
     """A limit on a cost.
 
     Attributes:
-        cost: ``macs`` or ``params``.
+        cost: ``macs``, ``params``, ``storage`` or ``cycles``.
         ratio: The share of the original cost that may remain, in (0, 1].
         limit: The same in the cost's unit; overrules ``ratio``.
     """
@@ -56,6 +60,57 @@ class BudgetSettings:
 
 
 @dataclass(frozen=True)
+class StorageBudget(BudgetSettings):
+    """A limit on the stored size of a masked network; see `amc_env.storage.Storage`.
+
+    Attributes:
+        format: ``eie``, ``csr`` or ``nm``; each layer takes it or dense, whichever is smaller.
+        value_bits: Bits of a weight in ``csr`` and ``nm``; EIE's are 4.
+    """
+
+    cost: str = "storage"
+    format: Literal["eie", "csr", "nm"] = "eie"
+    value_bits: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(
+            {
+                "budget.cost": (self.cost == "storage", self.cost, "storage, with budget=storage"),
+                "budget.format": (self.format in ("eie", "csr", "nm"), self.format, "eie, csr or nm"),
+                "budget.value_bits": (1 <= self.value_bits <= 64, self.value_bits, "in [1, 64]"),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class CyclesBudget(BudgetSettings):
+    """A limit on the cycles of an array processor; see `amc_env.cycles.Cycles`.
+
+    Attributes:
+        input_parallel: Input channels multiplied at once.
+        output_parallel: Output channels multiplied at once.
+        pixel_parallel: Pixels multiplied at once.
+    """
+
+    cost: str = "cycles"
+    input_parallel: int = 16
+    output_parallel: int = 16
+    pixel_parallel: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(
+            {
+                "budget.cost": (self.cost == "cycles", self.cost, "cycles, with budget=cycles"),
+                "budget.input_parallel": (self.input_parallel >= 1, self.input_parallel, "at least 1"),
+                "budget.output_parallel": (self.output_parallel >= 1, self.output_parallel, "at least 1"),
+                "budget.pixel_parallel": (self.pixel_parallel >= 1, self.pixel_parallel, "at least 1"),
+            }
+        )
+
+
+@dataclass(frozen=True)
 class RepairSettings:
     """How cut networks are mended before they are scored.
 
@@ -65,6 +120,7 @@ class RepairSettings:
         per_image: Output positions sampled from each.
         norm_images: Training images that batch norms are re-estimated on.
         ridge: Ridge of the least squares, relative to the mean variance of a layer's inputs.
+        mask_ridge: The same where weights are masked; it pulls towards the trained weights.
     """
 
     name: str = "least_squares"
@@ -72,6 +128,7 @@ class RepairSettings:
     per_image: int = 16
     norm_images: int = 500
     ridge: float = 1e-6
+    mask_ridge: float = 1e-3
 
     def __post_init__(self) -> None:
         _require(
@@ -81,6 +138,7 @@ class RepairSettings:
                 "repair.per_image": (self.per_image >= 1, self.per_image, "at least 1"),
                 "repair.norm_images": (self.norm_images >= 2, self.norm_images, "at least 2"),
                 "repair.ridge": (self.ridge > 0, self.ridge, "above 0"),
+                "repair.mask_ridge": (self.mask_ridge > 0, self.mask_ridge, "above 0"),
             }
         )
 
@@ -116,6 +174,9 @@ class FinetuneSettings:
         batch_size: Images a step.
         momentum: Of SGD, Nesterov's.
         weight_decay: L2 weight decay.
+        distillation: Share of the loss that follows the original network's outputs, in [0, 1]; 0: none (Hinton et
+            al., arXiv 1503.02531).
+        temperature: At which they are compared.
     """
 
     epochs: int = 10
@@ -123,6 +184,8 @@ class FinetuneSettings:
     batch_size: int = 128
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    distillation: float = 0.0
+    temperature: float = 4.0
 
     def __post_init__(self) -> None:
         _require(
@@ -132,6 +195,8 @@ class FinetuneSettings:
                 "finetune.batch_size": (self.batch_size >= 2, self.batch_size, "at least 2"),
                 "finetune.momentum": (0 <= self.momentum < 1, self.momentum, "in [0, 1)"),
                 "finetune.weight_decay": (self.weight_decay >= 0, self.weight_decay, "at least 0"),
+                "finetune.distillation": (0 <= self.distillation <= 1, self.distillation, "in [0, 1]"),
+                "finetune.temperature": (self.temperature > 0, self.temperature, "above 0"),
             }
         )
 
@@ -181,6 +246,10 @@ class Settings:
         agent: Who decides.
         episodes: Episodes, or evaluations of agents that do not step.
         budgets: Limits that must hold; none for an accuracy-guaranteed search.
+        stages: Shares of the first budget's cost, falling: one search each, from the network that the one before
+            left, pruned and fine-tuned. Empty: one search.
+        schedule: Rounds over which the strategy found is reached, fine-tuned after each.
+        regularization: Loss term before and while channels or weights are cut.
         enforce_budget: Whether the environment raises actions to the bound.
         fill_budget: Whether the environment uses the budget up at an episode's end (not in AMC).
         seed: Of the agent, of calibration positions and of fine-tuning.
@@ -192,8 +261,11 @@ class Settings:
     agent: Agent
     episodes: int
     budgets: tuple[BudgetSettings, ...] = (BudgetSettings("macs"),)
-    granularity: Channel = field(default_factory=Channel)
-    criterion: Norm = field(default_factory=Norm)
+    stages: tuple[float, ...] = ()
+    schedule: Schedule = field(default_factory=Schedule)
+    regularization: Regularization = field(default_factory=NoRegularization)
+    granularity: Granularity = field(default_factory=Channel)
+    criterion: Criterion = field(default_factory=Norm)
     repair: RepairSettings = field(default_factory=RepairSettings)
     finalists: FinalistSettings = field(default_factory=FinalistSettings)
     reward: RewardFunction = field(default_factory=Error)
@@ -219,7 +291,44 @@ class Settings:
                 "this reward judges strategies that miss the budget, which the bound on the action lets none "
                 "do: set enforce_budget=false, or take reward=error"
             )
+        check_fits(self.criterion, self.granularity.name)
+        self._check_training()
         if isinstance(self.agent, Uniform) and self.agent.ratio is None and not self.budgets:
             raise UserError(
                 "agent=uniform needs a budget, or a ratio of its own: set agent.ratio, like agent.ratio=0.5"
             )
+
+    def _check_training(self) -> None:
+        """Refuses stages and rounds that there is nothing to train or no budget for."""
+        rounds, epochs = self.schedule.rounds, self.finetune.epochs
+        falling = all(a > b for a, b in pairwise(self.stages)) and all(0 < r <= 1 for r in self.stages)
+        _require(
+            {
+                "search.stages": (falling, list(self.stages), "shares in (0, 1], each below the one before"),
+                "schedule.rounds": (
+                    rounds == 1 or rounds <= epochs,
+                    rounds,
+                    f"at most finetune.epochs={epochs}: every round is fine-tuned",
+                ),
+            }
+        )
+        if self.stages and (len(self.budgets) != 1 or not epochs):
+            raise UserError(
+                f"search.stages={list(self.stages)} are shares of one budget's cost, fine-tuned between: set one "
+                "budget (budget=params) and finetune.epochs above 0"
+            )
+
+    @property
+    def trains_between(self) -> bool:
+        """Whether weights that candidates are cut from are trained within the run."""
+        return len(self.stages) > 1 or self.regularization.before_epochs > 0
+
+    @property
+    def all_episodes(self) -> int:
+        """Episodes of all stages."""
+        return self.episodes * max(1, len(self.stages))
+
+    @property
+    def all_epochs(self) -> int:
+        """Epochs of all trainings of the run."""
+        return self.regularization.before_epochs + self.finetune.epochs * max(1, len(self.stages))

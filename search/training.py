@@ -6,7 +6,7 @@ Only training images are read here: neither the search nor the test split.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol
 
@@ -144,7 +144,9 @@ class LoaderBatches:
 
 
 def training_batches(data: Data, batch_size: int, seed: int, device: str | torch.device) -> Batches:
-    """What to fine-tune on: the user's loader where `data` has one, else augmented `data.train`."""
+    """What to fine-tune on: the stream or the user's loader where `data` has one, else augmented `data.train`."""
+    if data.stream is not None:
+        data = replace(data, loader=data.stream(batch_size, seed))
     if data.loader is not None:
         return LoaderBatches(data, device)
     return AugmentedBatches(data.train, data, batch_size, seed, device)

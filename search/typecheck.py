@@ -22,6 +22,7 @@ _TOP: dict[str, Any] = {
     "fill_budget": bool,
     "search.episodes": int,
     "search.images": int | None,
+    "search.stages": list[float],
     "export": list[str],
 }
 _UNTARGETED: dict[str, Callable[..., Any]] = {
@@ -66,12 +67,15 @@ def _sections(cfg: DictConfig) -> Iterator[str]:
     ):
         node = cfg.get(name)
         if not isinstance(node, DictConfig):
-            yield f"{name}={node} is no section of settings; see amc-search --help"
+            yield f"{name}={node} is no section of settings; see --help"
 
 
 def _of_section(section: str, node: Any) -> list[str]:
     if not isinstance(node, DictConfig):
         return []
+    if section == "search":
+        known = [name.removeprefix("search.") for name in _TOP if name.startswith("search.")]
+        return [f"unknown key search.{key}; there are {', '.join(known)}" for key in node if key not in known]
     target = _UNTARGETED.get(section)
     if "_target_" in node:
         try:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
+import hydra
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from agents.base import Agent
 from amc_env.errors import UserError
@@ -23,12 +25,13 @@ from search.settings import (
     Settings,
 )
 from search.tracking import CsvTracker, Tracker, Trackers
+from search.typecheck import check_types
 
 log = logging.getLogger(__name__)
 
 Built = TypeVar("Built")
 
-_NOT_OF_THE_SEARCH = ("tracker", "finalists", "finetune", "export", "latency")
+_NOT_OF_THE_SEARCH = ("tracker", "finalists", "finetune", "schedule", "export", "latency")
 """Sections that change no evaluation: a run may be gone on with under others."""
 
 
@@ -50,6 +53,45 @@ def built(node: DictConfig, *, refusal: type[ValueError] = UserError, **more: An
         raise UserError(str(error)) from error
 
 
+def as_search(cfg: DictConfig, name: str, agent: Mapping[str, Any]) -> DictConfig:
+    """The configuration of another command as one of amc-search, whose other sections have their defaults.
+
+    Args:
+        cfg: The command's configuration.
+        name: Its file in conf.
+        agent: The section of an agent that does what the command does.
+
+    Raises:
+        UserError: There are settings that do not exist, or values of a wrong type; all in one message.
+    """
+    there = hydra.compose(name)
+    unknown = [str(section) for section in cfg if section not in there]
+    if unknown:
+        raise UserError(f"unknown key {', '.join(unknown)}; there are {', '.join(map(str, there))}")
+    whole = hydra.compose("search")
+    with open_dict(whole):
+        own = cfg.get("search")
+        whole.search = OmegaConf.merge(whole.search, own) if isinstance(own, DictConfig) else own
+        for section in cfg:
+            if section in whole and section != "search":
+                whole[section] = cfg._get_node(section)
+        whole.agent = OmegaConf.create(dict(agent))
+    check_types(whole)
+    return whole
+
+
+@contextmanager
+def at_the_top(names: Iterable[str]) -> Iterator[None]:
+    """Says in errors ``name`` for ``agent.name``: what is an agent's in a search is at the top of other commands."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for name in names:
+            text = text.replace(f"agent.{name}", name)
+        raise UserError(text) from error
+
+
 def settings_of(cfg: DictConfig, original_lr: float) -> Settings:
     """All settings of a run, checked; problems of different sections are raised together.
 
@@ -65,23 +107,27 @@ def settings_of(cfg: DictConfig, original_lr: float) -> Settings:
             problems.append(str(error))
             return None
 
-    budget: BudgetSettings | None = checked(lambda: built(cfg.budget) if cfg.budget.get("_target_") else None)
     parts = {
+        "budgets": checked(lambda: _budgets(cfg)),
         "agent": checked(lambda: _agent(cfg)),
         "granularity": checked(lambda: built(cfg.granularity)),
         "criterion": checked(lambda: built(cfg.criterion)),
         "repair": checked(lambda: built(cfg.repair)),
         "reward": checked(lambda: built(cfg.reward)),
+        "schedule": checked(lambda: built(cfg.schedule)),
+        "regularization": checked(lambda: built(cfg.regularization)),
         "scoring": checked(lambda: built(cfg.evaluator)),
         "finalists": checked(lambda: FinalistSettings(**_plain(cfg.finalists))),
         "finetune": checked(lambda: FinetuneSettings(**_plain(cfg.finetune))),
         "latency": checked(lambda: LatencySettings(**_plain(cfg.latency))),
     }
+    # What was refused is left at its default: so the others are checked as well.
+    fine = {"agent": None} | {name: part for name, part in parts.items() if part is not None}
     settings = checked(
         lambda: Settings(
-            **parts,
+            **fine,
             episodes=cfg.search.episodes,
-            budgets=() if budget is None else (budget,),
+            stages=tuple(cfg.search.stages),
             enforce_budget=cfg.enforce_budget,
             fill_budget=cfg.fill_budget,
             export=tuple(cfg.export),
@@ -94,6 +140,10 @@ def settings_of(cfg: DictConfig, original_lr: float) -> Settings:
         raise UserError("; ".join(problems))
     assert isinstance(settings, Settings)
     return settings
+
+
+def _budgets(cfg: DictConfig) -> tuple[BudgetSettings, ...]:
+    return (built(cfg.budget),) if cfg.budget.get("_target_") else ()
 
 
 def _agent(cfg: DictConfig) -> Agent:
@@ -147,12 +197,12 @@ def data_of(cfg: DictConfig) -> Data:
     return _expected("data", Data, built(cfg.data, search_images=cfg.search.images))
 
 
-def trackers(cfg: DictConfig, folder: Path) -> Trackers:
-    """metrics.csv and the chosen tracker."""
+def trackers(cfg: DictConfig, folder: Path, config: Mapping[str, Any]) -> Trackers:
+    """metrics.csv and the chosen tracker; where it keeps a configuration, that is ``config``."""
     chosen: list[Tracker] = [CsvTracker(folder)]
     more: dict[str, Any] = {"folder": folder}
     if "WandbTracker" in cfg.tracker.get("_target_", ""):
-        more["config"] = header_config(cfg)
+        more["config"] = config
     chosen.append(built(cfg.tracker, **more))
     return Trackers(chosen)
 

@@ -8,6 +8,8 @@ from hydra import compose, initialize_config_module
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from amc_env.errors import UserError
+from amc_env.pruning.criteria import CRITERIA, Criterion
 from search import wiring
 from search.data import Data
 from search.models import ModelSource
@@ -31,7 +33,8 @@ def needed(group: str, option: str) -> list[str]:
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=str)
 def test_every_option_composes_checks_and_instantiates(group: str, option: str, small_data: Data) -> None:
-    cfg = config(f"{group}={option}", *needed(group, option))
+    added = "+" if group == "experiment" else ""  # it is no section: it sets others
+    cfg = config(f"{added}{group}={option}", *needed(group, option))
     check_types(cfg)
     settings = wiring.settings_of(cfg, original_lr=0.1)
     assert settings.episodes == cfg.search.episodes
@@ -43,6 +46,18 @@ def test_every_option_composes_checks_and_instantiates(group: str, option: str, 
         assert callable(get_object(cfg[group]._target_))
     elif "_target_" in cfg.get(group, {}):
         assert instantiate(cfg[group]) is not None
+
+
+@pytest.mark.parametrize("criterion", CRITERIA, ids=lambda criterion: criterion.name)
+def test_a_criterion_s_file_makes_it_and_masks_take_what_fits_them(criterion: Criterion) -> None:
+    cfg = config(f"criterion={criterion.name}", "granularity=fine_grained")
+    if "fine_grained" in criterion.granularities:
+        assert wiring.settings_of(cfg, original_lr=0.1).criterion.name == criterion.name
+    else:
+        with pytest.raises(
+            UserError, match=f"criterion={criterion.name} does not fit granularity=fine_grained"
+        ):
+            wiring.settings_of(cfg, original_lr=0.1)
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=str)
@@ -67,8 +82,13 @@ def test_the_names_that_scripts_count_on_are_there() -> None:
     for group, option in OPTIONS:
         groups.setdefault(group, set()).add(option)
     assert {"digits_cnn", "digits_mlp", "resnet20", "resnet56", "mobilenet"} <= groups["model"]
-    assert {"none", "flops", "params"} <= groups["budget"]
-    assert {"ddpg", "uniform", "random"} <= groups["agent"]
+    assert groups["budget"] == {"none", "flops", "params", "storage", "cycles"}
+    assert {"ddpg", "uniform", "random", "sensitivity"} <= groups["agent"]
+    assert groups["granularity"] == {"channel", "fine_grained", "nm", "vector", "kernel"}
+    assert groups["criterion"] == {criterion.name for criterion in CRITERIA}
+    assert {"resnet20_fine_grained", "resnet50_fine_grained"} <= groups["experiment"]
+    assert groups["schedule"] == {"one_shot", "linear", "cubic"}
+    assert groups["regularization"] == {"none", "l1", "l2", "bn_scale", "group_lasso"}
     assert groups["repair"] == {"none", "least_squares", "batch_norm", "both", "sequential"}
     assert groups["tracker"] == {"none", "wandb", "tensorboard"}
     assert groups["preset"] == {"default", "amc_paper", "amc_release"}

@@ -15,10 +15,17 @@ FLOORS = (
     ("amc_env.strategy", "amc_env.surgery"),
     ("amc_env.layers",),
     ("amc_env.pruning",),
-    ("amc_env.costs", "amc_env.rewards", "amc_env.latency"),
+    (
+        "amc_env.costs",
+        "amc_env.cycles",
+        "amc_env.storage",
+        "amc_env.sparse",
+        "amc_env.rewards",
+        "amc_env.latency",
+    ),
     ("amc_env.budget",),
     ("amc_env.encoding",),
-    ("amc_env.evaluator",),
+    ("amc_env.evaluator", "amc_env.prefix"),
     ("amc_env.env",),
 )
 """Lowest first. A module may import what is on its own floor or below."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from amc_env.errors import UserError
+from amc_env.pruning.granularity import NM, FineGrained
 from search import compress, load_pruned, make_env
 from search.settings import LatencySettings, RepairSettings, Settings
 from search.wiring import default_agent
@@ -124,7 +125,7 @@ def test_compress_goes_on_in_its_folder(tmp_path: Path) -> None:
         ({"budget": 1.5}, "budget.ratio"),
         ({"budget": {"energy": 0.5}}, "one of macs, params"),
         ({"budget": 0.001}, "least"),
-        ({"agent": "genius"}, "ddpg, random, uniform"),
+        ({"agent": "genius"}, "ddpg, random, sensitivity, uniform"),
         ({"val_loader": loader(0, 2)}, "val_loader"),
         ({"val_loader": loader(16, 2, channels=2)}, "does not run"),
     ],
@@ -221,3 +222,38 @@ def test_an_environment_without_a_budget_removes_what_it_is_told() -> None:
     while not terminated:
         terminated, info = env.step(np.zeros(1, dtype=np.float32))[2::2]
     assert not any(info["strategy"].removed)
+
+
+def test_weights_of_any_network_can_be_masked(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Untraceable()
+    small = compress(
+        module,
+        loader(64, 1),
+        loader(32, 2),
+        budget={"params": 0.3},
+        agent="random",
+        episodes=3,
+        finetune=1,
+        folder=tmp_path,
+        settings=replace(quick(), granularity=FineGrained()),
+    )
+    left = sum(int(parameter.count_nonzero()) for parameter in small.model.parameters())
+    assert left == small.result["finetuned"]["params"] <= 0.3 * small.result["base"]["params"]
+    assert small.keeps == {}
+    x = torch.randn(5, 1, 6, 6)
+    with torch.no_grad():
+        assert torch.equal(load_pruned(Untraceable(), tmp_path)(x), small.model(x))
+
+
+def test_an_environment_over_masks() -> None:
+    env = make_env(
+        own(), loader(64, 1), loader(32, 2), settings=replace(quick(), granularity=NM(2, 4)), budget=0.6
+    )
+    env.reset(seed=0)
+    terminated = False
+    while not terminated:
+        terminated, info = env.step(np.ones(1, dtype=np.float32))[2::2]
+    assert info["strategy"].names == ("left", "right", "head")  # the stem has one input
+    assert set(info["strategy"].removed) <= {0, 2}
+    assert info["met"]

@@ -10,7 +10,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from amc_env.costs import Macs, Params
 from amc_env.errors import UserError
+from amc_env.layers import LayerGraph
+from amc_env.pruning.granularity import FineGrained
 from search import models
 from search.data import Data, digits
 from search.models import (
@@ -19,6 +22,7 @@ from search.models import (
     MobileNetV2,
     ModelSource,
     ResNet,
+    ResNet50,
     load_weights,
     read_checkpoint,
 )
@@ -34,6 +38,7 @@ PARAMETERS = {
     "resnet110": 1_727_962,
     "plain20": 269_722,
     "mobilenet": 3_217_226,
+    "resnet50": 23_528_522,  # with ten classes in place of a thousand
 }
 
 
@@ -71,6 +76,7 @@ def test_every_option_builds_and_runs(name: str) -> None:
 def test_published_addresses_carry_their_hash() -> None:
     for depth in (20, 32, 44, 56, 110):
         assert from_conf(f"resnet{depth}").url.split("/")[-1].startswith(f"resnet{depth}-")
+    assert from_conf("resnet50").url.endswith("/resnet50-0676ba61.pth")
 
 
 def test_digits_cnn_is_residual_with_convolutions_in_its_shortcuts() -> None:
@@ -103,6 +109,42 @@ def test_mobilenet_v2_has_torchvisions_layout_and_size() -> None:
     model = MobileNetV2(classes=1000)
     assert sum(parameter.numel() for parameter in model.parameters()) == 3_504_872
     assert model.state_dict()["features.2.conv.0.0.weight"].shape == (96, 16, 1, 1)
+
+
+def test_resnet50_has_the_published_size_and_macs() -> None:
+    model = ResNet50().eval()
+    graph = LayerGraph.layers_of(model, torch.zeros(1, 3, 224, 224))
+    graph, grids = FineGrained().decisions(graph)
+    dense = [0] * len(grids)
+    assert Params(graph, grids)(dense) == 25_557_032
+    # Convolutions, the linear layer's weights, its bias.
+    assert Macs(graph, grids)(dense) == 4_087_136_256 + 2_048_000 + 1_000
+
+
+def test_resnet50_has_torchvisions_layout() -> None:
+    state = ResNet50().state_dict()
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    first = [f"conv{n}.weight" for n in (1, 2, 3)] + [f"bn{n}.{entry}" for n in (1, 2, 3) for entry in norm]
+    shortcut = ["downsample.0.weight", *(f"downsample.1.{entry}" for entry in norm)]
+    expected = {"conv1.weight", *(f"bn1.{entry}" for entry in norm), "fc.weight", "fc.bias"}
+    for stage, blocks in enumerate((3, 4, 6, 3), start=1):
+        for block in range(blocks):
+            names = first + (shortcut if block == 0 else [])
+            expected.update(f"layer{stage}.{block}.{name}" for name in names)
+    assert set(state) == expected
+    assert state["layer2.0.conv1.weight"].shape == (128, 256, 1, 1)
+    assert state["layer4.2.conv3.weight"].shape == (2048, 512, 1, 1)
+
+
+def test_resnet50_strides_in_its_3x3_convolutions() -> None:
+    strided = [
+        name
+        for name, module in ResNet50().named_modules()
+        if isinstance(module, nn.Conv2d) and module.stride == (2, 2)
+    ]
+    assert strided == ["conv1"] + [
+        f"layer{stage}.0.{name}" for stage in (2, 3, 4) for name in ("conv2", "downsample.0")
+    ]
 
 
 def test_selection_is_the_padded_shortcut() -> None:

@@ -51,6 +51,24 @@ def test_reward_shows_episodes_best_and_warmup(tmp_path: Path) -> None:
     assert (np.abs(without - (234, 235, 236)).sum(axis=2) < 12).mean() < 0.02
 
 
+def test_every_stage_has_its_own_best_and_warmup(tmp_path: Path) -> None:
+    """A second stage far below the first: one search over both would draw the best as one line at the top."""
+    rewards = [-0.1] * 50 + [-0.9] * 50
+    once = pixels(plot_reward(rewards, tmp_path / "r1.png"))
+    staged = pixels(plot_reward(rewards, tmp_path / "r2.png", stages=[50]))
+
+    def height_of_lines(image: np.ndarray) -> int:
+        rows = np.nonzero((np.abs(image - BLUE).sum(axis=2) < 12).sum(axis=1) > 100)[0]
+        return int(rows.max() - rows.min())
+
+    assert height_of_lines(once) < 20
+    assert height_of_lines(staged) > 200
+    warm = pixels(plot_reward(rewards, tmp_path / "r3.png", warmup=10, stages=[50]))
+    first = pixels(plot_reward(rewards, tmp_path / "r4.png", warmup=10))
+    shade = (234, 235, 236)
+    assert share_of(warm, shade) == pytest.approx(2 * share_of(first, shade), rel=0.1)
+
+
 @pytest.mark.parametrize("rewards", [[], [-0.5], [math.nan, -math.inf]])
 def test_reward_of_a_short_or_failed_search_is_still_a_picture(tmp_path: Path, rewards: list[float]) -> None:
     assert pixels(plot_reward(rewards, tmp_path / "r.png", warmup=100)).shape[0] > 300
@@ -63,6 +81,22 @@ def test_tradeoff_marks_the_chosen_and_what_is_over_budget(tmp_path: Path) -> No
     assert share_of(image, VERMILION) > share_of(unmarked, VERMILION)
     thinned = (243, 202, 115)  # points are drawn at 55%
     assert share_of(image, thinned) > share_of(unmarked, thinned) == 0.0
+
+
+def test_strategies_that_all_use_the_budget_up_do_not_look_spread_out(tmp_path: Path) -> None:
+    candidates = [Candidate(0.1 * index, 0.19999, True) for index in range(1, 9)]
+    image = pixels(plot_tradeoff(candidates, tmp_path / "t.png", limit=0.2, best=candidates[3]))
+    height, width = image.shape[:2]
+    star = np.nonzero((np.abs(image - VERMILION).sum(axis=2) < 12)[height // 4 :].any(axis=0))[0]
+    assert 0.4 < star.mean() / width < 0.7
+
+
+def test_the_unit_is_on_the_axis_alone(tmp_path: Path) -> None:
+    channels = pixels(plot_channels(widths(9), tmp_path / "c.png"))
+    weights = pixels(plot_channels(widths(9), tmp_path / "w.png", unit="weights"))
+    columns = np.nonzero((channels != weights).any(axis=(0, 2)))[0]
+    assert len(columns) > 0
+    assert columns.max() < channels.shape[1] / 8
 
 
 def test_finetuning_with_and_without_accuracies(tmp_path: Path) -> None:

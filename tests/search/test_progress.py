@@ -185,6 +185,39 @@ class TestFinalTable:
         assert "fine-tuned" not in text_of(console)
         assert "pruned" in text_of(console)
 
+    def test_zeros_are_counted_stored_and_told_who_gains(self) -> None:
+        console = plain(100)
+        masked = result(
+            granularity={
+                "name": "nm",
+                "masked": True,
+                "speed": "GPUs gain.",
+                "unit": "weights",
+                "n": 2,
+                "m": 4,
+            },
+            storage={"dense_fp32": 1000, "nm": 531, "dense_4bit": 200, "eie": 150},
+            pattern={"n": 2, "m": 4, "layers": ["conv"], "holds": True},
+            strategy={"conv": 0.5},
+            search={"start": ["original", "stage 1 (0.5)"]},
+        )
+        final_table(masked, console=console)
+        text = text_of(console)
+        for line in (
+            "stored: dense 32 bits 1.00 kB, 2:4 32 bits 531 B (53.1%), dense 4 bits 200 B, EIE 4 bits 150 B (75.0%)",
+            "pattern: 2:4 holds in 1 of the 1 layers that it fits",
+            "speed: GPUs gain.",
+            "weights: original → stage 1 (0.5) → this network",
+            "| MACs, non-zero",
+            "budget: non-zero MACs at most",
+        ):
+            assert line in text, line
+
+    def test_cut_channels_need_no_such_words(self) -> None:
+        console = plain()
+        final_table(result(granularity={"name": "channel", "masked": False, "speed": "x"}), console=console)
+        assert not {"stored:", "pattern:", "speed:", "weights:"} & set(text_of(console).split())
+
     def test_no_budget_and_no_pruned_network(self) -> None:
         console = plain()
         final_table(result(budget=None, pruned=None, finetuned=None), console=console)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from amc_env.errors import UserError
+from search.plots import plot_finetune
 from search.report import headline, write_report
 
 NAMES = ("layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1")
@@ -242,3 +243,125 @@ def test_headline_speaks_of_the_cost_that_was_bounded() -> None:
     bounded = {"cost": "latency_ms", "ratio": 0.5, "limit": 3.0, "value": 2.5, "met": True}
     slow = whole_result() | {"budget": bounded, "base": stage(0.9173, 40.55e6) | {"latency_ms": 5.0}}
     assert headline(slow).startswith("ResNet-20 to 50.0% of its latency: ")
+
+
+def masked_result() -> dict[str, Any]:
+    dense = {"dense_macs": 40.55e6, "dense_params": 1000}
+    whole = whole_result()
+    for name in ("base", "pruned", "finetuned"):
+        whole[name] |= dense
+    return whole | {
+        "granularity": {
+            "name": "fine_grained",
+            "masked": True,
+            "speed": "Sparsity only: <no>.",
+            "unit": "weights",
+        },
+        "layers": {
+            name: {"weights": total, "nonzero": total - removed}
+            for name, removed, total in zip(NAMES, REMOVED, TOTALS, strict=True)
+        },
+        "storage": {"dense_fp32": 4000, "csr": 2000, "dense_4bit": 800, "eie": 600},
+    }
+
+
+def test_a_masked_run_says_what_is_zero_and_who_gains(tmp_path: Path) -> None:
+    page = Page(write_report(leave_run(tmp_path, masked_result())).read_text())
+    for part in (
+        "ResNet-20 to 49.9% of its non-zero MACs:",
+        "granularity fine_grained",
+        "MACs, non-zero",
+        "MACs, dense",
+        "Speed: Sparsity only: <no>.",
+        "Stored size",
+        "2.00 kB",
+        "75.0%",
+        "no weight was quantised",
+        "Weights kept per layer",
+        "weights kept / total",
+        "Loading the network",
+    ):
+        assert part in page.words, part
+    assert "Channels kept" not in page.words
+    assert "Pattern:" not in page.words
+
+
+def test_without_a_budget_a_masked_run_is_measured_by_its_parameters() -> None:
+    free = masked_result() | {"budget": None, "budgets": []}
+    free["finetuned"]["params"] = 400.0
+    assert headline(free).startswith("ResNet-20 to 40.0% of its non-zero parameters: ")
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_layers_of_a_pattern_are_dense_or_have_it(tmp_path: Path, holds: bool) -> None:
+    result = masked_result()
+    result["granularity"] |= {"name": "nm", "n": 2, "m": 4}
+    result["pattern"] = {"n": 2, "m": 4, "layers": ["layer1.0.conv1"], "holds": holds}
+    folder = leave_run(tmp_path, result)
+    counts = {name: {"removed": 2 * (name == NAMES[0]), "total": 4} for name in NAMES}
+    (folder / "strategy.json").write_text(json.dumps({"decisions": counts}))
+    text = write_report(folder).read_text()
+    page = Page(text)
+    assert "granularity 2:4" in page.words
+    assert "A layer is dense or keeps 2 of every 4." in page.words
+    assert re.findall(r"</code></td><td>(.*?)</td>", text) == ["2:4", "dense", "dense"]
+    assert ("2:4 holds in 1 of the 3 layers" in page.words) is holds
+    assert ('<p class="bad">Pattern: 2:4 does NOT hold' in text) is not holds
+
+
+def test_stages_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, Any] = {}
+
+    def note(kind: str) -> Any:
+        def plot(values: Any, path: Path, *args: Any, **named: Any) -> Path:
+            drawn[kind] = (values, args, named)
+            return plot_finetune([1.0], path)
+
+        return plot
+
+    monkeypatch.setattr("search.report.plot_reward", note("reward"))
+    monkeypatch.setattr("search.report.plot_tradeoff", note("tradeoff"))
+    result = whole_result()
+    chain = ["original", "stage 1 (0.7)"]
+    result["search"] |= {"stages": [0.7, 0.5], "stage_episodes": 20, "start": chain}
+    folder = leave_run(tmp_path, result)
+    rows = (folder / "metrics.csv").read_text().replace("search,0,", "search,40,")  # steps count from 1
+    (folder / "metrics.csv").write_text(rows)
+    lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()[:-1]]
+    for number, line in enumerate(lines[1:]):
+        line["start"] = chain[number >= 20]
+    (folder / "evaluations.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    page = Page(write_report(folder).read_text())
+    rewards, arguments, _ = drawn["reward"]
+    note_beside, boundaries = arguments[-2:]
+    assert len(rewards) == 40
+    assert boundaries == [20]
+    assert note_beside == "budget 70%, 50% of MACs"
+    assert len(drawn["tradeoff"][0]) == 20  # those of the delivered network's own start
+    for part in (
+        "Weights: original → stage 1 (0.7) → this network.",
+        "stages 70%, 50%",
+        "search time, last stage 1:35",
+        "strategies that the last stage scored",
+    ):
+        assert part in page.words, part
+
+
+def test_a_resumed_run_says_whose_time_it_is(tmp_path: Path) -> None:
+    page = Page(write_report(leave_run(tmp_path, whole_result() | {"resumed": True})).read_text())
+    assert "search time, this session 1:35" in page.words
+
+
+def test_one_strategy_is_no_search(tmp_path: Path) -> None:
+    result = whole_result()
+    result["search"] |= {"episodes": 1, "evaluations": 1}
+    folder = leave_run(tmp_path, result)
+    rows = (folder / "metrics.csv").read_text().splitlines()
+    (folder / "metrics.csv").write_text("\n".join([rows[0], rows[2], *rows[-5:]]) + "\n")
+    lines = (folder / "evaluations.jsonl").read_text().splitlines()
+    (folder / "evaluations.jsonl").write_text("\n".join([*lines[:2], lines[1]]) + "\n")
+    page = Page(write_report(folder).read_text())
+    assert "The search" not in page.words
+    assert "Accuracy against cost" not in page.words
+    assert "best reward" not in page.words
+    assert len(page.resources) == 2  # what was kept, and fine-tuning

@@ -281,7 +281,7 @@ def test_what_is_on_file_is_not_scored_again(
         scored.append(model)
         return 0.9
 
-    monkeypatch.setattr("amc_env.evaluator.Scorer.__call__", note)
+    monkeypatch.setattr("amc_env.prefix.PrefixScorer.__call__", note)
     assert amc_search(*LONGER, "hydra.run.dir=run").code == 0
     assert len(scored) == 1  # the original, whose accuracy the log states
     assert (
@@ -345,7 +345,7 @@ ALL_MODELS = ("digits_cnn", "digits_mlp", "mobilenet", "plain20", "resnet20", "r
     ("overrides", "says"),
     [
         (["model=foo"], ALL_MODELS),
-        (["agent=foo"], ("ddpg", "random", "uniform")),
+        (["agent=foo"], ("ddpg", "random", "sensitivity", "uniform")),
         (["budget=foo"], ("flops", "none", "params")),
         (["foo=1"], ("unknown key foo", "budget", "seed")),
         (["budget.foo=1"], ("unknown key budget.foo", "ratio", "limit")),
@@ -481,7 +481,7 @@ def test_help_says_what_it_does_and_what_there_is(amc_search: Command) -> None:
     assert ended.code == 0
     for text in (
         "under a budget",
-        "agent: ddpg, random, uniform",
+        "agent: ddpg, random, sensitivity, uniform",
         "budget.ratio",
         "--multirun",
         "digits_cnn",

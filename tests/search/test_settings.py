@@ -7,15 +7,21 @@ import pytest
 
 from agents.baselines import Random, Uniform
 from amc_env.errors import UserError
+from amc_env.pruning.activations import APoZ
+from amc_env.pruning.granularity import FineGrained
+from amc_env.pruning.regularization import L2
+from amc_env.pruning.schedule import Schedule
 from amc_env.rewards import Infinity
 from search.settings import (
     BudgetSettings,
+    CyclesBudget,
     FinalistSettings,
     FinetuneSettings,
     LatencySettings,
     RepairSettings,
     ScoringSettings,
     Settings,
+    StorageBudget,
 )
 
 
@@ -55,6 +61,42 @@ from search.settings import (
         (Settings, {"agent": Random(), "episodes": 1, "seed": 2**32}, "must be in [0, 2**32)"),
         (Settings, {"agent": Random(), "episodes": 1, "reward": Infinity()}, "enforce_budget=false"),
         (Settings, {"agent": Uniform(), "episodes": 1, "budgets": ()}, "agent.ratio"),
+        (
+            Settings,
+            {"agent": Random(), "episodes": 1, "criterion": APoZ(), "granularity": FineGrained()},
+            "criterion=apoz does not fit granularity=fine_grained: it fits channel; for granularity=fine_grained use",
+        ),
+        (
+            Settings,
+            {"agent": Random(), "episodes": 1, "stages": (0.5, 0.5)},
+            "search.stages=[0.5, 0.5] must be shares",
+        ),
+        (Settings, {"agent": Random(), "episodes": 1, "stages": (0.4, 0.6)}, "each below the one before"),
+        (Settings, {"agent": Random(), "episodes": 1, "stages": (1.2, 0.6)}, "shares in (0, 1]"),
+        (
+            Settings,
+            {"agent": Random(), "episodes": 1, "stages": (0.6, 0.4), "finetune": FinetuneSettings(epochs=0)},
+            "finetune.epochs above 0",
+        ),
+        (Settings, {"agent": Random(), "episodes": 1, "stages": (0.6,), "budgets": ()}, "set one budget"),
+        (
+            Settings,
+            {
+                "agent": Random(),
+                "episodes": 1,
+                "schedule": Schedule("cubic", 4),
+                "finetune": FinetuneSettings(epochs=3),
+            },
+            "schedule.rounds=4 must be at most finetune.epochs=3",
+        ),
+        (StorageBudget, {"format": "zip"}, "budget.format=zip must be eie, csr or nm"),
+        (StorageBudget, {"cost": "macs", "value_bits": 0}, "budget.cost=macs must be storage"),
+        (CyclesBudget, {"pixel_parallel": 0}, "budget.pixel_parallel=0 must be at least 1"),
+        (
+            FinetuneSettings,
+            {"distillation": 1.5, "temperature": 0},
+            "finetune.distillation=1.5 must be in [0, 1]",
+        ),
     ],
 )
 def test_what_is_out_of_range_is_refused(make: Callable[..., Any], values: dict[str, Any], says: str) -> None:
@@ -71,3 +113,18 @@ def test_what_is_at_the_edge_is_taken() -> None:
     assert FinalistSettings(count=0).count == 0
     settings = Settings(Uniform(ratio=0.5), 1, budgets=(), reward=Infinity(), enforce_budget=False)
     assert settings.budgets == ()
+    rounds = Settings(Random(), 1, schedule=Schedule("linear", 3), finetune=FinetuneSettings(epochs=3))
+    assert rounds.schedule.rounds == rounds.finetune.epochs
+
+
+def test_epochs_and_episodes_of_a_whole_run() -> None:
+    plain = Settings(Random(), 7, finetune=FinetuneSettings(epochs=3))
+    assert (plain.all_episodes, plain.all_epochs, plain.trains_between) == (7, 3, False)
+    staged = Settings(
+        Random(),
+        7,
+        stages=(0.5, 0.35, 0.25),
+        regularization=L2(1e-4, before_epochs=2),
+        finetune=FinetuneSettings(epochs=3),
+    )
+    assert (staged.all_episodes, staged.all_epochs, staged.trains_between) == (21, 2 + 9, True)

@@ -121,11 +121,11 @@ def test_the_header_holds_what_evaluations_depend_on_and_no_place() -> None:
     assert wiring.header_config(config("device=auto"))["device"] in ("cpu", "cuda")
 
 
-@pytest.mark.parametrize("name", ["ddpg", "random", "uniform"])
+@pytest.mark.parametrize("name", ["ddpg", "random", "sensitivity", "uniform"])
 def test_default_agents(name: str) -> None:
     assert wiring.default_agent(name).name == name
 
 
 def test_an_unknown_default_agent_is_refused_with_those_there_are() -> None:
-    with pytest.raises(UserError, match="ddpg, random, uniform"):
+    with pytest.raises(UserError, match="ddpg, random, sensitivity, uniform"):
         wiring.default_agent("sarsa")

@@ -1,0 +1,76 @@
+"""One run from its configuration to the table at its end: what amc-search and amc-apply have in common."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import cache
+from typing import Any
+
+from omegaconf import DictConfig
+
+from search import wiring
+from search.commands import command_line, run_folder
+from search.pipeline import Context, run
+from search.preparation import check
+from search.progress import final_table
+from search.report import write_report
+
+log = logging.getLogger(__name__)
+
+
+def run_job(cfg: DictConfig, program: str, config: Mapping[str, Any]) -> float:
+    """Runs the main job in the run folder.
+
+    Args:
+        cfg: The configuration of amc-search, its types checked.
+        program: The command, as it is started.
+        config: What of it evaluations depend on, for the journal's header and the tracker.
+
+    Returns:
+        The final accuracy in [0, 1], for Hydra's sweepers.
+    """
+    folder = run_folder()
+    source = wiring.model_source(cfg)
+    source.check()
+    settings = wiring.settings_of(cfg, source.original_lr)
+    check(settings)
+    go_on = command_line(program, folder)
+    log.info("run folder: %s; if it is stopped, go on with: %s", folder, go_on)
+    data = wiring.data_of(cfg)
+    kind = "calibration" if data.stream else "training"  # a stream's training images are never all here
+    log.info("data: %s, %d %s and %d search images", data.name, len(data.train), kind, len(data.search))
+    trained = "trained here once, in seconds, and kept in the cache" if source.recipe else "no weights"
+    log.info("network: %s, weights: %s", source.name, source.weights or source.url or trained)
+    model = source.load(data)
+    try:
+        with ExitStack() as stack:
+            # opened once the journal has said that the folder is ours: another run may be writing to it
+            trackers = cache(lambda: stack.enter_context(wiring.trackers(cfg, folder, config)))
+            context = Context(
+                folder=folder,
+                track=lambda metrics, step: trackers().log(metrics, step),
+                model=source.name,
+                config=config,
+                command=command_line(program),
+                begin=trackers,
+            )
+            finished = run(model, data, settings, context)
+            report = write_report(folder)
+            trackers().summary(_summary(finished.result))
+    except KeyboardInterrupt:
+        log.warning("stopped; nothing that was scored is lost, go on with: %s", go_on)
+        raise
+    final_table(finished.result, folder, report)
+    last = finished.result["finetuned"] or finished.result["pruned"]
+    return float(last["accuracy"])
+
+
+def _summary(result: Mapping[str, Any]) -> dict[str, float]:
+    figures = {}
+    for stage in ("base", "pruned", "finetuned"):
+        entry = result[stage]
+        if isinstance(entry, dict):
+            figures.update({f"{stage}/{k}": float(v) for k, v in entry.items() if isinstance(v, int | float)})
+    return figures

@@ -1,0 +1,57 @@
+"""amc-apply: apply a strategy that is given, then fine-tune, export and report as amc-search does."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from amc_env.errors import UserError
+from search import wiring
+from search.apply import fingerprint, read_strategy
+from search.commands import application, run_command
+from search.job import run_job
+
+_AGENTS = {"strategy": "search.apply.Given", "ratio": "agents.baselines.Uniform"}
+"""By what is given: who proposes it."""
+
+
+@hydra.main(version_base="1.3", config_path="pkg://conf", config_name="apply")
+@application
+def main_job(cfg: DictConfig) -> float:
+    """One strategy, applied.
+
+    Returns:
+        The final accuracy in [0, 1], for Hydra's sweepers.
+    """
+    given = [name for name in _AGENTS if cfg.get(name) is not None]
+    if len(given) != 1:
+        raise UserError(
+            f"{' and '.join(given) + ' are both' if given else 'nothing is'} given: set strategy=FILE, the strategy.json "
+            "of a run, or ratio=0.5, the share removed of every decision; one of the two"
+        )
+    (name,) = given
+    with wiring.at_the_top(_AGENTS):
+        whole = wiring.as_search(cfg, "apply", {"_target_": _AGENTS[name], name: cfg[name]})
+        whole.search.episodes = 1
+        return run_job(whole, "amc-apply", _header_config(cfg))
+
+
+def _header_config(cfg: DictConfig) -> Mapping[str, Any]:
+    """What the run depends on; of the strategy what it says and not where it lies."""
+    config = dict(wiring.header_config(cfg))
+    if cfg.strategy is not None:
+        config["strategy"] = fingerprint(read_strategy(cfg.strategy))
+    return config
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run_command(main_job))
+
+
+if __name__ == "__main__":
+    main()

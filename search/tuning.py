@@ -1,0 +1,80 @@
+"""Training within a run: of the pruned network, between rounds and stages, and before anything is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from amc_env.layers import LayerGraph
+from amc_env.pruning.regularization import GroupLasso, LossTerm
+from search.preparation import Prepared
+from search.training import finetune, training_batches
+
+
+class Tuner:
+    """Fine-tunes networks of a run as its settings say, and counts the epochs of all of them.
+
+    Args:
+        prepared: The run.
+        on_epoch: Called with (epoch of the whole run from 1, mean loss, learning rate).
+    """
+
+    def __init__(self, prepared: Prepared, on_epoch: Callable[[int, float, float], None]):
+        self._prepared = prepared
+        self._on_epoch = on_epoch
+        self._done = 0
+
+    def __call__(
+        self,
+        network: nn.Module,
+        epochs: int,
+        masks: Mapping[str, Tensor] | None = None,
+        *,
+        regularized: bool,
+    ) -> nn.Module:
+        """Tunes ``network`` in place and gives it back, in eval mode.
+
+        Args:
+            network: The network.
+            epochs: How long.
+            masks: Weights that stay, by layer; the others are held at zero.
+            regularized: Whether the regulariser's loss term is added.
+        """
+        settings, chosen = self._prepared.settings, self._prepared.settings.finetune
+        before = self._done
+
+        def on_epoch(epoch: int, loss: float, lr: float, seconds: float) -> None:
+            self._on_epoch(before + epoch, loss, lr)
+
+        finetune(
+            network,
+            training_batches(self._prepared.data, chosen.batch_size, settings.seed + before, settings.device),
+            epochs=epochs,
+            lr=chosen.lr_fraction * settings.original_lr,
+            momentum=chosen.momentum,
+            weight_decay=chosen.weight_decay,
+            seed=settings.seed,
+            device=settings.device,
+            on_epoch=on_epoch,
+            penalty=self._penalty(network) if regularized else None,
+            teacher=self._prepared.model if chosen.distillation else None,
+            distillation=chosen.distillation,
+            temperature=chosen.temperature,
+            masks=masks or None,
+        )
+        self._done += epochs
+        return network.eval()
+
+    def skip(self, epochs: int) -> None:
+        """Counts epochs that an earlier session of the run has trained."""
+        self._done += epochs
+
+    def _penalty(self, network: nn.Module) -> LossTerm | None:
+        regularization = self._prepared.settings.regularization
+        graph = None
+        if isinstance(regularization, GroupLasso):  # a cut network has groups of its own sizes
+            graph = LayerGraph.trace(network, self._prepared.images(self._prepared.data.search, 2))
+        with torch.no_grad():
+            return regularization.penalty(network, graph)

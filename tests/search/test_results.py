@@ -1,0 +1,87 @@
+"""result.json and strategy.json of runs whose weights went through several hands."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running import SMALL, Command
+
+QUICK = (
+    *SMALL,
+    "granularity=fine_grained",
+    "budget=params",
+    "search.episodes=5",
+    "agent.warmup_episodes=2",
+    "finetune.epochs=1",
+    "latency.repeats=0",
+    "export=[]",
+    "hydra.run.dir=run",
+)
+
+
+def read(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text())
+    assert isinstance(content, dict)
+    return content
+
+
+def test_a_run_in_stages_names_the_chain_of_its_weights(amc_search: Command, tmp_path: Path) -> None:
+    ended = amc_search(
+        *QUICK, "search.stages=[0.6,0.4]", "regularization=l1", "regularization.before_epochs=1"
+    )
+    assert ended.code == 0
+    run = tmp_path / "run"
+    chain = ["original", "regularised", "stage 1 (0.6)"]
+    strategy, result = read(run / "strategy.json"), read(run / "result.json")
+    assert strategy["start"] == chain
+    assert strategy["granularity"] == "fine_grained"
+    search = result["search"]
+    assert (search["start"], search["stages"], search["stage_episodes"]) == (chain, [0.6, 0.4], 5)
+    assert search["episodes"] == 5  # of the last stage
+    starts = [json.loads(line).get("start") for line in (run / "evaluations.jsonl").read_text().splitlines()]
+    assert set(starts[1:]) == {"regularised", "stage 1 (0.6)"}
+    way = "original → regularised → stage 1 (0.6) → this network"
+    assert way in ended.out
+    page = (run / "report.html").read_text()
+    for text in (
+        way,
+        "stages <b>60%, 40%</b>",
+        "episodes, last stage <b>5</b>",
+        "rewards of different stages",
+    ):
+        assert text in page
+    assert not result["resumed"]
+
+
+def test_a_masked_run_states_both_counts_and_every_layer(amc_search: Command, tmp_path: Path) -> None:
+    assert amc_search(*QUICK, "budget.ratio=0.4").code == 0
+    result, strategy = read(tmp_path / "run" / "result.json"), read(tmp_path / "run" / "strategy.json")
+    assert "start" not in strategy
+    assert not {"start", "stages", "rounds"} & set(result["search"])
+    for stage in ("base", "pruned", "finetuned"):
+        assert result[stage]["dense_macs"] == result["base"]["macs"] == 17_226  # 64-128-64-10, with biases
+        assert result[stage]["dense_params"] == result["base"]["params"] == 17_226
+    kept = sum(layer["nonzero"] for layer in result["layers"].values())
+    biases = 128 + 64 + 10
+    assert result["finetuned"]["params"] == kept + biases == result["budget"]["value"]
+    for name, decision in strategy["decisions"].items():
+        assert result["layers"][name] == {
+            "weights": decision["total"],
+            "nonzero": decision["total"] - decision["removed"],
+        }
+    assert result["storage"]["dense_fp32"] == 4 * 17_226
+    assert "Sparsity only" in result["granularity"]["speed"]
+
+
+@pytest.mark.parametrize("format", ["eie", "csr"])
+def test_a_budget_on_storage_names_its_format_and_agrees_with_what_was_counted(
+    amc_search: Command, tmp_path: Path, format: str
+) -> None:
+    budget = ("budget=storage", f"budget.format={format}", "budget.ratio=0.7", "finetune.epochs=0")
+    ended = amc_search(*QUICK, *budget)
+    assert ended.code == 0
+    result = read(tmp_path / "run" / "result.json")
+    assert result["budget"]["format"] == format
+    assert result["budget"]["value"] == result["pruned"]["storage"] == result["storage"][format]
+    assert f"stored size, {format.upper()}" in ended.out
