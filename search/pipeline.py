@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from search.progress import Progress, SearchStatus
 from search.results import result_of, strategy_json, write_json
 from search.rounds import finetuned
 from search.settings import Settings
-from search.stages import Stage, first_start, forget, next_start, stages
+from search.stages import Stage, first_start, forget, next_start, stage_of
 from search.tuning import Tuner
 
 log = logging.getLogger(__name__)
@@ -209,7 +210,8 @@ def _searched(
 ) -> tuple[Prepared, Scored, Loop]:
     """All searches of a run; the last stage with its best strategy and the loop that found it."""
     start = first_start(prepared, context.folder, tune)
-    for stage in stages(prepared):
+    for number in count(1):
+        stage = stage_of(prepared, number, start)
         progress.start("search")
         best, loop = search(stage, start, context, progress, journal)
         if stage.last:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -60,19 +60,17 @@ def chain(settings: Settings, start: str) -> list[str]:
     return names[: names.index(start) + 1]
 
 
-def stages(prepared: Prepared) -> Iterator[Stage]:
-    """The searches of a run: one, or one for each of ``search.stages``."""
+def stage_of(prepared: Prepared, number: int, start: Start) -> Stage:
+    """The search that is number so-and-so of a run, from 1: its budget, on the weights that it begins with."""
     settings = prepared.settings
     ratios = settings.stages
-    if not ratios:
-        yield Stage(1, prepared, last=True)
-    for number, ratio in enumerate(ratios, start=1):
-        budget = replace(settings.budgets[0], ratio=ratio, limit=None)
-        here = replace(settings, budgets=(budget,))
-        ranked = Ranked(prepared.model, prepared.data, here, prepared.graph, prepared.grids)
-        if "builder" in vars(prepared):
-            vars(ranked)["builder"] = prepared.builder
-        yield Stage(number, posed(ranked), last=number == len(ratios))
+    budgets = settings.budgets
+    if ratios:
+        budgets = (replace(budgets[0], ratio=ratios[number - 1], limit=None),)
+    here = replace(settings, budgets=budgets)
+    ranked = Ranked(prepared.model, prepared.data, here, prepared.graph, prepared.grids)
+    vars(ranked)["builder"] = start.candidates  # a cost of stored weights is one of these weights
+    return Stage(number, posed(ranked), last=number >= len(ratios))
 
 
 def first_start(prepared: Prepared, folder: Path, tune: Tuner) -> Start:

@@ -85,3 +85,15 @@ def test_a_budget_on_storage_names_its_format_and_agrees_with_what_was_counted(
     assert result["budget"]["format"] == format
     assert result["budget"]["value"] == result["pruned"]["storage"] == result["storage"][format]
     assert f"stored size, {format.upper()}" in ended.out
+
+
+def test_a_later_stage_counts_the_storage_of_the_weights_it_begins_with(
+    amc_search: Command, tmp_path: Path
+) -> None:
+    """Tuned weights rank anew, so their zeros lie elsewhere and need other padding."""
+    budget = ("budget=storage", "budget.format=eie", "search.stages=[0.9,0.7]", "finetune.epochs=1")
+    ended = amc_search(*QUICK, *budget)
+    assert ended.code == 0
+    result = read(tmp_path / "run" / "result.json")
+    assert result["budget"]["value"] == result["pruned"]["storage"] == result["storage"]["eie"]
+    assert result["budget"]["met"]
