@@ -117,7 +117,7 @@ class Agent(ABC):
         """Refuses a problem that it cannot search, before anything is scored.
 
         Raises:
-            ValueError: It cannot.
+            TaskError: It cannot.
         """
 
     @abstractmethod

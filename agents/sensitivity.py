@@ -181,6 +181,18 @@ class Sensitivity(Agent):
         if wrong:
             raise ValueError("; ".join(wrong))
 
+    def check(self, problem: Problem) -> None:
+        """Refuses a problem that gives nothing to prune to.
+
+        Raises:
+            TaskError: There is neither a budget nor a threshold.
+        """
+        if self.threshold is None and not problem.budgets:
+            raise TaskError(
+                "agent=sensitivity with budget=none has no threshold to prune to; set agent.threshold, "
+                "like agent.threshold=0.01"
+            )
+
     def search(self, task: SearchTask) -> None:
         """Scores the original, every decision alone, and the strategy that they suggest.
 
@@ -188,11 +200,7 @@ class Sensitivity(Agent):
             TaskError: There are too few episodes, or neither a budget nor a threshold.
         """
         problem = task.problem
-        if self.threshold is None and not problem.budgets:
-            raise TaskError(
-                "agent=sensitivity with budget=none has no threshold to prune to; set agent.threshold, "
-                "like agent.threshold=0.01"
-            )
+        self.check(problem)
         plans = self._fitting(problem, task.episodes)
         whole = problem.snap(np.zeros(len(problem.names)))
         results = task.score([whole, *(removed for alone in plans for removed in alone)])

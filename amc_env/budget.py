@@ -89,7 +89,7 @@ class Problem:
         unreachable = [
             f"budget {b.cost.name} <= {b.limit:,.0f} ({b.ratio:.3g} of the original) cannot be reached: "
             f"the least is {b.cost(self.most):,.0f} ({self.least_ratio(b.cost):.3g}); "
-            "raise budget.ratio or max_ratio, or lower channel_multiple"
+            "raise budget.ratio or granularity.max_ratio, or lower channel_multiple"
             for b in self.budgets
             if not b.met(self.most)
         ]

@@ -36,7 +36,7 @@ from search.tuning import Tuner
 
 CRITERIA = ("l1", "l2", "bn_scale", "taylor", "obd", "apoz", "lasso", "fpgm", "random")
 CHANNEL_ONLY = ("bn_scale", "apoz", "lasso", "fpgm")
-DRAWN = ("random", "lasso")  # criteria that chance enters even without repair
+DRAWN = ("random", "lasso", "obd")  # criteria that chance enters even without repair
 COLUMNS = (("channel", 0.3), ("channel", 0.5), ("fine_grained", 0.8), ("fine_grained", 0.9))
 REPAIR = "sequential"
 GRANULARITIES = (
@@ -232,14 +232,14 @@ def draw(cells: dict[Cell, dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(5.8, 3.6), dpi=160, layout="constrained")
     axes = figure.subplots()
     lines = {
-        "pruned": ("test", 1, "#D55E00"),
-        "pruned and fine-tuned": ("tuned", 1, "#0072B2"),
-        "iterative": ("tuned", 2, "#009E73"),
+        "pruned": ("test", "one_shot", "#D55E00"),
+        "pruned and fine-tuned": ("tuned", "one_shot", "#0072B2"),
+        "iterative": ("tuned", "cubic", "#009E73"),
     }
-    for label, (key, rounds, colour) in lines.items():
+    for label, (key, schedule, colour) in lines.items():
         points: dict[float, list[float]] = defaultdict(list)
         for cell, line in cells.items():
-            if (cell.rounds > 1) == (rounds > 1):
+            if cell.schedule == schedule:
                 points[cell.ratio].append(line[key])
         ratios = sorted(points)
         means = [100 * statistics.mean(points[ratio]) for ratio in ratios]

@@ -24,7 +24,7 @@ from search.loop import Loop
 from search.pipeline import Context, env_handle, run
 from search.preparation import make_evaluator, prepare
 from search.report import write_report
-from search.settings import BudgetSettings, FinetuneSettings, Settings
+from search.settings import BudgetSettings, CyclesBudget, FinetuneSettings, Settings, StorageBudget
 from search.tracking import CsvTracker
 from search.wiring import default_agent
 
@@ -122,7 +122,8 @@ def make_env(
         train_loader: As for `compress`; calibrates the repair.
         val_loader: As for `compress`; candidates are judged on it.
         budget: As for `compress`; None for no budget (``reward=ErrorFlops()``: accuracy-guaranteed search).
-        settings: Everything else. Its agent and episodes do not matter here.
+        settings: Everything else. Its agent, episodes and all that is trained (stages, schedule, regularization)
+            do not matter here.
 
     Raises:
         UserError: As for `compress`.
@@ -145,12 +146,14 @@ def _data(
 ) -> Data:
     with seeded(settings.seed):  # a loader draws from the global state when it begins, which is the caller's
         outputs = _outputs(network, val_loader)
-    return from_loaders(train_loader, val_loader, test_loader, settings.repair.images, outputs)
+    images = max(settings.repair.images, settings.repair.norm_images, settings.criterion.images)
+    return from_loaders(train_loader, val_loader, test_loader, images, outputs)
 
 
 def _budgets(budget: float | Mapping[str, float]) -> tuple[BudgetSettings, ...]:
     shares = budget if isinstance(budget, Mapping) else {"macs": budget}
-    return tuple(BudgetSettings(cost, ratio) for cost, ratio in shares.items())
+    kinds = {"storage": StorageBudget, "cycles": CyclesBudget}
+    return tuple(kinds.get(cost, BudgetSettings)(cost, ratio) for cost, ratio in shares.items())
 
 
 def _context(folder: Path, model: str, config: Mapping[str, Any]) -> Context:
@@ -197,6 +200,6 @@ def _config(settings: Settings, data: Data) -> dict[str, Any]:
     parts = ("agent", "budgets", "granularity", "criterion", "repair", "reward", "scoring")
     config: dict[str, Any] = {part: repr(getattr(settings, part)) for part in parts}
     config["search"] = {"episodes": settings.episodes, "images": len(data.search)}
-    for name in ("seed", "enforce_budget", "fill_budget"):
+    for name in ("seed", "device", "enforce_budget", "fill_budget"):
         config[name] = getattr(settings, name)
     return config

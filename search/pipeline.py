@@ -18,19 +18,19 @@ from agents.base import SearchTask, TaskError
 from amc_env.encoding import Encoder, describe
 from amc_env.env import EnvHandle, PruningEnv
 from amc_env.errors import UserError
-from amc_env.evaluator import Start
+from amc_env.evaluator import ORIGINAL, Start
 from amc_env.pruning.candidate import Keeps
 from search.data import Data
 from search.export import export_all
 from search.journal import Journal
 from search.loop import Episode, Loop, Scored
-from search.preparation import Prepared, announce, make_evaluator, prepare
+from search.preparation import Prepared, announce, make_evaluator, prepare, start_of
 from search.progress import Progress, SearchStatus
 from search.results import result_of, strategy_json, write_json
 from search.rounds import finetuned
 from search.settings import Settings
 from search.stages import Stage, first_start, forget, next_start, stage_of
-from search.tuning import Tuner
+from search.tuning import Tuner, penalty_of
 
 log = logging.getLogger(__name__)
 
@@ -165,12 +165,31 @@ def run(model: nn.Module, data: Data, settings: Settings, context: Context) -> F
     """
     prepared = prepare(model, data, settings)
     announce(prepared)
-    settings.agent.check(prepared.problem)
+    refuse_early(prepared)
     head = header(prepared, context)
     # The journal's lock is held to the end: a second run in the folder would write over this one's files.
     with Journal(context.folder, head, prepared.problem, may_grow=_MAY_GROW) as journal:
         context.begin()
         return _run(prepared, context, journal)
+
+
+def refuse_early(prepared: Prepared) -> None:
+    """Finds what cannot be done before anything is trained or scored.
+
+    Raises:
+        UserError: The agent cannot search the problem, a stage is out of reach, or the criterion or the regulariser
+            does not fit the network.
+    """
+    settings = prepared.settings
+    try:
+        settings.agent.check(prepared.problem)
+    except TaskError as error:  # agents know no UserError
+        raise UserError(str(error)) from error
+    start = start_of(prepared, ORIGINAL, prepared.builder)
+    if settings.stages:
+        stage_of(prepared, len(settings.stages), start)
+    if settings.regularization.before_epochs or settings.regularization.during:
+        penalty_of(prepared, prepared.model)
 
 
 def _run(prepared: Prepared, context: Context, journal: Journal) -> Finished:
@@ -245,6 +264,7 @@ def _training(settings: Settings) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if settings.trains_between:
         found |= {"training": asdict(settings.finetune), "regularization": repr(settings.regularization)}
+        found["original_lr"] = settings.original_lr
     if settings.stages:  # a stage begins with the best of the one before: more episodes may find another
         found["stages"] = {
             "shares": list(settings.stages),

@@ -8,16 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig
 
-from amc_env.errors import UserError
 from search import wiring
 from search.commands import application, command_line, run_command, run_folder
 from search.pipeline import Context
 from search.preparation import check
 from search.sensitivity import run
-from search.settings import Settings
-from search.typecheck import check_types
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +32,12 @@ def main_job(cfg: DictConfig) -> float:
         The accuracy, in [0, 1], of the strategy picked, or of the original, for Hydra's sweepers.
     """
     folder = run_folder()
-    whole = _checked(cfg)
-    source = wiring.model_source(whole)
-    source.check()
-    settings = _settings(whole, source.original_lr)
+    agent = {"_target_": "agents.sensitivity.Sensitivity", **{name: cfg[name] for name in _OWN}}
+    with wiring.at_the_top(_OWN):
+        whole = wiring.as_search(cfg, "sensitivity", agent)
+        source = wiring.model_source(whole)
+        source.check()
+        settings = wiring.settings_of(whole, source.original_lr)
     check(settings)
     go_on = command_line("amc-sensitivity", folder)
     log.info("run folder: %s; if it is stopped, go on with: %s", folder, go_on)
@@ -53,46 +52,6 @@ def main_job(cfg: DictConfig) -> float:
         raise
     outcome = scanned.picked or scanned.outcomes[0][0]
     return outcome.accuracy
-
-
-def _checked(cfg: DictConfig) -> DictConfig:
-    """The configuration as that of a search, whose other sections have their defaults.
-
-    Raises:
-        UserError: There are settings that do not exist, or values of a wrong type.
-    """
-    there = hydra.compose("sensitivity")
-    unknown = [str(name) for name in cfg if name not in there]
-    if unknown:
-        raise UserError(f"a scan has no {', '.join(unknown)}; there are {', '.join(map(str, there))}")
-    whole = hydra.compose("search")
-    with open_dict(whole):
-        for name in cfg:
-            if name not in (*_OWN, "search"):
-                whole[name] = cfg._get_node(name)
-        whole.search.images = cfg.search.get("images")
-        agent = {"_target_": "agents.sensitivity.Sensitivity", **{name: cfg[name] for name in _OWN}}
-        whole.agent = OmegaConf.create(agent)
-    try:
-        check_types(whole)
-    except UserError as error:
-        raise _without_agent(error) from error
-    return whole
-
-
-def _settings(whole: DictConfig, original_lr: float) -> Settings:
-    try:
-        return wiring.settings_of(whole, original_lr)
-    except UserError as error:
-        raise _without_agent(error) from error
-
-
-def _without_agent(error: UserError) -> UserError:
-    """The same in this command's words: what is the agent's in a search is at the top here."""
-    text = str(error)
-    for name in _OWN:
-        text = text.replace(f"agent.{name}", name)
-    return UserError(text)
 
 
 def _header_config(cfg: DictConfig) -> Mapping[str, Any]:

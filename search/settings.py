@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Literal
+from typing import ClassVar, Literal
 
 from agents.base import Agent
 from agents.baselines import Uniform
@@ -16,7 +16,6 @@ from amc_env.pruning.schedule import Schedule
 from amc_env.rewards import Error, RewardFunction
 
 REPAIRS = ("none", "least_squares", "batch_norm", "both", "sequential")
-COSTS = ("macs", "params", "storage", "cycles")
 
 
 def _require(checks: dict[str, tuple[bool, object, str]]) -> None:
@@ -37,18 +36,20 @@ class BudgetSettings:
     """A limit on a cost.
 
     Attributes:
-        cost: ``macs``, ``params``, ``storage`` or ``cycles``.
+        cost: ``macs`` or ``params``; the costs of hardware have classes of their own.
         ratio: The share of the original cost that may remain, in (0, 1].
         limit: The same in the cost's unit; overrules ``ratio``.
     """
+
+    costs: ClassVar[tuple[str, ...]] = ("macs", "params")
 
     cost: str
     ratio: float | None = 0.5
     limit: float | None = None
 
     def __post_init__(self) -> None:
-        known = self.cost in COSTS
-        _require({"budget.cost": (known, self.cost, f"one of {', '.join(COSTS)}")})
+        allowed = f"one of {', '.join(self.costs)}, or take budget=flops, params, storage or cycles"
+        _require({"budget.cost": (self.cost in self.costs, self.cost, allowed)})
         if self.ratio is None and self.limit is None:
             raise UserError("budget.ratio or budget.limit is needed; both are null")
         _require(
@@ -68,6 +69,8 @@ class StorageBudget(BudgetSettings):
         value_bits: Bits of a weight in ``csr`` and ``nm``; EIE's are 4.
     """
 
+    costs: ClassVar[tuple[str, ...]] = ("storage",)
+
     cost: str = "storage"
     format: Literal["eie", "csr", "nm"] = "eie"
     value_bits: int = 32
@@ -76,7 +79,6 @@ class StorageBudget(BudgetSettings):
         super().__post_init__()
         _require(
             {
-                "budget.cost": (self.cost == "storage", self.cost, "storage, with budget=storage"),
                 "budget.format": (self.format in ("eie", "csr", "nm"), self.format, "eie, csr or nm"),
                 "budget.value_bits": (1 <= self.value_bits <= 64, self.value_bits, "in [1, 64]"),
             }
@@ -93,6 +95,8 @@ class CyclesBudget(BudgetSettings):
         pixel_parallel: Pixels multiplied at once.
     """
 
+    costs: ClassVar[tuple[str, ...]] = ("cycles",)
+
     cost: str = "cycles"
     input_parallel: int = 16
     output_parallel: int = 16
@@ -102,7 +106,6 @@ class CyclesBudget(BudgetSettings):
         super().__post_init__()
         _require(
             {
-                "budget.cost": (self.cost == "cycles", self.cost, "cycles, with budget=cycles"),
                 "budget.input_parallel": (self.input_parallel >= 1, self.input_parallel, "at least 1"),
                 "budget.output_parallel": (self.output_parallel >= 1, self.output_parallel, "at least 1"),
                 "budget.pixel_parallel": (self.pixel_parallel >= 1, self.pixel_parallel, "at least 1"),
@@ -312,6 +315,13 @@ class Settings:
                 ),
             }
         )
+        if len(self.stages) > 1 and rounds > 1 and not self.granularity.masked:
+            raise UserError(
+                f"schedule.rounds={rounds} with search.stages={list(self.stages)} works for masks; channels take one of "
+                "the two: schedule=one_shot, or search.stages=[]"
+            )
+        if self.stages and any(budget.limit for budget in self.budgets):
+            raise UserError("search.stages are shares of the original cost: leave budget.limit=null")
         if self.stages and (len(self.budgets) != 1 or not epochs):
             raise UserError(
                 f"search.stages={list(self.stages)} are shares of one budget's cost, fine-tuned between: set one "

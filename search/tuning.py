@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from amc_env.layers import LayerGraph
@@ -58,7 +57,7 @@ class Tuner:
             seed=settings.seed,
             device=settings.device,
             on_epoch=on_epoch,
-            penalty=self._penalty(network) if regularized else None,
+            penalty=penalty_of(self._prepared, network) if regularized else None,
             teacher=self._prepared.model if chosen.distillation else None,
             distillation=chosen.distillation,
             temperature=chosen.temperature,
@@ -71,10 +70,15 @@ class Tuner:
         """Counts epochs that an earlier session of the run has trained."""
         self._done += epochs
 
-    def _penalty(self, network: nn.Module) -> LossTerm | None:
-        regularization = self._prepared.settings.regularization
-        graph = None
-        if isinstance(regularization, GroupLasso):  # a cut network has groups of its own sizes
-            graph = LayerGraph.trace(network, self._prepared.images(self._prepared.data.search, 2))
-        with torch.no_grad():
-            return regularization.penalty(network, graph)
+
+def penalty_of(prepared: Prepared, network: nn.Module) -> LossTerm | None:
+    """The regulariser's loss term for a network of this run.
+
+    Raises:
+        UserError: The network has nothing that the term could be taken of.
+    """
+    regularization = prepared.settings.regularization
+    graph = None
+    if isinstance(regularization, GroupLasso):  # a cut network has groups of its own sizes
+        graph = LayerGraph.trace(network, prepared.images(prepared.data.search, 2))
+    return regularization.penalty(network, graph)

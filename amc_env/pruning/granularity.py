@@ -20,6 +20,8 @@ from amc_env.errors import UserError
 from amc_env.layers import ChannelGroup, Layer, LayerGraph, Whole
 from amc_env.strategy import Grid
 
+_LARGEST_BLOCK = 256  # a place within a block is stored in a byte
+
 
 class Granularity(Protocol):
     """What a decision removes units of."""
@@ -235,10 +237,10 @@ class NM:
     m: int = 4
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n < self.m:
+        if not 1 <= self.n < self.m <= _LARGEST_BLOCK:
             raise UserError(
-                f"granularity.n={self.n} and granularity.m={self.m}: n of every m weights stay, so 1 <= n < m is "
-                "needed, like n=2 m=4"
+                f"granularity.n={self.n} and granularity.m={self.m}: n of every m weights stay, so "
+                f"1 <= n < m <= {_LARGEST_BLOCK} is needed, like n=2 m=4"
             )
 
     @property

@@ -182,7 +182,7 @@ def test_a_budget_on_another_cost_takes_the_scan_as_it_is(amc_sensitivity: Comma
         (["budget.ratio=2"], ("budget.ratio=2 must be in (0, 1]",)),
         (["budget.ratio=0.0001"], ("cannot be reached", "the least is")),
         (["agent=ddpg"], ("agent",)),
-        (["+agent=ddpg"], ("a scan has no agent; there are model, data, budget",)),
+        (["+agent=ddpg"], ("unknown key agent; there are model, data, budget",)),
         (["finetune.epochs=1"], ("unknown key finetune",)),
         (["search.episodes=5"], ("unknown key search.episodes; there are images",)),
         (["repair=glue"], ("glue", "least_squares")),

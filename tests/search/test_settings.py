@@ -90,7 +90,7 @@ from search.settings import (
             "schedule.rounds=4 must be at most finetune.epochs=3",
         ),
         (StorageBudget, {"format": "zip"}, "budget.format=zip must be eie, csr or nm"),
-        (StorageBudget, {"cost": "macs", "value_bits": 0}, "budget.cost=macs must be storage"),
+        (StorageBudget, {"cost": "macs", "value_bits": 0}, "budget.cost=macs must be one of storage"),
         (CyclesBudget, {"pixel_parallel": 0}, "budget.pixel_parallel=0 must be at least 1"),
         (
             FinetuneSettings,
@@ -128,3 +128,23 @@ def test_epochs_and_episodes_of_a_whole_run() -> None:
         finetune=FinetuneSettings(epochs=3),
     )
     assert (staged.all_episodes, staged.all_epochs, staged.trains_between) == (21, 2 + 9, True)
+
+
+@pytest.mark.parametrize("name, kind", [("storage", StorageBudget), ("cycles", CyclesBudget)])
+def test_costs_of_hardware_have_settings_of_their_own(name: str, kind: type[BudgetSettings]) -> None:
+    assert kind().cost == name
+    with pytest.raises(
+        UserError, match=rf"budget\.cost={name} must be one of macs, params, or take budget=flops"
+    ):
+        BudgetSettings(name)
+
+
+def test_stages_and_rounds_are_refused_together_for_channels_only() -> None:
+    both = {"stages": (0.7, 0.5), "schedule": Schedule("linear", 2), "finetune": FinetuneSettings(epochs=4)}
+    assert Settings(Random(), 1, granularity=FineGrained(), **both).trains_between
+    with pytest.raises(
+        UserError, match=r"schedule\.rounds=2 with search\.stages=\[0\.7, 0\.5\] works for masks"
+    ):
+        Settings(Random(), 1, **both)
+    with pytest.raises(UserError, match=r"leave budget\.limit=null"):
+        Settings(Random(), 1, budgets=(BudgetSettings("macs", limit=5.0),), stages=(0.7, 0.5))

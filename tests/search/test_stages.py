@@ -9,6 +9,7 @@ import pytest
 import torch
 from masking import weight
 from networks import network, same_state
+from running import Command
 from safetensors.torch import load_file
 from small_runs import Stopped, Tracked, go, small
 
@@ -225,3 +226,29 @@ def test_weights_of_an_earlier_run_are_not_taken_for_this_one_s(small_data: Data
     assert (tmp_path / "old" / "evaluations.jsonl").read_bytes() == (
         tmp_path / "fresh" / "evaluations.jsonl"
     ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (("search.stages=[0.9,0.01]", "budget=params"), "cannot be reached"),
+        (("agent=sensitivity", "budget=none"), "set agent.threshold"),
+        (
+            ("regularization=bn_scale", "regularization.before_epochs=0", "regularization.during=true"),
+            "batch norm",
+        ),
+        (("criterion=bn_scale", "regularization=l1"), "batch norm"),
+        (("budget.cost=storage",), "take budget=flops"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_trained_or_scored(
+    amc_search: Command, tmp_path: Path, overrides: tuple[str, ...], says: str
+) -> None:
+    ended = amc_search(
+        "model=digits_mlp", "search.episodes=3", "finetune.epochs=1", "hydra.run.dir=run", *overrides
+    )
+    assert ended.code == 2
+    (line,) = ended.err.splitlines()
+    assert says in line
+    assert not (tmp_path / "run" / "evaluations.jsonl").exists()
+    assert "fine-tune" not in ended.out
