@@ -25,12 +25,13 @@ from search.stages import chain
 
 
 def strategy_json(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:
-    """The content of strategy.json: counts, granularity and, but for the original, the weights they were cut from.
+    """The content of strategy.json: counts, granularity, criterion and, but for the original, the weights they were cut from.
 
     Those are named as the chain that led to them: ``["original", "stage 1 (0.5)"]``.
     """
-    granularity = {"granularity": prepared.settings.granularity.name}
-    return outcome.strategy.to_json() | granularity | _start(prepared, outcome)
+    settings = prepared.settings
+    made = {"granularity": settings.granularity.name, "criterion": settings.criterion.name}
+    return outcome.strategy.to_json() | made | _start(prepared, outcome)
 
 
 def _start(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from amc_env.errors import UserError
@@ -14,6 +16,8 @@ from search import wiring
 from search.apply import fingerprint, read_strategy
 from search.commands import application, run_command
 from search.job import run_job
+
+log = logging.getLogger(__name__)
 
 _AGENTS = {"strategy": "search.apply.Given", "ratio": "agents.baselines.Uniform"}
 """By what is given: who proposes it."""
@@ -37,7 +41,20 @@ def main_job(cfg: DictConfig) -> float:
     with wiring.at_the_top(_AGENTS):
         whole = wiring.as_search(cfg, "apply", {"_target_": _AGENTS[name], name: cfg[name]})
         whole.search.episodes = 1
+        if name == "strategy":
+            _warn_of_another_criterion(cfg.strategy)
         return run_job(whole, "amc-apply", _header_config(cfg))
+
+
+def _warn_of_another_criterion(path: str) -> None:
+    """Counts are the same under every criterion; which units go is not."""
+    made, now = read_strategy(path).get("criterion"), HydraConfig.get().runtime.choices.get("criterion")
+    if made is not None and made != now:
+        log.warning(
+            "the strategy was found with criterion=%s and is applied with criterion=%s: other units go",
+            made,
+            now,
+        )
 
 
 def _header_config(cfg: DictConfig) -> Mapping[str, Any]:

@@ -22,7 +22,7 @@ from search.pipeline import Context, header
 from search.plots import plot_sensitivity
 from search.preparation import Prepared, announce, make_evaluator, prepare, start_of
 from search.progress import Progress
-from search.results import write_json
+from search.results import strategy_json, write_json
 from search.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def run(model: nn.Module, data: Data, settings: Settings, context: Context) -> S
             common = pick(problem, scanned.curves, agent.threshold)
             picked = _evaluated(evaluator, common.removed)
             scanned = replace(scanned, threshold=common.threshold, picked=picked)
-        _write(scanned, context.folder)
+        _write(scanned, prepared, context.folder)
     _tell(scanned, prepared, context.folder)
     return scanned
 
@@ -127,14 +127,14 @@ def _evaluated(evaluator: Evaluator, removed: Removed) -> Outcome:
     return replace(outcome, costs=evaluator.problem.cost(removed))
 
 
-def _write(scanned: Scanned, folder: Path) -> None:
+def _write(scanned: Scanned, prepared: Prepared, folder: Path) -> None:
     """sensitivity.csv, the plot and, where one was picked, strategy.json."""
     _write_csv(scanned, folder / CSV)
     picked = scanned.picked
     ratios = () if picked is None else picked.strategy.ratios
     plot_sensitivity(scanned.curves, folder / PLOT, threshold=scanned.threshold, picked=ratios)
     if picked is not None:
-        write_json(folder / STRATEGY, picked.strategy.to_json())
+        write_json(folder / STRATEGY, strategy_json(prepared, picked))
 
 
 def _write_csv(scanned: Scanned, path: Path) -> None:

@@ -304,3 +304,20 @@ def test_what_is_zero_stays_zero_bit_for_bit(amc_apply: Command, tmp_path: Path)
     for name in ("1", "3", "5"):
         weight = load_file(tmp_path / "run" / "model.safetensors")[f"{name}.weight"]
         assert torch.equal((weight.unflatten(1, (-1, 4)) != 0).sum(2).unique(), torch.tensor([2]))
+
+
+@pytest.mark.parametrize("criterion", ["l1", "l2"])
+def test_another_criterion_than_the_searchs_is_said(
+    amc_search: Command, amc_apply: Command, criterion: str
+) -> None:
+    assert (
+        amc_search(
+            *SMALL, "agent=uniform", "finetune.epochs=0", "export=[]", "latency.repeats=0", "hydra.run.dir=a"
+        ).code
+        == 0
+    )
+    quick = ("finetune.epochs=0", "export=[]", "latency.repeats=0", "hydra.run.dir=b")
+    ended = amc_apply(*SMALL, "strategy=a", f"criterion={criterion}", *quick)
+    assert ended.code == 0
+    said = "found with criterion=l2 and is applied with criterion=l1: other units go" in ended.out + ended.err
+    assert said == (criterion == "l1")
