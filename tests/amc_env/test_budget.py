@@ -83,8 +83,7 @@ def test_any_bounded_sequence_meets_the_budget(name: str, ratio: float, multiple
         assert [grid.count(grid.index(count)) for grid, count in zip(grids, chosen, strict=True)] == chosen
 
 
-@pytest.mark.parametrize("kind", [Macs, Params])
-@pytest.mark.parametrize("ratio", [0.3, 0.5, 0.8])
+@pytest.mark.parametrize(("ratio", "kind"), [(0.3, Params), (0.5, Macs), (0.8, Params)])
 @pytest.mark.parametrize(("name", "granularity"), SUITABLE)
 def test_masked_strategies_meet_the_budget(name: str, granularity: str, ratio: float, kind: type) -> None:
     _, graph, grids = masked(name, granularity)
