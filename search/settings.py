@@ -320,6 +320,11 @@ class Settings:
                 f"schedule.rounds={rounds} with search.stages={list(self.stages)} works for masks; channels take one of "
                 "the two: schedule=one_shot, or search.stages=[]"
             )
+        if rounds > 1 and any(getattr(budget, "format", "") == "eie" for budget in self.budgets):
+            raise UserError(
+                f"schedule.rounds={rounds} ranks anew each round, and EIE's padding depends on where zeros lie, so the limit "
+                "could be missed: use budget.format=csr, or schedule=one_shot"
+            )
         if self.stages and any(budget.limit for budget in self.budgets):
             raise UserError("search.stages are shares of the original cost: leave budget.limit=null")
         if self.stages and (len(self.budgets) != 1 or not epochs):

@@ -148,3 +148,14 @@ def test_stages_and_rounds_are_refused_together_for_channels_only() -> None:
         Settings(Random(), 1, **both)
     with pytest.raises(UserError, match=r"leave budget\.limit=null"):
         Settings(Random(), 1, budgets=(BudgetSettings("macs", limit=5.0),), stages=(0.7, 0.5))
+
+
+def test_rounds_move_zeros_so_an_eie_limit_is_refused() -> None:
+    options = {
+        "granularity": FineGrained(),
+        "schedule": Schedule("linear", 2),
+        "finetune": FinetuneSettings(epochs=4),
+    }
+    assert Settings(Random(), 1, budgets=(StorageBudget(format="csr"),), **options).schedule.rounds == 2
+    with pytest.raises(UserError, match=r"use budget\.format=csr, or schedule=one_shot"):
+        Settings(Random(), 1, budgets=(StorageBudget(),), **options)
