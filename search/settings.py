@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from agents.base import Agent
 from agents.baselines import Uniform
-from amc_env.errors import UserError
+from amc_env.errors import UserError, require
 from amc_env.pruning.criteria import Criterion, Norm, check_fits
 from amc_env.pruning.granularity import Channel, Granularity
 from amc_env.pruning.regularization import NoRegularization, Regularization
@@ -16,19 +16,6 @@ from amc_env.pruning.schedule import Schedule
 from amc_env.rewards import Error, RewardFunction
 
 REPAIRS = ("none", "least_squares", "batch_norm", "both", "sequential")
-
-
-def _require(checks: dict[str, tuple[bool, object, str]]) -> None:
-    """Raises one UserError with every setting that is out of range.
-
-    Args:
-        checks: Setting name to (whether it is fine, its value, what is allowed).
-    """
-    wrong = [
-        f"{name}={value} must be {allowed}" for name, (fine, value, allowed) in checks.items() if not fine
-    ]
-    if wrong:
-        raise UserError("; ".join(wrong))
 
 
 @dataclass(frozen=True)
@@ -49,10 +36,10 @@ class BudgetSettings:
 
     def __post_init__(self) -> None:
         allowed = f"one of {', '.join(self.costs)}, or take budget=flops, params, storage or cycles"
-        _require({"budget.cost": (self.cost in self.costs, self.cost, allowed)})
+        require({"budget.cost": (self.cost in self.costs, self.cost, allowed)})
         if self.ratio is None and self.limit is None:
             raise UserError("budget.ratio or budget.limit is needed; both are null")
-        _require(
+        require(
             {
                 "budget.ratio": (self.ratio is None or 0 < self.ratio <= 1, self.ratio, "in (0, 1]"),
                 "budget.limit": (self.limit is None or self.limit > 0, self.limit, "above 0"),
@@ -77,7 +64,7 @@ class StorageBudget(BudgetSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(
+        require(
             {
                 "budget.format": (self.format in ("eie", "csr", "nm"), self.format, "eie, csr or nm"),
                 "budget.value_bits": (1 <= self.value_bits <= 64, self.value_bits, "in [1, 64]"),
@@ -104,7 +91,7 @@ class CyclesBudget(BudgetSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(
+        require(
             {
                 "budget.input_parallel": (self.input_parallel >= 1, self.input_parallel, "at least 1"),
                 "budget.output_parallel": (self.output_parallel >= 1, self.output_parallel, "at least 1"),
@@ -134,7 +121,7 @@ class RepairSettings:
     mask_ridge: float = 1e-3
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             {
                 "repair.name": (self.name in REPAIRS, self.name, f"one of {', '.join(REPAIRS)}"),
                 "repair.images": (self.images >= 1, self.images, "at least 1"),
@@ -159,7 +146,7 @@ class FinalistSettings:
     repair: str = "sequential"
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             {
                 "finalists.count": (self.count >= 0, self.count, "at least 0"),
                 "finalists.repair": (self.repair in REPAIRS, self.repair, f"one of {', '.join(REPAIRS)}"),
@@ -191,7 +178,7 @@ class FinetuneSettings:
     temperature: float = 4.0
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             {
                 "finetune.epochs": (self.epochs >= 0, self.epochs, "at least 0"),
                 "finetune.lr_fraction": (0 < self.lr_fraction <= 1, self.lr_fraction, "in (0, 1]"),
@@ -217,7 +204,7 @@ class ScoringSettings:
     channels_last: bool = True
 
     def __post_init__(self) -> None:
-        _require({"evaluator.batch_size": (self.batch_size >= 1, self.batch_size, "at least 1")})
+        require({"evaluator.batch_size": (self.batch_size >= 1, self.batch_size, "at least 1")})
 
 
 @dataclass(frozen=True)
@@ -233,7 +220,7 @@ class LatencySettings:
     repeats: int = 50
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             {
                 "latency.batch": (self.batch >= 1, self.batch, "at least 1"),
                 "latency.repeats": (self.repeats >= 0, self.repeats, "at least 0"),
@@ -283,7 +270,7 @@ class Settings:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             {
                 "search.episodes": (self.episodes >= 1, self.episodes, "at least 1"),
                 "seed": (0 <= self.seed < 2**32, self.seed, "in [0, 2**32)"),
@@ -305,7 +292,7 @@ class Settings:
         """Refuses stages and rounds that there is nothing to train or no budget for."""
         rounds, epochs = self.schedule.rounds, self.finetune.epochs
         falling = all(a > b for a, b in pairwise(self.stages)) and all(0 < r <= 1 for r in self.stages)
-        _require(
+        require(
             {
                 "search.stages": (falling, list(self.stages), "shares in (0, 1], each below the one before"),
                 "schedule.rounds": (

@@ -11,10 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from amc_env.errors import UserError
+from amc_env.errors import UserError, require
 from amc_env.layers import Layer, LayerGraph, Member
 from amc_env.pruning.calibration import Moments, record, repairable
-from amc_env.pruning.scores import CHANNEL, Sample, calibration_sample, heard, require, voices
+from amc_env.pruning.scores import CHANNEL, Sample, calibration_sample, heard, voices
 
 _CHUNK = 250  # images of a calibration batch
 _BYTES = 2**29  # of the moments of the layers that are recorded in one pass
@@ -39,7 +39,7 @@ class APoZ:
     granularities: ClassVar[tuple[str, ...]] = CHANNEL
 
     def __post_init__(self) -> None:
-        require({"images": (self.images >= 1, self.images, "at least 1")})
+        require({"images": (self.images >= 1, self.images, "at least 1")}, "criterion.")
 
     def channel_scores(self, model: nn.Module, graph: LayerGraph, sample: Sample) -> tuple[Tensor, ...]:
         """1 - APoZ, in [0, 1].
@@ -117,7 +117,8 @@ class Lasso:
             {
                 "images": (self.images >= 1, self.images, "at least 1"),
                 "per_image": (self.per_image >= 1, self.per_image, "at least 1"),
-            }
+            },
+            "criterion.",
         )
 
     def channel_scores(self, model: nn.Module, graph: LayerGraph, sample: Sample) -> tuple[Tensor, ...]:

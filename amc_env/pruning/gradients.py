@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from amc_env.errors import UserError
+from amc_env.errors import UserError, require
 from amc_env.layers import Layer, LayerGraph, Member
 from amc_env.pruning.scores import (
     EVERY,
@@ -26,7 +26,6 @@ from amc_env.pruning.scores import (
     coupling,
     generator,
     heard,
-    require,
     unit_scores,
     unit_sums,
     voices,
@@ -243,7 +242,8 @@ class Taylor:
             {
                 "images": (self.images >= 1, self.images, "at least 1"),
                 **coupling(self.members, self.aggregate),
-            }
+            },
+            "criterion.",
         )
 
     def channel_scores(self, model: nn.Module, graph: LayerGraph, sample: Sample) -> tuple[Tensor, ...]:
@@ -330,7 +330,8 @@ class OBD:
                 "probes": (self.probes >= 1, self.probes, "at least 1"),
                 "images": (self.images >= 1, self.images, "at least 1"),
                 **coupling(self.members, self.aggregate),
-            }
+            },
+            "criterion.",
         )
 
     def channel_scores(self, model: nn.Module, graph: LayerGraph, sample: Sample) -> tuple[Tensor, ...]:

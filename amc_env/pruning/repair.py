@@ -308,9 +308,9 @@ class FrontToBack:
         topology: Topology,
         images: Tensor,
         *,
-        per_image: int,
-        seed: int,
-        ridge: float,
+        per_image: int = 16,
+        seed: int = 0,
+        ridge: float = _RIDGE,
     ):
         if topology.graph is None:
             raise UserError(

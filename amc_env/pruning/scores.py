@@ -88,19 +88,6 @@ def rank(scores: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(torch.sort(score, descending=True, stable=True).indices for score in scores)
 
 
-def require(checks: dict[str, tuple[bool, object, str]]) -> None:
-    """Raises one UserError with every setting of a criterion that is out of range.
-
-    Args:
-        checks: Setting name to (whether it is fine, its value, what is allowed).
-    """
-    wrong = [
-        f"criterion.{key}={value} must be {what}" for key, (fine, value, what) in checks.items() if not fine
-    ]
-    if wrong:
-        raise UserError("; ".join(wrong))
-
-
 def coupling(members: str, aggregate: str) -> dict[str, tuple[bool, object, str]]:
     """The checks of the settings that say how members come together."""
     return {

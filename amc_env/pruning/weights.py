@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from amc_env.errors import UserError
+from amc_env.errors import UserError, require
 from amc_env.layers import ChannelGroup, Layer, LayerGraph, Member
 from amc_env.pruning.scores import (
     CHANNEL,
@@ -20,7 +20,6 @@ from amc_env.pruning.scores import (
     coupling,
     generator,
     heard,
-    require,
     together,
     unit_scores,
     unit_sums,
@@ -56,7 +55,10 @@ class Norm:
     images: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        require({"p": (self.p in (1, 2), self.p, "1 or 2"), **coupling(self.members, self.aggregate)})
+        require(
+            {"p": (self.p in (1, 2), self.p, "1 or 2"), **coupling(self.members, self.aggregate)},
+            "criterion.",
+        )
 
     @property
     def name(self) -> str:
@@ -98,7 +100,7 @@ class BatchNormScale:
     images: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        require(coupling("all", self.aggregate))
+        require(coupling("all", self.aggregate), "criterion.")
 
     def channel_scores(self, model: nn.Module, graph: LayerGraph, sample: Sample) -> tuple[Tensor, ...]:
         """|gamma|, summed over the entries of a unit.
@@ -146,7 +148,7 @@ class FPGM:
     images: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        require(coupling("producers", self.aggregate))
+        require(coupling("producers", self.aggregate), "criterion.")
 
     def channel_scores(self, model: nn.Module, graph: LayerGraph, sample: Sample) -> tuple[Tensor, ...]:
         """Sums of Euclidean distances; a unit of several filters is their concatenation."""

@@ -5,7 +5,7 @@ import torch
 from networks import traced
 from torch import Tensor
 
-from amc_env.errors import UserError
+from amc_env.errors import UserError, require
 from amc_env.pruning.scores import (
     Sample,
     calibration_sample,
@@ -13,7 +13,6 @@ from amc_env.pruning.scores import (
     generator,
     heard,
     rank,
-    require,
     together,
     unit_sums,
     voices,
@@ -87,7 +86,7 @@ def test_rank_is_stable() -> None:
 
 def test_all_wrong_settings_in_one_message() -> None:
     with pytest.raises(UserError) as error:
-        require({"p": (False, 3, "1 or 2"), **coupling("both", "median")})
+        require({"p": (False, 3, "1 or 2"), **coupling("both", "median")}, "criterion.")
     assert str(error.value) == (
         "criterion.p=3 must be 1 or 2; criterion.members=both must be one of consumers, producers, all; "
         "criterion.aggregate=median must be one of mean, sum, max"
