@@ -19,6 +19,11 @@ from amc_env.strategy import Grid, Strategy, as_ratios
 _BISECTIONS = 48  # halvings of a shift in ratios; far below one unit of any layer
 
 
+def figure(value: float) -> str:
+    """A cost for people: 40551552 -> '40,551,552'; 1.23456 -> '1.235'."""
+    return f"{value:,.0f}" if value >= 1000 or value == int(value) else f"{value:.4g}"
+
+
 @dataclass(frozen=True)
 class Budget:
     """A limit on a cost.
@@ -87,8 +92,8 @@ class Problem:
         self.most = tuple(grid.count(grid.size - 1) for grid in grids)
         self.maxima = np.array([grid.max_ratio for grid in grids])
         unreachable = [
-            f"budget {b.cost.name} <= {b.limit:,.0f} ({b.ratio:.3g} of the original) cannot be reached: "
-            f"the least is {b.cost(self.most):,.0f} ({self.least_ratio(b.cost):.3g}); "
+            f"budget {b.cost.name} <= {figure(b.limit)} ({b.ratio:.3g} of the original) cannot be reached: "
+            f"the least is {figure(b.cost(self.most))} ({self.least_ratio(b.cost):.3g}); "
             "raise budget.ratio or granularity.max_ratio, or lower channel_multiple"
             for b in self.budgets
             if not b.met(self.most)

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
 
 from amc_env.budget import Problem
 from amc_env.errors import UserError, first_line
+from amc_env.latency.runtimes import using_threads
 from amc_env.pruning.candidate import Builder, Keeps, Masks
 from amc_env.pruning.folding import Folder
 from amc_env.pruning.repair import Repair
 from amc_env.strategy import Strategy
 
+if TYPE_CHECKING:
+    from amc_env.workers import Workers
+
 log = logging.getLogger(__name__)
 
 ORIGINAL = "original"
 """The start of a search that begins with the uncut network's weights."""
+
+Removed = tuple[int, ...]
+"""Units removed from every decision."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +63,13 @@ class Pruned:
         network: The network, in eval mode.
         keeps: What stayed of the uncut network's channels.
         masks: The weights that stayed of layers that are masked.
+        units: The units that stayed of every channel group, int64, in any order; none where weights are masked.
     """
 
     network: nn.Module
     keeps: Keeps
     masks: Masks
+    units: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -118,7 +131,7 @@ class Scorer:
         channels_last = channels_last and images.ndim == 4 and _runs_channels_last(model, images[:2])
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        self._images = images
+        self.images = images
         self._labels = labels
         self._batch_size = batch_size
         self.channels_last = channels_last
@@ -126,7 +139,7 @@ class Scorer:
 
     def __call__(self, model: nn.Module) -> float:
         """Accuracy of a cut network, in [0, 1]."""
-        return accuracy(self.folder(model), self._images, self._labels, self._batch_size)
+        return accuracy(self.folder(model), self.images, self._labels, self._batch_size)
 
 
 def _runs_channels_last(model: nn.Module, images: Tensor) -> bool:
@@ -155,11 +168,59 @@ class Start:
         name: What identifies it in keys, outcomes and the journal.
         candidates: Builds networks from these weights.
         repairs: How to make each repair for these weights, by name; they are made when first asked for.
+        removed: What is gone from these weights already: a strategy that removes no more needs no repair.
     """
 
     name: str
     candidates: Builder
     repairs: Mapping[str, Callable[[], Repair]]
+    removed: tuple[int, ...] = ()
+
+
+class Bench:
+    """Cuts, mends and scores candidates, one after another.
+
+    Repairs are calibrated once while candidates come from one start; those of the start before are forgotten.
+
+    Args:
+        scorer: Accuracy of a cut network.
+        threads: Of torch meanwhile; None leaves them as they are.
+    """
+
+    def __init__(self, scorer: Callable[[nn.Module], float], threads: int | None = None):
+        self.scorer = scorer
+        self._threads = threads
+        self._start: Start | None = None
+        self._repairs: dict[str, Repair] = {}
+
+    def accuracy(self, start: Start, repair: str, removed: Removed) -> float:
+        """What a candidate scores, in [0, 1]."""
+        with using_threads(self._threads):
+            model, _ = self._mended(start, repair, removed)
+            return self.scorer(model)
+
+    def pruned(self, start: Start, repair: str, removed: Removed) -> Pruned:
+        """The candidate that `accuracy` scores, as a network of its own."""
+        with using_threads(self._threads):
+            model, keeps = self._mended(start, repair, removed)
+        builder = start.candidates
+        return Pruned(copy.deepcopy(model), keeps, builder.masks(removed), builder.units(removed))
+
+    def _mended(self, start: Start, repair: str, removed: Removed) -> tuple[nn.Module, Keeps]:
+        keeps = start.candidates.keeps(removed)
+        model = start.candidates.cut(removed, keeps)
+        if any(removed) and removed != start.removed:
+            self._repair(start, repair)(model, removed, keeps)
+        return model, keeps
+
+    def _repair(self, start: Start, name: str) -> Repair:
+        if name not in start.repairs:
+            raise UserError(f"unknown repair {name!r}; there are {', '.join(start.repairs)}")
+        if start is not self._start:
+            self._start, self._repairs = start, {}
+        if name not in self._repairs:
+            self._repairs[name] = start.repairs[name]()
+        return self._repairs[name]
 
 
 class Evaluator:
@@ -174,6 +235,9 @@ class Evaluator:
         scorer: Accuracy of a cut network.
         repair: Name of the repair that strategies are scored with by default.
         memo: Accuracies known already; a journal keeps them across runs.
+        workers: Processes that score candidates side by side; None: this one does. They end with `close`, or with the
+            block where the evaluator is used as a context manager.
+        threads: Of torch while candidates are cut, mended and scored; None leaves them as they are.
     """
 
     def __init__(
@@ -183,16 +247,32 @@ class Evaluator:
         scorer: Callable[[nn.Module], float],
         repair: str,
         memo: MutableMapping[Key, Outcome] | None = None,
+        *,
+        workers: Workers | None = None,
+        threads: int | None = None,
     ):
         self.problem = problem
         self.repair = repair
         self.start = start.name
         self.hits = 0
         self.evaluations = 0
-        self._scorer = scorer
+        self._bench = Bench(scorer, threads)
+        self._workers = workers
         self._starts = {start.name: start}
-        self._repairs: dict[tuple[str, str], Repair] = {}
         self._memo: MutableMapping[Key, Outcome] = {} if memo is None else memo
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the workers, whatever they are at."""
+        if self._workers is not None:
+            self._workers.close()
 
     def begin(self, start: Start) -> None:
         """Makes further weights known, for example those that an earlier outcome was tuned to.
@@ -206,6 +286,16 @@ class Evaluator:
             )
         self._starts[start.name] = start
 
+    def move(self, start: Start) -> None:
+        """Goes on from further weights: strategies are cut from them by default, and those before are forgotten.
+
+        Raises:
+            ValueError: There is a start of that name already.
+        """
+        self.begin(start)
+        left, self.start = self.start, start.name
+        del self._starts[left]
+
     def builder(self, start: str) -> Builder:
         """What builds candidates from these weights."""
         return self._known_start(start).candidates
@@ -213,53 +303,52 @@ class Evaluator:
     def evaluate(
         self, strategies: Sequence[Strategy], *, start: str | None = None, repair: str | None = None
     ) -> list[Outcome]:
-        """Scores strategies, in order; from memory where they are known.
+        """The `outcomes` of strategies, all of them."""
+        return list(self.outcomes(strategies, start=start, repair=repair))
+
+    def outcomes(
+        self, strategies: Sequence[Strategy], *, start: str | None = None, repair: str | None = None
+    ) -> Iterator[Outcome]:
+        """Scores strategies and gives each as soon as it and those before it are known; from memory where they are.
 
         Args:
-            strategies: What to score.
+            strategies: What to score; workers get all of them at once.
             start: Name of the weights that they are cut from; by default those that the search began with.
             repair: Name of the repair; by default the search's.
 
         Raises:
-            UserError: A candidate's outputs are not numbers, or the repair is unknown.
+            UserError: A candidate's outputs are not numbers, the repair is unknown, or workers cannot go on.
             ValueError: The start is unknown.
         """
-        begun = self._known_start(start or self.start)
-        return [self._one(begun, strategy, repair or self.repair) for strategy in strategies]
+        begun, mend = self._known_start(start or self.start), repair or self.repair
+        keys = [Key(begun.name, mend, strategy.removed) for strategy in strategies]
+        unknown = [key.removed for key in dict.fromkeys(keys) if self._memo.get(key) is None]
+        with self._scoring(begun, mend, unknown) as accuracy_of:
+            for key, strategy in zip(keys, strategies, strict=True):
+                outcome = self._memo.get(key)
+                if outcome is None:
+                    outcome = self._outcome(key, strategy, accuracy_of(key.removed))
+                    self._memo[key] = outcome
+                    self.evaluations += 1
+                else:
+                    self.hits += 1
+                yield outcome
+
+    def _scoring(
+        self, start: Start, repair: str, unknown: Sequence[Removed]
+    ) -> AbstractContextManager[Callable[[Removed], float]]:
+        if self._workers is None or len(unknown) < 2:  # one alone is as quick here
+            return nullcontext(partial(self._bench.accuracy, start, repair))
+        return self._workers.scoring(start, repair, unknown)
 
     def _known_start(self, name: str) -> Start:
         if name not in self._starts:
             raise ValueError(f"unknown start {name!r}; there are {', '.join(self._starts)}")
         return self._starts[name]
 
-    def _one(self, start: Start, strategy: Strategy, repair: str) -> Outcome:
-        key = Key(start.name, repair, strategy.removed)
-        known = self._memo.get(key)
-        if known is not None:
-            self.hits += 1
-            return known
-        model, _ = self._mended(start, strategy, repair)
-        value = self._scorer(model)
-        costs = self.problem.cost(strategy.removed)
-        outcome = Outcome(strategy, value, costs, self.problem.met(strategy.removed), repair, start.name)
-        self._memo[key] = outcome
-        self.evaluations += 1
-        return outcome
-
-    def _mended(self, start: Start, strategy: Strategy, repair: str) -> tuple[nn.Module, Keeps]:
-        keeps = start.candidates.keeps(strategy.removed)
-        model = start.candidates.cut(strategy.removed, keeps)
-        if any(strategy.removed):
-            self._repair(start, repair)(model, strategy.removed, keeps)
-        return model, keeps
-
-    def _repair(self, start: Start, name: str) -> Repair:
-        if name not in start.repairs:
-            raise UserError(f"unknown repair {name!r}; there are {', '.join(start.repairs)}")
-        key = start.name, name
-        if key not in self._repairs:
-            self._repairs[key] = start.repairs[name]()
-        return self._repairs[key]
+    def _outcome(self, key: Key, strategy: Strategy, value: float) -> Outcome:
+        costs, met = self.problem.cost(strategy.removed), self.problem.met(strategy.removed)
+        return Outcome(strategy, value, costs, met, key.repair, key.start)
 
     def apply(self, strategy: Strategy, *, start: str | None = None, repair: str | None = None) -> Pruned:
         """Prunes and mends without scoring.
@@ -269,9 +358,9 @@ class Evaluator:
             start: As in `evaluate`.
             repair: As in `evaluate`.
         """
-        begun = self._known_start(start or self.start)
-        model, keeps = self._mended(begun, strategy, repair or self.repair)
-        return Pruned(copy.deepcopy(model), keeps, begun.candidates.masks(strategy.removed))
+        return self._bench.pruned(
+            self._known_start(start or self.start), repair or self.repair, strategy.removed
+        )
 
     def network(self, outcome: Outcome) -> Pruned:
         """The network that was scored, bit for bit."""

@@ -20,7 +20,8 @@ from amc_env.evaluator import Scorer, accuracy
 
 log = logging.getLogger(__name__)
 
-_ROOM = 2**30  # bytes of kept values
+ROOM = 2**30
+"""Bytes of kept values."""
 
 _State = Mapping[fx.Node, tuple[Tensor, ...]]
 """What each operation reads from the network itself: parameters, buffers, sizes."""
@@ -51,7 +52,7 @@ class PrefixScorer(Scorer):
         *,
         batch_size: int = 250,
         channels_last: bool = True,
-        room: int = _ROOM,
+        room: int = ROOM,
     ):
         super().__init__(model, images, labels, batch_size=batch_size, channels_last=channels_last)
         network = self.folder(model)
@@ -60,7 +61,7 @@ class PrefixScorer(Scorer):
             reason = _obstacle(network.graph)
         self._shared: _Shared | None = None
         if isinstance(network, fx.GraphModule) and not reason:
-            self._shared = _Shared(network, torch.split(self._images, batch_size), room)
+            self._shared = _Shared(network, torch.split(self.images, batch_size), room)
         else:
             _say_that_nothing_is_shared(reason)
 
@@ -73,7 +74,7 @@ class PrefixScorer(Scorer):
         if self._shared is not None:
             self._shared = None
             _say_that_nothing_is_shared("values that are read again are overwritten in place")
-        return accuracy(network, self._images, self._labels, self._batch_size)
+        return accuracy(network, self.images, self._labels, self._batch_size)
 
 
 def _say_that_nothing_is_shared(reason: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,10 @@ class Builder(Protocol):
 
     def masks(self, removed: Sequence[int]) -> Masks:
         """Weights that stay of every layer that is masked; none where channels are cut."""
+        ...
+
+    def units(self, removed: Sequence[int]) -> tuple[Tensor, ...]:
+        """Units that stay of every channel group, int64, ascending; none where weights are masked."""
         ...
 
     def cut(self, removed: Sequence[int], keeps: Keeps | None = None) -> nn.Module:
@@ -66,6 +70,10 @@ class Candidates:
             for name, module, _ in self._pairs
         }
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels to other processes without the skeleton."""
+        return Candidates, (self._original, self.graph, self.orders)
+
     @property
     def original(self) -> nn.Module:
         """The uncut network."""
@@ -73,11 +81,12 @@ class Candidates:
 
     def keeps(self, removed: Sequence[int]) -> Keeps:
         """What stays of every module when ``removed`` units are gone, the least worth first."""
-        units = [
-            order[: len(order) - count].sort().values
-            for order, count in zip(self.orders, removed, strict=True)
-        ]
-        return keeps_of(self.graph.groups, units)
+        return keeps_of(self.graph.groups, self.units(removed))
+
+    def units(self, removed: Sequence[int]) -> tuple[Tensor, ...]:
+        """Units that stay of every group, int64, ascending."""
+        pairs = zip(self.orders, removed, strict=True)
+        return tuple(order[: len(order) - count].sort().values for order, count in pairs)
 
     def masks(self, removed: Sequence[int]) -> Masks:
         """Nothing is masked: channels are cut out."""
@@ -127,6 +136,10 @@ class MaskedCandidates:
         self._original = copy.deepcopy(model).eval()
         self.skeleton = copy.deepcopy(self._original)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travels to other processes without the skeleton."""
+        return MaskedCandidates, (self._original, self.grids, self.places)
+
     @property
     def original(self) -> nn.Module:
         """The unpruned network."""
@@ -135,6 +148,10 @@ class MaskedCandidates:
     def keeps(self, removed: Sequence[int]) -> Keeps:
         """No channel is cut."""
         return {}
+
+    def units(self, removed: Sequence[int]) -> tuple[Tensor, ...]:
+        """No channel is cut."""
+        return ()
 
     def masks(self, removed: Sequence[int]) -> Masks:
         """What stays of the weights of every decision that removes something."""

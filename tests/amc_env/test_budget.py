@@ -195,7 +195,7 @@ def test_a_budget_out_of_reach_is_refused_with_the_least() -> None:
     with pytest.raises(UserError) as caught:
         problem((Product(), 0.05), (Linear(), 0.1))
     message = str(caught.value)
-    assert "budget macs <= 18 (0.05 of the original) cannot be reached: the least is 41 (0.111)" in message
+    assert "budget macs <= 18.5 (0.05 of the original) cannot be reached: the least is 41 (0.111)" in message
     assert "budget params <= 4 (0.1 of the original) cannot be reached: the least is 14 (0.35)" in message
 
 

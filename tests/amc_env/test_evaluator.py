@@ -2,7 +2,8 @@
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from amc_env.budget import Budget, Problem
 from amc_env.costs import Macs, Params
 from amc_env.errors import UserError
-from amc_env.evaluator import ORIGINAL, Evaluator, Key, Outcome, Scorer, Start, accuracy
+from amc_env.evaluator import ORIGINAL, Bench, Evaluator, Key, Outcome, Removed, Scorer, Start, accuracy
 from amc_env.pruning.candidate import Candidates
 from amc_env.pruning.repair import BatchNorm, Both, LeastSquares, NoRepair, Repair, Sequential
 from amc_env.pruning.topology import Topology
@@ -42,6 +43,29 @@ def evaluator(
     }
     scorer = Scorer(candidates.original, images(60), LABELS, batch_size=25)
     return Evaluator(Start(ORIGINAL, candidates, makers), problem, scorer, repair, memo)
+
+
+class Handed:
+    """Workers that are none: what was handed out, asked for and taken back is noted."""
+
+    def __init__(self) -> None:
+        self.notes: list[object] = []
+
+    @contextmanager
+    def scoring(
+        self, start: Start, repair: str, strategies: Sequence[Removed]
+    ) -> Iterator[Callable[[Removed], float]]:
+        self.notes.append((start.name, repair, list(strategies)))
+
+        def accuracy(removed: Removed) -> float:
+            self.notes.append(removed)
+            return sum(removed) / 1000
+
+        yield accuracy
+        self.notes.append("back")
+
+    def close(self) -> None:
+        self.notes.append("closed")
 
 
 def some(judge: Evaluator, count: int = 3):
@@ -80,8 +104,8 @@ def test_scorer_is_plain_accuracy(name: str, channels_last: bool) -> None:
 def test_the_same_strategy_is_never_scored_twice() -> None:
     judge = evaluator()
     scored: list[int] = []
-    inner = judge._scorer
-    judge._scorer = lambda model: scored.append(1) or inner(model)
+    inner = judge._bench.scorer
+    judge._bench.scorer = lambda model: scored.append(1) or inner(model)
     strategies = some(judge)
     first = judge.evaluate([*strategies, strategies[0]])
     assert (len(scored), judge.evaluations, judge.hits) == (3, 3, 1)
@@ -117,13 +141,13 @@ def test_outcome_states_costs_budget_and_repair() -> None:
 def test_what_was_scored_is_what_is_delivered(repair: str) -> None:
     judge = evaluator(repair=repair)
     scored: list[dict[str, Tensor]] = []
-    inner = judge._scorer
+    inner = judge._bench.scorer
 
     def scorer(model: nn.Module) -> float:
         scored.append({key: value.clone() for key, value in model.state_dict().items()})
         return inner(model)
 
-    judge._scorer = scorer
+    judge._bench.scorer = scorer
     outcomes = judge.evaluate(some(judge))
     for outcome, state in zip(outcomes, list(scored), strict=True):
         pruned = judge.network(outcome)
@@ -199,3 +223,68 @@ def test_unknown_and_repeated_starts_are_refused() -> None:
         judge.evaluate(some(judge), start="nowhere")
     with pytest.raises(ValueError, match="known already"):
         judge.begin(Start(ORIGINAL, prepared("residual")[0], {}))
+
+
+def test_workers_get_all_that_is_unknown_at_once_and_each_once() -> None:
+    judge = evaluator(repair="none")
+    first, *others = some(judge, 4)
+    judge.evaluate([first])
+    workers = judge._workers = Handed()
+    a, b, c = (strategy.removed for strategy in others)
+    outcomes = judge.outcomes([others[0], first, *others, others[0]])
+    assert workers.notes == []
+    assert next(outcomes).accuracy == sum(a) / 1000
+    assert workers.notes == [(ORIGINAL, "none", [a, b, c]), a]
+    assert [outcome.strategy for outcome in outcomes] == [first, *others, others[0]]
+    assert workers.notes[2:] == [b, c, "back"]
+    assert (judge.hits, judge.evaluations) == (3, 4)
+
+
+def test_what_is_scored_between_two_outcomes_is_not_mixed_up() -> None:
+    judge = evaluator(repair="none")
+    judge._workers = Handed()
+    strategies = some(judge, 4)
+    found = []
+    for outcome in judge.outcomes(strategies):
+        found.append(outcome)
+        judge.evaluate(strategies[2:3])
+    assert [outcome.strategy for outcome in found] == strategies
+    assert [outcome.accuracy for outcome in found[1::2]] == [
+        sum(strategy.removed) / 1000 for strategy in strategies[1::2]
+    ]
+
+
+def test_one_strategy_alone_is_scored_here_and_the_workers_end_with_the_block() -> None:
+    with evaluator(repair="none") as judge:
+        workers = judge._workers = Handed()
+        (outcome,) = judge.evaluate(some(judge, 1))
+        assert outcome == evaluator(repair="none").evaluate(some(judge, 1))[0]
+        assert workers.notes == []
+    assert workers.notes == ["closed"]
+
+
+def test_candidates_have_their_own_number_of_threads() -> None:
+    judge = evaluator(repair="none")
+    seen: list[int] = []
+    judge._bench = Bench(lambda model: seen.append(torch.get_num_threads()) or 0.5, threads=3)
+    before = torch.get_num_threads()
+    judge.network(judge.evaluate(some(judge, 1))[0])
+    assert seen == [3]
+    assert torch.get_num_threads() == before != 3
+
+
+def test_repairs_are_calibrated_once_for_a_start_until_the_next_one() -> None:
+    judge = evaluator(repair="mend")
+    candidates, _ = prepared("residual")
+    made: list[str] = []
+
+    def start(name: str) -> Start:
+        return Start(name, candidates, {"mend": lambda: made.append(name) or NoRepair()})
+
+    strategies = some(judge, 3)
+    judge.begin(start("one"))
+    judge.begin(start("two"))
+    judge.evaluate(strategies[:2], start="one")
+    judge.evaluate(strategies, start="two")
+    judge.evaluate(strategies, start="one")
+    assert made == ["one", "two", "one"]
