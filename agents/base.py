@@ -21,6 +21,33 @@ Removed = tuple[int, ...]
 """A strategy as its integers: units removed from each decision."""
 
 
+class Grid(Protocol):
+    """The feasible counts of one decision, ascending from 0."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+
+    def count(self, index: int) -> int:
+        """The count at a place, from 0."""
+
+
+class Budget(Protocol):
+    """A limit on a cost that never rises when more is removed."""
+
+    @property
+    def cost(self) -> Callable[[Sequence[int]], float]:
+        """The cost of a strategy."""
+
+    @property
+    def limit(self) -> float:
+        """The most that it may be."""
+
+    @property
+    def ratio(self) -> float:
+        """The limit as a share of the original's cost."""
+
+
 class Problem(Protocol):
     """The decisions, their costs and the budgets, seen from the outside. A ratio is the share removed."""
 
@@ -37,7 +64,11 @@ class Problem(Protocol):
         """Largest ratio of each decision."""
 
     @property
-    def budgets(self) -> Sequence[Any]:
+    def grids(self) -> Sequence[Grid]:
+        """Feasible counts of each decision."""
+
+    @property
+    def budgets(self) -> Sequence[Budget]:
         """The budgets; empty where nothing limits the search."""
 
     def snap(self, ratios: Any) -> Removed:
@@ -80,6 +111,10 @@ class Result:
     met: bool
 
 
+def _stays(removed: Removed) -> None:
+    raise TaskError("this search begins with the original's weights throughout")
+
+
 @dataclass(frozen=True)
 class SearchTask:
     """A search to be done.
@@ -92,6 +127,8 @@ class SearchTask:
         seed: What an agent draws depends on this and on the rewards alone: a killed search is resumed by
             running the agent again and reading the outcomes back, and ``episodes`` may have grown by then.
         on_update: Called with figures of the agent under slash names (agent/critic_loss), for a tracker.
+        adopt: Makes the weights of a strategy just scored, repaired and shortly fine-tuned, those that ``score`` cuts
+            from then on; counts stay those of units removed from the original.
     """
 
     problem: Problem
@@ -100,6 +137,7 @@ class SearchTask:
     episodes: int
     seed: int
     on_update: Callable[[Mapping[str, float]], None] | None = None
+    adopt: Callable[[Removed], None] = _stays
 
 
 class Agent(ABC):
@@ -108,10 +146,12 @@ class Agent(ABC):
     Attributes:
         name: What configurations call it.
         steps: True where it uses the environment, False where it proposes whole strategies.
+        tunes: Whether it adopts weights, and its candidates are shortly fine-tuned unless settings say otherwise.
     """
 
     name: ClassVar[str]
     steps: ClassVar[bool]
+    tunes: ClassVar[bool] = False
 
     def check(self, problem: Problem) -> None:  # noqa: B027 -- most can search any problem
         """Refuses a problem that it cannot search, before anything is scored.
@@ -119,6 +159,10 @@ class Agent(ABC):
         Raises:
             TaskError: It cannot.
         """
+
+    def planned(self, problem: Problem, episodes: int) -> int:
+        """About how many evaluations or episodes a search of ``episodes`` takes, for a progress display."""
+        return episodes
 
     @abstractmethod
     def search(self, task: SearchTask) -> None:

@@ -1,0 +1,172 @@
+"""NetAdapt: a network cut greedily, one decision a round, each round tuned before the next.
+
+Yang et al., "NetAdapt: Platform-Aware Neural Network Adaptation for Mobile Applications", ECCV 2018, section 3; the
+other choice of a winner is that of the authors' release.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import ClassVar
+
+import numpy as np
+
+from agents.base import Agent, Budget, Problem, Removed, Result, SearchTask, TaskError
+
+log = logging.getLogger(__name__)
+
+CHOICES = ("accuracy", "exchange")
+_HALVINGS = 20  # of a round's reduction that no decision can give
+_SLACK = 1 + 1e-12  # a limit is a rounded product
+
+
+@dataclass(frozen=True)
+class NetAdapt(Agent):
+    """Takes the resource down round by round, by the decision whose cut costs the least accuracy.
+
+    A round aims at a reduction of the resource. Every decision is cut alone, by the least count that gives it; the
+    proposals are repaired, shortly fine-tuned and scored; the winner's weights are what the next round cuts. The
+    resource is the budget's cost; of several budgets, that which is furthest from its limit. The last round aims at
+    the limit itself. Where no decision can give the reduction, half of it is asked for, and so on.
+
+    It spends as many evaluations as the budget takes: `planned` estimates them, and ``search.episodes`` does not matter.
+
+    Attributes:
+        reduction: Of the first round, as a share of the original's resource (the release's 0.025).
+        decay: Its factor a round (the release's 0.96; 1 keeps it constant).
+        choice: The winner has the highest accuracy (``accuracy``, the paper) or gives up the least accuracy for the
+            resource saved (``exchange``, the release). Ties in accuracy go to what saves more.
+    """
+
+    name: ClassVar[str] = "netadapt"
+    steps: ClassVar[bool] = False
+    tunes: ClassVar[bool] = True
+
+    reduction: float = 0.025
+    decay: float = 0.96
+    choice: str = "accuracy"
+
+    def __post_init__(self) -> None:
+        """Refuses settings that are out of range, all of them at once."""
+        rules = {
+            "reduction": (0 < self.reduction < 1, "a share in (0, 1)"),
+            "decay": (0 < self.decay <= 1, "in (0, 1]"),
+            "choice": (self.choice in CHOICES, f"one of {', '.join(CHOICES)}"),
+        }
+        wrong = [
+            f"agent.{k}={getattr(self, k)!r} must be {rule}" for k, (ok, rule) in rules.items() if not ok
+        ]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+
+    def check(self, problem: Problem) -> None:
+        """Refuses a problem without a budget.
+
+        Raises:
+            TaskError: There is none.
+        """
+        if not problem.budgets:
+            raise TaskError(
+                "agent=netadapt adapts a network to a budget, and there is none; set one, like budget=flops"
+            )
+
+    def planned(self, problem: Problem, episodes: int) -> int:
+        """Evaluations that the schedule takes, if every round saves what it aims at."""
+        ratio = min((budget.ratio for budget in problem.budgets), default=1.0)
+        left, rounds = 1.0, 0
+        while left > ratio + 1e-9 and self._share(rounds + 1) > 1e-6:
+            rounds += 1
+            left -= self._share(rounds)
+        return 1 + rounds * (len(problem.names) + 1)
+
+    def _share(self, number: int) -> float:
+        """What a round aims at, as a share of the original's resource."""
+        return self.reduction * self.decay ** (number - 1)
+
+    def search(self, task: SearchTask) -> None:
+        """Goes on until every budget holds.
+
+        Raises:
+            TaskError: No decision can lower the resource any further.
+        """
+        self.check(task.problem)
+        state = task.score([task.problem.snap(np.zeros(len(task.problem.names)))])[0]
+        for number in count(1):
+            if task.problem.met(state.removed):
+                return
+            budget = _furthest(task.problem.budgets, state.removed)
+            proposals = self._proposals(task.problem, budget, state.removed, number)
+            winner = self._winner(state, task.score(proposals), budget)
+            task.adopt(winner.removed)
+            state = task.score([winner.removed])[0]
+
+    def _proposals(self, problem: Problem, budget: Budget, removed: Removed, number: int) -> list[Removed]:
+        """Each decision cut alone by the least count that gives the round's reduction; those that can."""
+        now, whole = budget.cost(removed), budget.cost([0] * len(removed))
+        for halving in range(_HALVINGS):
+            reduction = self._share(number) * whole / 2**halving
+            target = max(budget.limit, now - reduction)
+            found = [cut(problem, budget, removed, place, target) for place in range(len(removed))]
+            proposals = [proposal for proposal in found if proposal is not None]
+            if proposals:
+                if halving:
+                    log.info(
+                        "round %d: no decision can save %.4g; %.4g is asked for",
+                        number,
+                        self._share(number) * whole,
+                        reduction,
+                    )
+                return proposals
+        raise TaskError(
+            f"agent=netadapt is at {now:.4g} of {whole:.4g}, and no decision alone lowers it further; the limit is "
+            f"{budget.limit:.4g}: raise budget.ratio or max_ratio, or lower channel_multiple"
+        )
+
+    def _winner(self, state: Result, results: Sequence[Result], budget: Budget) -> Result:
+        now = budget.cost(state.removed)
+
+        def worth(result: Result) -> tuple[float, float]:
+            saved = now - budget.cost(result.removed)
+            if self.choice == "accuracy":
+                return result.accuracy, saved
+            lost = 100 * (state.accuracy - result.accuracy)
+            return -(lost + 1e-6) / (saved + 1e-5), saved  # the release's constants, accuracy in percent
+
+        return max(results, key=worth)  # the first of equals
+
+
+def _furthest(budgets: Sequence[Budget], removed: Removed) -> Budget:
+    return max(budgets, key=lambda budget: budget.cost(removed) / budget.limit)
+
+
+def cut(problem: Problem, budget: Budget, removed: Removed, place: int, target: float) -> Removed | None:
+    """The least further cut of one decision that takes a cost down to a target, found by bisection.
+
+    Args:
+        problem: The decisions.
+        budget: Has the cost, which never rises when more is removed.
+        removed: What is gone already.
+        place: The decision's.
+        target: The most that the cost may be.
+
+    Returns:
+        The strategy; None where the decision alone cannot reach the target.
+    """
+
+    def at(index: int) -> Removed:
+        return (*removed[:place], grid.count(index), *removed[place + 1 :])
+
+    grid = problem.grids[place]
+    low, high = 0, grid.size - 1
+    if grid.count(high) <= removed[place] or budget.cost(at(high)) > target * _SLACK:
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        if grid.count(middle) > removed[place] and budget.cost(at(middle)) <= target * _SLACK:
+            high = middle
+        else:
+            low = middle + 1
+    return at(high)
