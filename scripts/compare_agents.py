@@ -66,7 +66,10 @@ def _run(folder: Path, overrides: list[str], threads: int | None) -> int:
 
 
 def _table(out: Path, names: list[str], seeds: list[int]) -> None:
-    columns = ("run", "seeds", "search acc.", "pruned", "fine-tuned", "MACs", "evaluations", "search s")
+    columns = (
+        *("run", "seeds", "search acc.", "pruned", "fine-tuned", "MACs", "params", "predicted", "measured"),
+        *("evaluations", "search s"),
+    )
     print(" | ".join(columns))
     print(" | ".join("---" for _ in columns))
     for name in names:
@@ -80,11 +83,16 @@ def _table(out: Path, names: list[str], seeds: list[int]) -> None:
             _spread([100 * r["search"]["search_accuracy"] for r in done]),
             _spread([100 * r["pruned"]["accuracy"] for r in done]),
             _spread([100 * r["finetuned"]["accuracy"] for r in done if r["finetuned"]]),
-            _spread([100 * r["pruned"]["macs"] / r["base"]["macs"] for r in done]),
+            *(_spread(_shares(done, cost)) for cost in ("macs", "params", "latency", "latency_ms")),
             _spread([r["search"]["evaluations"] for r in done], digits=0),
             _spread([r["search"]["seconds"] for r in done], digits=0),
         ]
         print(" | ".join(cells))
+
+
+def _shares(results: list[dict[str, Any]], cost: str) -> list[float]:
+    """Percent of the original's cost; of ``latency_ms`` as it was measured, interleaved with the original's."""
+    return [100 * r["pruned"][cost] / r["base"][cost] for r in results if r["base"].get(cost)]
 
 
 def _spread(values: list[float], digits: int = 2) -> str:

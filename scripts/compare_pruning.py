@@ -30,7 +30,9 @@ from torch import nn
 from amc_env.evaluator import Scorer
 from search import wiring
 from search.data import Data
-from search.preparation import Prepared, make_evaluator, prepare
+from search.judging import make_evaluator
+from search.preparation import prepare
+from search.ranking import Prepared
 from search.rounds import finetuned
 from search.tuning import Tuner
 

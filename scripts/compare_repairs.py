@@ -19,7 +19,8 @@ from amc_env.budget import Budget, Problem
 from amc_env.evaluator import accuracy
 from search import wiring
 from search.commands import application, run_command
-from search.preparation import make_evaluator, prepare
+from search.judging import make_evaluator
+from search.preparation import prepare
 from search.settings import REPAIRS
 
 

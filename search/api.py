@@ -20,11 +20,20 @@ from agents.baselines import Random
 from amc_env.errors import UserError, first_line
 from amc_env.pruning.candidate import Keeps
 from search.data import Data, from_loaders, seeded
+from search.judging import make_evaluator
 from search.loop import Loop
 from search.pipeline import Context, env_handle, run
-from search.preparation import make_evaluator, prepare
+from search.preparation import prepare
 from search.report import write_report
-from search.settings import BudgetSettings, CyclesBudget, FinetuneSettings, Settings, StorageBudget
+from search.settings import (
+    BudgetSettings,
+    CyclesBudget,
+    FinetuneSettings,
+    LatencyBudget,
+    MemoryBudget,
+    Settings,
+    StorageBudget,
+)
 from search.tracking import CsvTracker
 from search.wiring import default_agent
 
@@ -102,7 +111,9 @@ def compress(
     network = copy.deepcopy(module).cpu().eval()
     data = _data(network, train_loader, val_loader, test_loader, base)
     place = _folder(folder)
-    finished = run(network, data, base, _context(place, type(module).__name__, _config(base, data)))
+    finished = run(
+        network, data, base.in_folder(place), _context(place, type(module).__name__, _config(base, data))
+    )
     write_report(place)
     return Compressed(finished.model.cpu(), finished.strategy, finished.result, place, finished.keeps)
 
@@ -152,7 +163,12 @@ def _data(
 
 def _budgets(budget: float | Mapping[str, float]) -> tuple[BudgetSettings, ...]:
     shares = budget if isinstance(budget, Mapping) else {"macs": budget}
-    kinds = {"storage": StorageBudget, "cycles": CyclesBudget}
+    kinds = {
+        "storage": StorageBudget,
+        "cycles": CyclesBudget,
+        "memory": MemoryBudget,
+        "latency": LatencyBudget,
+    }
     return tuple(kinds.get(cost, BudgetSettings)(cost, ratio) for cost, ratio in shares.items())
 
 
@@ -197,7 +213,8 @@ def _folder(folder: str | Path | None) -> Path:
 
 def _config(settings: Settings, data: Data) -> dict[str, Any]:
     """What evaluations depend on, for the journal's header."""
-    parts = ("agent", "budgets", "granularity", "criterion", "repair", "reward", "scoring")
+    parts = ("agent", "budgets", "granularity", "criterion", "repair", "short_term", "reward", "scoring")
+    settings = replace(settings, scoring=replace(settings.scoring, workers=0, threads=None))
     config: dict[str, Any] = {part: repr(getattr(settings, part)) for part in parts}
     config["search"] = {"episodes": settings.episodes, "images": len(data.search)}
     for name in ("seed", "device", "enforce_budget", "fill_budget"):

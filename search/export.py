@@ -4,18 +4,15 @@
 - model.pt2 (torch.export) and model.onnx (one file) load without this project: fp32, CPU, any batch size.
 
 Every file is written under a temporary name beside its target, loaded back, compared with the network, and
-only then put in place. onnx, onnxscript and onnxruntime are optional; no other file uses them.
+only then put in place. ONNX is optional.
 """
 
 from __future__ import annotations
 
-import copy
-import importlib.util
 import json
 import logging
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from amc_env import onnx_files
 from amc_env.errors import UserError
 from amc_env.layers import Side, channels_of
 from amc_env.pruning.candidate import Keeps, resize
@@ -42,9 +40,6 @@ CHANNELS_FORMAT = 1
 
 TOLERANCE = 1e-4
 """Largest accepted |file - PyTorch|, as a share of max(1, largest |PyTorch output|); fp32 on the CPU."""
-
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-ONNX_INSTALL = 'pip install "amc-netadapt[onnx]"'
 
 _SIDES: tuple[Side, ...] = ("in", "out")
 _TRACED_BATCH = 2  # torch.export treats sizes 0 and 1 as constants, so the traced batch must be larger
@@ -198,7 +193,7 @@ def export_pt2(model: nn.Module, example: Tensor, path: str | Path) -> Exported:
     """
     path = Path(path)
     network, example = _prepared(model, example)
-    with _complete(path) as temporary, _quiet():
+    with _complete(path) as temporary, onnx_files.quiet():
         torch.export.save(_traced(network, example), temporary)
         difference = _difference(torch.export.load(temporary).module(), network, example, path)
     return Exported("pt2", path, path.stat().st_size, difference)
@@ -218,17 +213,8 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path) -> Exported
     _require_onnx()
     path = Path(path)
     network, example = _prepared(model, example)
-    with _complete(path) as temporary, _quiet():
-        torch.onnx.export(
-            _traced(network, example),
-            (),
-            temporary,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-            input_names=["input"],
-            dynamic_shapes=_batch_shapes(),  # again, because only this names the axis "batch" in the file
-        )
+    with _complete(path) as temporary, onnx_files.quiet():
+        onnx_files.write(_traced(network, example), temporary, _batch_shapes())
         difference = _difference(_onnx_run(temporary), network, example, path)
     return Exported("onnx", path, path.stat().st_size, difference)
 
@@ -248,11 +234,7 @@ def _check_known(formats: Sequence[str]) -> None:
 
 
 def _require_onnx() -> None:
-    missing = [package for package in ONNX_PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise UserError(
-            f"export to onnx needs {', '.join(missing)}: {ONNX_INSTALL}, or leave onnx out of the formats"
-        )
+    onnx_files.require_packages("export to onnx", "leave onnx out of the formats")
 
 
 def _attempt(wanted: str, path: Path, export: Callable[[], Exported]) -> Exported:
@@ -284,23 +266,6 @@ def _complete(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Drops the two messages of a plain export that no user can act on; everything else is shown."""
-    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
-        registration.addFilter(_not_about_torchvision)
-        try:
-            yield
-        finally:
-            registration.removeFilter(_not_about_torchvision)
-
-
-def _not_about_torchvision(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("torchvision is not installed")
 
 
 # channels.json
@@ -425,12 +390,8 @@ def _check_example(example: Tensor) -> None:
 
 
 def _prepared(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
-    """Copies on the CPU, in fp32 and eval mode: the caller's network keeps its flags, device and layout."""
     _check_example(example)
-    network = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
-    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # missing in torch's stubs
-    example = example.detach().cpu()
-    return network, example.float() if example.is_floating_point() else example
+    return onnx_files.plain_copy(model, example)
 
 
 def _batch_shapes() -> tuple[dict[int, Any], ...]:
@@ -448,13 +409,8 @@ def _traced(network: nn.Module, example: Tensor) -> torch.export.ExportedProgram
 
 
 def _onnx_run(path: Path) -> Run:
-    import onnxruntime  # type: ignore[import-untyped]
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors; warnings are about its own optimisations
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    source = session.get_inputs()[0].name
-    return lambda batch: [torch.from_numpy(output) for output in session.run(None, {source: batch.numpy()})]
+    run = onnx_files.session(path)
+    return lambda batch: [torch.from_numpy(output) for output in run(batch)]
 
 
 def _batches(example: Tensor) -> list[Tensor]:

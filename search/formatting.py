@@ -21,6 +21,7 @@ COSTS = {
     "flops": "MACs",
     "storage": "stored size",
     "cycles": "cycles",
+    "memory": "peak memory",
 }
 FORMATS = {"eie": "EIE", "csr": "CSR"}
 """Of stored weights; n:m goes by its numbers."""
@@ -87,9 +88,11 @@ def size(count: float) -> str:
 
 
 def amount(cost: str, value: float) -> str:
-    """A cost with its unit, by the cost's name: latencies in ms, storage in bytes, everything else counted."""
-    if cost == "storage":
+    """A cost with its unit, by its name: latencies in ms, their spread in percent, bytes of storage and memory, counts."""
+    if cost in ("storage", "memory"):
         return size(value)
+    if cost == "latency_spread":
+        return percent(value, 1)
     return f"{value:.2f} ms" if cost.endswith("_ms") or cost == "latency" else quantity(value)
 
 
@@ -132,7 +135,7 @@ def comparison(result: Mapping[str, Any]) -> Comparison:
 
 
 def _cost_titles(result: Mapping[str, Any]) -> dict[str, str]:
-    batch, what = result.get("latency_batch"), ", non-zero" if masked(result) else ""
+    what = ", non-zero" if masked(result) else ""
     formats = [b["format"] for b in result.get("budgets") or [] if b.get("format")]
     return {
         "macs": f"MACs{what}",
@@ -141,8 +144,16 @@ def _cost_titles(result: Mapping[str, Any]) -> dict[str, str]:
         "dense_params": "parameters, dense",
         "storage": ", ".join(["stored size", *(_format_name(result, name) for name in formats)]),
         "cycles": "cycles",
-        "latency_ms": f"latency, batch {batch}" if batch else "latency",
+        "memory": "peak memory, one image",
+        "latency_ms": _latency_title(result),
+        "latency_spread": "latency, spread",
     }
+
+
+def _latency_title(result: Mapping[str, Any]) -> str:
+    batch, runtime = result.get("latency_batch"), result.get("latency_runtime")
+    parts = [f"batch {batch}"] if batch else []
+    return ", ".join(["latency", *parts, *([runtime] if runtime else [])])
 
 
 def _format_name(result: Mapping[str, Any], name: str) -> str:
@@ -192,7 +203,8 @@ def _cost_cell(present: Mapping[str, Mapping[str, Any]], key: str, cost: str) ->
     value, whole = present[key].get(cost), present.get("base", {}).get(cost)
     if value is None:
         return Cell(DASH, "")
-    compared = whole and key != "base" and not cost.startswith("dense_")  # which never changes
+    # What is dense never changes, and a spread says how sure a figure is.
+    compared = whole and key != "base" and not cost.startswith("dense_") and cost != "latency_spread"
     return Cell(amount(cost, value), percent(value / whole, 1) if compared else "")
 
 
@@ -230,7 +242,10 @@ def history_line(result: Mapping[str, Any]) -> str:
     search = result.get("search") or {}
     parts = []
     if search.get("start"):
-        parts.append(" → ".join([*search["start"], "this network"]))
+        adopted = [start for start in search["start"] if start.startswith("round ")]
+        before = [start for start in search["start"] if start not in adopted]
+        rounds = [f"{len(adopted)} rounds" if len(adopted) > 1 else adopted[0]] if adopted else []
+        parts.append(" → ".join([*before, *rounds, "this network"]))
     if search.get("rounds") and result.get("finetuned"):
         parts.append(
             f"fine-tuned over {search['rounds']} rounds of pruning ({search['schedule']}), where 'pruned' is the same "

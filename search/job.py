@@ -34,7 +34,7 @@ def run_job(cfg: DictConfig, program: str, config: Mapping[str, Any]) -> float:
     folder = run_folder()
     source = wiring.model_source(cfg)
     source.check()
-    settings = wiring.settings_of(cfg, source.original_lr)
+    settings = wiring.settings_of(cfg, source.original_lr).in_folder(folder)
     check(settings)
     go_on = command_line(program, folder)
     log.info("run folder: %s; if it is stopped, go on with: %s", folder, go_on)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from agents.base import Removed, Result
 from amc_env.errors import UserError
-from amc_env.evaluator import Evaluator, Outcome
+from amc_env.evaluator import Evaluator, Outcome, Start
 from amc_env.rewards import RewardFunction
 from amc_env.strategy import Strategy
 
@@ -48,6 +48,7 @@ class Loop:
         evaluator: Judges strategies.
         reward: Turns outcomes into rewards.
         on_episode: Called after every episode.
+        moved: Makes the start with an outcome's network, for agents that adopt weights: (outcome, round from 1).
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Loop:
         evaluator: Evaluator,
         reward: RewardFunction,
         on_episode: Callable[[Episode], None] | None = None,
+        moved: Callable[[Outcome, int], Start] | None = None,
     ):
         self.evaluator = evaluator
         self.seconds = 0.0
@@ -63,18 +65,21 @@ class Loop:
         self._on_episode = on_episode
         self._best: Scored | None = None
         self._ranked: dict[Removed, Scored] = {}
+        self._before = 0  # different evaluations from the weights before
+        self._moved = moved
+        self._rounds = 0
         self._finalists = 0
         self._started = time.perf_counter()
 
     @property
     def evaluations(self) -> int:
         """Different evaluations asked for, those read back from a journal included."""
-        return len(self._ranked) + self._finalists
+        return self._before + len(self._ranked) + self._finalists
 
     @property
     def cache_hits(self) -> int:
         """Episodes that ended in a strategy met before."""
-        return self.episodes - len(self._ranked)
+        return self.episodes - self._before - len(self._ranked)
 
     def outcome(self, strategy: Strategy) -> Outcome:
         """Scores an environment's strategy: one episode."""
@@ -88,11 +93,21 @@ class Loop:
         ]
 
     def _episodes(self, strategies: Sequence[Strategy]) -> list[Scored]:
-        return [
-            self._episode(self._rewarded(outcome))
-            for strategy in strategies
-            for outcome in self.evaluator.evaluate([strategy])  # one by one, to be shown as they come
-        ]
+        outcomes = self.evaluator.outcomes(strategies)  # shown as they come
+        return [self._episode(self._rewarded(outcome)) for outcome in outcomes]
+
+    def adopt(self, removed: Removed) -> None:
+        """Goes on from the weights of a strategy just scored; what was scored before is no longer compared with.
+
+        Raises:
+            ValueError: The strategy was not scored from the present weights.
+        """
+        if self._moved is None or removed not in self._ranked:
+            raise ValueError(f"the strategy {removed} was not scored in this round, so it cannot be adopted")
+        self._rounds += 1
+        self.evaluator.move(self._moved(self._ranked[removed].outcome, self._rounds))
+        self._before += len(self._ranked)
+        self._ranked, self._best = {}, None
 
     def _rewarded(self, outcome: Outcome) -> Scored:
         reward = self._reward(outcome.accuracy, outcome.costs, outcome.met)
@@ -131,7 +146,7 @@ class Loop:
                 f"none of {len(ranked)} strategies met the budget; search longer, or keep the bound on "
                 "(enforce_budget=true)"
             )
-        if finalists > 0 and repair != self.evaluator.repair:
+        if finalists > 0 and repair != self.evaluator.repair and not self._rounds:
             strategies = [scored.outcome.strategy for scored in ranked[:finalists] if scored.outcome.met]
             self._finalists = len(strategies)
             again = self.evaluator.evaluate(strategies, repair=repair)

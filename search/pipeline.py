@@ -18,18 +18,22 @@ from agents.base import SearchTask, TaskError
 from amc_env.encoding import Encoder, describe
 from amc_env.env import EnvHandle, PruningEnv
 from amc_env.errors import UserError
-from amc_env.evaluator import ORIGINAL, Start
+from amc_env.evaluator import ORIGINAL, Outcome, Start
 from amc_env.pruning.candidate import Keeps
 from search.data import Data
 from search.export import export_all
+from search.formatting import cost_name
 from search.journal import Journal
+from search.judging import make_evaluator, start_of
 from search.loop import Episode, Loop, Scored
-from search.preparation import Prepared, announce, make_evaluator, prepare, start_of
+from search.preparation import announce, prepare
 from search.progress import Progress, SearchStatus
+from search.ranking import Prepared
 from search.results import result_of, strategy_json, write_json
 from search.rounds import finetuned
-from search.settings import Settings
-from search.stages import Stage, first_start, forget, next_start, stage_of
+from search.settings import SHORT_TERM, Settings
+from search.stages import Stage, first_start, next_start, stage_of
+from search.starts import adopted, forget
 from search.tuning import Tuner, penalty_of
 
 log = logging.getLogger(__name__)
@@ -83,7 +87,12 @@ def search(
     latest: dict[str, float] = {}
     evaluator = make_evaluator(prepared, journal, start)
     before = (stage.number - 1) * settings.episodes
-    loop = Loop(evaluator, settings.reward, _watcher(prepared, context, progress, latest, before))
+    watcher = _watcher(prepared, context, progress, latest, before)
+
+    def moved(outcome: Outcome, number: int) -> Start:
+        return adopted(prepared, evaluator, outcome, number, context.folder)
+
+    loop = Loop(evaluator, settings.reward, watcher, moved)
     task = SearchTask(
         problem=prepared.problem,
         env=PruningEnv(env_handle(prepared, loop)),
@@ -91,12 +100,16 @@ def search(
         episodes=settings.episodes,
         seed=settings.seed,
         on_update=latest.update,
+        adopt=loop.adopt,
     )
-    try:
-        settings.agent.search(task)
-    except TaskError as error:  # agents know no UserError
-        raise UserError(str(error)) from error
-    return loop.best(settings.finalists.count, settings.finalists.repair), loop
+    with evaluator:
+        try:
+            settings.agent.search(task)
+        except TaskError as error:  # agents know no UserError
+            raise UserError(str(error)) from error
+        # what was tuned is compared as it is: a dearer repair without the training would not be better
+    finalists = 0 if settings.scored_by == SHORT_TERM else settings.finalists.count
+    return loop.best(finalists, settings.finalists.repair), loop
 
 
 def env_handle(prepared: Prepared, loop: Loop) -> EnvHandle:
@@ -124,7 +137,9 @@ def _watcher(
         latest: The agent's own figures.
         before: Episodes of earlier stages.
     """
-    macs = prepared.problem.cost([0] * len(prepared.problem.grids))["macs"]
+    budgets = prepared.problem.budgets
+    cost = budgets[0].cost.name if budgets else "macs"
+    whole = prepared.problem.cost([0] * len(prepared.problem.grids))
 
     def on_episode(episode: Episode) -> None:
         outcome, best = episode.scored.outcome, episode.best
@@ -134,7 +149,8 @@ def _watcher(
                 reward=episode.scored.reward,
                 best_reward=best.reward,
                 best_accuracy=best.outcome.accuracy,
-                best_cost_ratio=best.outcome.costs["macs"] / macs,
+                best_cost_ratio=best.outcome.costs[cost] / whole[cost],
+                cost=cost_name(cost, bool(prepared.masked)),
                 evaluations=episode.evaluations,
                 cache_hits=episode.cache_hits,
             )
@@ -142,7 +158,7 @@ def _watcher(
         metrics = {
             "episode/reward": episode.scored.reward,
             "episode/accuracy": outcome.accuracy,
-            "episode/macs_ratio": outcome.costs["macs"] / macs,
+            **{f"episode/{name}_ratio": outcome.costs[name] / whole[name] for name in whole},
             "best/reward": best.reward,
             "best/accuracy": best.outcome.accuracy,
         }
@@ -198,7 +214,8 @@ def _run(prepared: Prepared, context: Context, journal: Journal) -> Finished:
         log.info("going on with %d evaluations of %s", journal.replayed, context.folder)
     else:
         forget(context.folder)
-    with Progress(episodes=settings.all_episodes, epochs=settings.all_epochs) as progress:
+    planned = settings.agent.planned(prepared.problem, settings.episodes) * max(1, len(settings.stages))
+    with Progress(episodes=planned, epochs=settings.all_epochs) as progress:
         tune = Tuner(prepared, _epoch_watcher(context, progress))
         last, best, loop = _searched(prepared, context, progress, journal, tune)
         write_json(context.folder / "strategy.json", strategy_json(last, best.outcome))
@@ -253,10 +270,18 @@ def header(prepared: Prepared, context: Context) -> dict[str, Any]:
         "config": dict(context.config),
         "weights": _fingerprint(prepared.model),
         "data": prepared.data.fingerprint,
-        "threads": torch.get_num_threads(),
+        "threads": prepared.settings.scoring.threads or torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "numpy", "gymnasium", "stable-baselines3")},
         **_training(prepared.settings),
+        **_table(prepared),
     }
+
+
+def _table(prepared: Prepared) -> dict[str, Any]:
+    """Two predictions, which stand for the latency table that they are made from."""
+    problem = prepared.problem
+    ends = [0] * len(problem.grids), problem.most
+    return {cost.name: [cost(end) for end in ends] for cost in problem.costs if cost.name == "latency"}
 
 
 def _training(settings: Settings) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from agents.sensitivity import Curve
+from amc_env.latency import Timing
 from search.formatting import cost_name
 
 BLUE, ORANGE, VERMILION, GREY, INK = "#0072B2", "#E69F00", "#D55E00", "#D0D3D6", "#30343A"
@@ -143,6 +144,7 @@ def plot_tradeoff(
     best: Candidate | None = None,
     base: float | None = None,
     masked: bool = False,
+    rounds: Sequence[Candidate] = (),
 ) -> Path:
     """Accuracy against cost of all evaluations, the delivered one marked.
 
@@ -152,10 +154,14 @@ def plot_tradeoff(
         best: the evaluation that was delivered.
         base: accuracy of the original network on the same split.
         masked: weights are masked: MACs and parameters count those that are not zero.
+        rounds: what an agent that adopts weights began each round with, in order.
     """
     figure = _figure()
     axes = figure.subplots()
     _scatter(axes, candidates)
+    if rounds:
+        costs, accuracies = [c.cost for c in rounds], [c.accuracy for c in rounds]
+        axes.plot(costs, accuracies, ".-", color=INK, lw=1.2, ms=5, label="rounds")
     if limit is not None:
         axes.axvline(limit, color=INK, lw=1, ls="--", label="budget")
     if base is not None:
@@ -261,6 +267,41 @@ def plot_sensitivity(
     return _save(figure, path)
 
 
+def plot_latency_check(
+    predicted: Sequence[float], measured: Sequence[Timing], path: Path, note: str = ""
+) -> Path:
+    """Predicted against measured latency of whole networks; on the diagonal the two are equal.
+
+    Args:
+        predicted: milliseconds by the table, one for each network.
+        measured: of the same networks; bars span the quartiles.
+        path: PNG to write.
+        note: a few words above the axes, such as the error.
+    """
+    figure = _figure(width=5.0, height=4.8)
+    axes = figure.subplots()
+    centres = np.array([timing.median_ms for timing in measured])
+    quartiles = np.array([(timing.low_ms, timing.high_ms) for timing in measured])
+    ends = np.array((min(centres.min(), *predicted), max(centres.max(), *predicted)))
+    ends += 0.04 * np.ptp(ends) * np.array((-1.0, 1.0))
+    axes.fill_between(ends, 0.95 * ends, 1.05 * ends, color=GREY, alpha=0.45, lw=0, label="within 5%")
+    axes.plot(ends, ends, color=INK, lw=1, ls="--", label="equal")
+    axes.hlines(predicted, *quartiles.T, color=BLUE, lw=1, alpha=0.4)
+    axes.scatter(centres, predicted, s=18, color=BLUE, alpha=0.8, lw=0, zorder=3, label="network")
+    axes.set_xlim(*ends)
+    axes.set_ylim(*ends)
+    axes.set_aspect("equal")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(6))
+        axis.set_major_formatter(_COUNT)
+    axes.set_xlabel("measured, ms")
+    axes.set_ylabel("predicted, ms")
+    axes.legend(loc="upper left", frameon=False, fontsize=8.5)
+    if note:
+        axes.set_title(note, fontsize=8.5, color=INK, loc="left")
+    return _save(figure, path)
+
+
 def _picked(axes: Axes, curves: Sequence[Curve], picked: Sequence[float], threshold: float | None) -> None:
     """The common threshold, and where it left every curve."""
     if threshold is not None:
@@ -298,7 +339,7 @@ def _legend(axes: Axes) -> None:
     place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.01, 1.0)}
     size = 10 if len(named) < 4 else 8.5
     look: dict[str, Any] = {"fontsize": size, "frameon": False, "handletextpad": 0.4, "columnspacing": 1.2}
-    axes.legend(named.values(), named.keys(), **place, **look, ncols=5)
+    axes.legend(named.values(), named.keys(), **place, **look, ncols=len(named) if len(named) < 5 else 3)
 
 
 def _shorten(name: str) -> str:

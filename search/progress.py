@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -28,6 +28,8 @@ from search.formatting import (
     percent,
     storage_rows,
 )
+
+_FILE_WIDTH = 160
 
 
 @dataclass(frozen=True)
@@ -133,9 +135,10 @@ class Progress:
         if stage is None:
             stage = self._shown[name] = _Stage(name, self._totals[name])
             stage.task = self._bars.add_task(name, total=stage.total or None)
+        stage.total = self._totals[name]  # which may have grown
         stage.done, stage.text, stage.rest = done, text, rest
         if self._live is not None:
-            self._bars.update(stage.task, completed=done)
+            self._bars.update(stage.task, completed=done, total=stage.total or None)
             self._live.update(self._view())
         elif not self.console.is_terminal and stage.due(self._every_s):
             self.console.print(stage.line(), soft_wrap=True, highlight=False, markup=False)
@@ -208,17 +211,13 @@ def final_table(
         report: the report page.
         console: where to print; standard output by default.
     """
-    console = console or Console()
+    console = console or _standard_output()
     compared = comparison(result)
-    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else box.ASCII2)
-    table.add_column("")
-    for stage in compared.stages:
-        table.add_column(stage, justify="right")
-    for title, cells in compared.rows.items():
-        table.add_row(
-            title, *(f"{cell.text} ({cell.relative})" if cell.relative else cell.text for cell in cells)
-        )
-    console.print(table)
+    rows = [
+        (title, *(f"{cell.text} ({cell.relative})" if cell.relative else cell.text for cell in cells))
+        for title, cells in compared.rows.items()
+    ]
+    print_table(("", *compared.stages), rows, console=console)
     for line, met in budget_lines(result):
         console.print(Text(f"budget: {line}", style="" if met else "bold red"), soft_wrap=True)
     _tell_masked(result, console)
@@ -227,6 +226,41 @@ def final_table(
     for name, path in (("run folder", folder), ("report", report)):
         if path is not None:
             console.print(Text(f"{name}: {path}"), soft_wrap=True)
+
+
+def print_table(
+    titles: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    below: Iterable[Sequence[str]] = (),
+    *,
+    words: int = 1,
+    console: Console | None = None,
+) -> None:
+    """Print a table.
+
+    Args:
+        titles: of its columns.
+        rows: a text for each column.
+        below: more rows, below a line.
+        words: columns at the left that hold words; figures are right-justified.
+        console: where to print; standard output by default.
+    """
+    console = console or _standard_output()
+    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else box.ASCII2)
+    for place, title in enumerate(titles):
+        table.add_column(title, justify="left" if place < words else "right")
+    for row in rows:
+        table.add_row(*row)
+    table.add_section()
+    for row in below:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _standard_output() -> Console:
+    """A terminal is as wide as it is; in a file no table need be squeezed."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_FILE_WIDTH)
 
 
 def _tell_masked(result: Mapping[str, Any], console: Console) -> None:

@@ -10,7 +10,7 @@ import base64
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -278,8 +278,10 @@ def _boundaries(steps: list[int], each: float) -> list[int]:
 
 def _tradeoff_picture(run: RunFiles) -> Picture | None:
     cost, whole, limit = _cost_axis(run.result)
-    start = ((run.result.get("search") or {}).get("start") or ["original"])[-1]
-    scored = [e for e in run.evaluations if cost in e["costs"] and e.get("start", start) == start]
+    starts = (run.result.get("search") or {}).get("start") or ["original"]
+    begun = _begun(run, starts)
+    shown = starts if begun else starts[-1:]
+    scored = [e for e in run.evaluations if cost in e["costs"] and e.get("start", shown[0]) in shown]
     if len({tuple(e["removed"]) for e in scored}) < 2 or not whole:
         return None
     points = [(e, _candidate(e, cost, whole)) for e in scored]
@@ -287,7 +289,8 @@ def _tradeoff_picture(run: RunFiles) -> Picture | None:
     # The last of equals: a strategy may have been scored once more, by a dearer repair, before it was delivered.
     best = next((point for e, point in reversed(points) if e["removed"] == delivered), None)
     candidates, path = [point for _, point in points], run.folder / "plots" / "tradeoff.png"
-    plot_tradeoff(candidates, path, cost, limit=limit, best=best, masked=masked(run.result))
+    rounds = [_candidate(e, cost, whole) for e in begun]
+    plot_tradeoff(candidates, path, cost, limit=limit, best=best, masked=masked(run.result), rounds=rounds)
     of = "that the last stage " if (run.result.get("search") or {}).get("stages") else ""
     caption = (
         f"All strategies {of}scored. Accuracies are on the search split, before fine-tuning: it was split off the "
@@ -295,6 +298,16 @@ def _tradeoff_picture(run: RunFiles) -> Picture | None:
         "accuracy."
     )
     return Picture("Accuracy against cost", caption, _data_uri(path))
+
+
+def _begun(run: RunFiles, starts: Sequence[str]) -> list[Mapping[str, Any]]:
+    """What each round of an agent that adopts weights began with: the first evaluation of its start."""
+    if not any(start.startswith("round ") for start in starts):
+        return []
+    firsts: dict[str, Mapping[str, Any]] = {}
+    for evaluation in run.evaluations:
+        firsts.setdefault(evaluation.get("start", ""), evaluation)
+    return [firsts[start] for start in starts if start in firsts]
 
 
 def _finetune_picture(run: RunFiles) -> Picture | None:

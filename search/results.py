@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 from collections.abc import Mapping
@@ -13,15 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from amc_env.errors import UserError
 from amc_env.evaluator import ORIGINAL, Outcome, accuracy
-from amc_env.latency import measure
+from amc_env.latency import Timing, measure, processor
 from search.data import Split
 from search.export import Exported
 from search.loop import Loop, Scored
-from search.preparation import Prepared
+from search.ranking import Prepared
 from search.settings import StorageBudget
 from search.sparsity import granularity_of, sparsity_of
 from search.stages import chain
+
+log = logging.getLogger(__name__)
 
 
 def strategy_json(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:
@@ -64,15 +68,16 @@ def result_of(
         "whole": [{"name": w.name, "reason": w.reason} for w in prepared.graph.whole],
         "exports": [_export(export) for export in exports],
         "latency_batch": prepared.settings.latency.batch,
+        "latency_runtime": prepared.settings.latency.runtime,
+        "latency_threads": prepared.settings.latency.threads or torch.get_num_threads(),
         "machine": machine(prepared.settings.device),
     }
 
 
 def _stages(prepared: Prepared, networks: Mapping[str, nn.Module], outcome: Outcome) -> dict[str, Any]:
-    settings, data = prepared.settings, prepared.data
+    data = prepared.data
     name, split = ("search", data.search) if data.test is None else ("test", data.test)
-    example = prepared.images(data.search, settings.latency.batch)
-    latency = measure(networks, example, repeats=settings.latency.repeats) if settings.latency.repeats else {}
+    latency = _latency(prepared, networks)
     whole = prepared.problem.cost([0] * len(prepared.problem.grids))
     dense = {f"dense_{cost}": round(whole[cost]) for cost in ("macs", "params") if prepared.masked}
     stages: dict[str, Any] = {"base": None, "pruned": None, "finetuned": None}
@@ -80,12 +85,28 @@ def _stages(prepared: Prepared, networks: Mapping[str, nn.Module], outcome: Outc
         costs = whole if stage == "base" else outcome.costs
         stages[stage] = {
             "accuracy": _accuracy(prepared, network, split),
-            **{cost: round(value) for cost, value in costs.items()},
+            **{cost: round(value, 4) if cost == "latency" else round(value) for cost, value in costs.items()},
             **dense,
-            "latency_ms": latency.get(stage),
+            "latency_ms": latency[stage].median_ms if latency else None,
+            "latency_spread": latency[stage].spread if latency else None,
             "split": name,
         }
     return stages
+
+
+def _latency(prepared: Prepared, networks: Mapping[str, nn.Module]) -> dict[str, Timing]:
+    """Nothing where it is left out, or where the runtime cannot run such networks: the run is worth more than that."""
+    wanted = prepared.settings.latency
+    if not wanted.repeats:
+        return {}
+    example = prepared.images(prepared.data.search, wanted.batch)
+    try:
+        return measure(
+            networks, example, runtime=wanted.runtime, threads=wanted.threads, repeats=wanted.repeats
+        )
+    except UserError as error:
+        log.warning("latency was not measured: %s", error)
+        return {}
 
 
 def _accuracy(prepared: Prepared, network: nn.Module, split: Split) -> float:
@@ -151,7 +172,7 @@ def _export(export: Exported) -> dict[str, Any]:
 def machine(device: str) -> dict[str, Any]:
     """The machine and versions, for the record."""
     return {
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,

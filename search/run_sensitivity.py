@@ -37,7 +37,7 @@ def main_job(cfg: DictConfig) -> float:
         whole = wiring.as_search(cfg, "sensitivity", agent)
         source = wiring.model_source(whole)
         source.check()
-        settings = wiring.settings_of(whole, source.original_lr)
+        settings = wiring.settings_of(whole, source.original_lr).in_folder(folder)
     check(settings)
     go_on = command_line("amc-sensitivity", folder)
     log.info("run folder: %s; if it is stopped, go on with: %s", folder, go_on)

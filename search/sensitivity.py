@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from torch import nn
@@ -18,10 +19,12 @@ from amc_env.evaluator import ORIGINAL, Evaluator, Outcome
 from search.data import Data
 from search.formatting import amount, budget_lines, cost_name, percent
 from search.journal import Journal
+from search.judging import make_evaluator, start_of
 from search.pipeline import Context, header
 from search.plots import plot_sensitivity
-from search.preparation import Prepared, announce, make_evaluator, prepare, start_of
+from search.preparation import announce, prepare
 from search.progress import Progress
+from search.ranking import Prepared
 from search.results import strategy_json, write_json
 from search.settings import Settings
 
@@ -89,12 +92,12 @@ def run(model: nn.Module, data: Data, settings: Settings, context: Context) -> S
     with Journal(context.folder, header(free, context), free.problem, ordered=False) as journal:
         if journal.replayed:
             log.info("going on with %d evaluations of %s", journal.replayed, context.folder)
-        evaluator = make_evaluator(free, journal, start)
-        scanned = _scan(evaluator, agent.ratios)
-        if problem.budgets or agent.threshold is not None:
-            common = pick(problem, scanned.curves, agent.threshold)
-            picked = _evaluated(evaluator, common.removed)
-            scanned = replace(scanned, threshold=common.threshold, picked=picked)
+        with make_evaluator(free, journal, start) as evaluator:
+            scanned = _scan(evaluator, agent.ratios)
+            if problem.budgets or agent.threshold is not None:
+                common = pick(problem, scanned.curves, agent.threshold)
+                (picked,) = _evaluated(evaluator, [common.removed])
+                scanned = replace(scanned, threshold=common.threshold, picked=picked)
         _write(scanned, prepared, context.folder)
     _tell(scanned, prepared, context.folder)
     return scanned
@@ -104,27 +107,27 @@ def _scan(evaluator: Evaluator, ratios: Sequence[float]) -> Scanned:
     """Scores every decision alone, front to back, so that candidates share what is before the cut."""
     problem = evaluator.problem
     plans = plan(problem, ratios)
-    with ScanProgress(1 + sum(map(len, plans))) as progress:
-
-        def scored(what: str, removed: Removed) -> Outcome:
-            outcome = _evaluated(evaluator, removed)
+    asked: list[tuple[str, Removed]] = [("the original", (0,) * len(plans))]
+    for place, (grid, alone) in enumerate(zip(problem.grids, plans, strict=True)):
+        asked += [(f"{grid.name} without {percent(r[place] / grid.total, 0)}", r) for r in alone]
+    scored = []
+    with ScanProgress(len(asked)) as progress:
+        found = _evaluated(evaluator, [removed for _, removed in asked])
+        for (what, _), outcome in zip(asked, found, strict=True):
             progress.scored(what, outcome.accuracy)
-            return outcome
-
-        original = scored("the original", (0,) * len(plans))
-        outcomes = []
-        for place, (grid, alone) in enumerate(zip(problem.grids, plans, strict=True)):
-            shares = [percent(removed[place] / grid.total, 0) for removed in alone]
-            cut = [scored(f"{grid.name} without {s}", r) for s, r in zip(shares, alone, strict=True)]
-            outcomes.append((original, *cut))
-    accuracies = [[outcome.accuracy for outcome in alone[1:]] for alone in outcomes]
-    return Scanned(tuple(outcomes), tuple(curves_of(problem, plans, original.accuracy, accuracies)))
+            scored.append(outcome)
+    original, rest = scored[0], iter(scored[1:])
+    cut = [tuple(islice(rest, len(alone))) for alone in plans]
+    accuracies = [[outcome.accuracy for outcome in alone] for alone in cut]
+    curves = curves_of(problem, plans, original.accuracy, accuracies)
+    return Scanned(tuple((original, *alone) for alone in cut), tuple(curves))
 
 
-def _evaluated(evaluator: Evaluator, removed: Removed) -> Outcome:
-    """An outcome with the costs of this run: one from the journal may have been scored for a budget on others."""
-    (outcome,) = evaluator.evaluate([evaluator.problem.strategy(removed)])
-    return replace(outcome, costs=evaluator.problem.cost(removed))
+def _evaluated(evaluator: Evaluator, removed: Sequence[Removed]) -> Iterator[Outcome]:
+    """Outcomes with the costs of this run: those of the journal may have been scored for a budget on others."""
+    problem = evaluator.problem
+    for outcome in evaluator.outcomes([problem.strategy(counts) for counts in removed]):
+        yield replace(outcome, costs=problem.cost(outcome.strategy.removed))
 
 
 def _write(scanned: Scanned, prepared: Prepared, folder: Path) -> None:

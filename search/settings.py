@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from agents.base import Agent
 from agents.baselines import Uniform
 from amc_env.errors import UserError, require
+from amc_env.latency import RUNTIMES
 from amc_env.pruning.criteria import Criterion, Norm, check_fits
 from amc_env.pruning.granularity import Channel, Granularity
 from amc_env.pruning.regularization import NoRegularization, Regularization
 from amc_env.pruning.schedule import Schedule
 from amc_env.rewards import Error, RewardFunction
 
+LATENCY_TABLE = "latency.json"
+"""The file of a latency table in a run folder."""
+SHORT_TERM = "short_term"
+"""What a repair and steps of training after it are called in evaluations."""
+_SHORT_TERM_STEPS = 50
 REPAIRS = ("none", "least_squares", "batch_norm", "both", "sequential")
 
 
@@ -35,7 +42,7 @@ class BudgetSettings:
     limit: float | None = None
 
     def __post_init__(self) -> None:
-        allowed = f"one of {', '.join(self.costs)}, or take budget=flops, params, storage or cycles"
+        allowed = f"one of {', '.join(self.costs)}, or take budget=flops, params, latency, memory, storage or cycles"
         require({"budget.cost": (self.cost in self.costs, self.cost, allowed)})
         if self.ratio is None and self.limit is None:
             raise UserError("budget.ratio or budget.limit is needed; both are null")
@@ -98,6 +105,62 @@ class CyclesBudget(BudgetSettings):
                 "budget.pixel_parallel": (self.pixel_parallel >= 1, self.pixel_parallel, "at least 1"),
             }
         )
+
+
+@dataclass(frozen=True)
+class MemoryBudget(BudgetSettings):
+    """A limit on the peak memory of one example's activations; see `amc_env.memory.Memory`."""
+
+    costs: ClassVar[tuple[str, ...]] = ("memory",)
+
+    cost: str = "memory"
+
+
+@dataclass(frozen=True)
+class LatencyBudget(BudgetSettings):
+    """A limit on predicted latency, under the conditions of LatencySettings; see `amc_env.latency.cost.Latency`.
+
+    Attributes:
+        table: A latency table's file; None: one is built for this network on this machine before the search.
+        elsewhere: Use a table that was measured under other conditions (on a phone, say) as it is.
+        vector_width: Channels that the hardware computes at once: what is kept of a layer is a multiple of them unless
+            channel_multiple says otherwise.
+        tolerance: What interpolation in a table built here may miss; see `amc_env.latency.sampling.build_table`.
+        repeats: Timed passes of each of its points.
+        kept: Where a table built here is written, and read when the run goes on.
+    """
+
+    costs: ClassVar[tuple[str, ...]] = ("latency",)
+
+    cost: str = "latency"
+    table: str | None = None
+    elsewhere: bool = False
+    vector_width: int = 8
+    tolerance: float = 0.05
+    repeats: int = 30
+    kept: Path | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            {
+                "budget.vector_width": (self.vector_width >= 1, self.vector_width, "at least 1"),
+                "budget.tolerance": (self.tolerance > 0, self.tolerance, "above 0"),
+                "budget.repeats": (self.repeats >= 1, self.repeats, "at least 1"),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class FurtherBudgets:
+    """Budgets beside the main one: the share of the original's cost that may remain of each, None for no limit."""
+
+    flops: float | None = None
+    params: float | None = None
+    latency: float | None = None
+    memory: float | None = None
+    storage: float | None = None
+    cycles: float | None = None
 
 
 @dataclass(frozen=True)
@@ -167,6 +230,8 @@ class FinetuneSettings:
         distillation: Share of the loss that follows the original network's outputs, in [0, 1]; 0: none (Hinton et
             al., arXiv 1503.02531).
         temperature: At which they are compared.
+        from_scratch: Forget the weights and train the pruned network from new ones, the baseline of width multipliers
+            (Liu et al., "Rethinking the Value of Network Pruning", ICLR 2019); set lr_fraction to 1 with it.
     """
 
     epochs: int = 10
@@ -176,6 +241,7 @@ class FinetuneSettings:
     weight_decay: float = 1e-4
     distillation: float = 0.0
     temperature: float = 4.0
+    from_scratch: bool = False
 
     def __post_init__(self) -> None:
         require(
@@ -192,38 +258,91 @@ class FinetuneSettings:
 
 
 @dataclass(frozen=True)
+class ShortTermSettings:
+    """Short-term fine-tuning of candidates before they are scored; see `search.short_term`.
+
+    Attributes:
+        steps: Of SGD; 0 for none. None: 50 for an agent that adopts weights (netadapt), 0 for others.
+        winner_only: Whether an agent that adopts weights has only the winner of a round tuned, and its proposals
+            scored as they are repaired.
+        lr_fraction: Learning rate as a fraction of the original training's (NetAdapt's release: 1e-3 for 0.1).
+        batch_size: Images a step.
+        momentum: Of SGD, Nesterov's.
+        weight_decay: L2 weight decay.
+    """
+
+    steps: int | None = None
+    winner_only: bool = False
+    lr_fraction: float = 0.01
+    batch_size: int = 128
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+
+    def __post_init__(self) -> None:
+        require(
+            {
+                "short_term.steps": (self.steps is None or self.steps >= 0, self.steps, "at least 0"),
+                "short_term.lr_fraction": (0 < self.lr_fraction <= 1, self.lr_fraction, "in (0, 1]"),
+                "short_term.batch_size": (self.batch_size >= 2, self.batch_size, "at least 2"),
+                "short_term.momentum": (0 <= self.momentum < 1, self.momentum, "in [0, 1)"),
+                "short_term.weight_decay": (self.weight_decay >= 0, self.weight_decay, "at least 0"),
+            }
+        )
+
+
+@dataclass(frozen=True)
 class ScoringSettings:
     """How candidates are run for scoring; may move logits by rounding only.
 
     Attributes:
         batch_size: Images of a batch.
         channels_last: Memory format of images and convolution weights.
+        workers: Processes that score candidates side by side, where an agent asks for several at once; 0: none.
+        threads: Of torch for a candidate; None: the run's.
     """
 
     batch_size: int = 100
     channels_last: bool = True
+    workers: int = 0
+    threads: int | None = None
 
     def __post_init__(self) -> None:
-        require({"evaluator.batch_size": (self.batch_size >= 1, self.batch_size, "at least 1")})
+        require(
+            {
+                "evaluator.batch_size": (self.batch_size >= 1, self.batch_size, "at least 1"),
+                "evaluator.workers": (self.workers >= 0, self.workers, "at least 0"),
+                "evaluator.threads": (
+                    self.threads is None or self.threads >= 1,
+                    self.threads,
+                    "at least 1, or null for the run's own",
+                ),
+            }
+        )
 
 
 @dataclass(frozen=True)
 class LatencySettings:
-    """How latency is measured at the end: medians of interleaved passes in eager mode.
+    """How latency is measured at the end: medians of interleaved passes.
 
     Attributes:
         batch: Images of the batch.
         repeats: Timed passes of each network; 0 leaves the measurement out.
+        runtime: What runs the networks; see `amc_env.latency.runtimes`.
+        threads: Of the processor for a pass; None: the run's own.
     """
 
     batch: int = 1
     repeats: int = 50
+    runtime: str = "eager"
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         require(
             {
                 "latency.batch": (self.batch >= 1, self.batch, "at least 1"),
                 "latency.repeats": (self.repeats >= 0, self.repeats, "at least 0"),
+                "latency.runtime": (self.runtime in RUNTIMES, self.runtime, f"one of {', '.join(RUNTIMES)}"),
+                "latency.threads": (self.threads is None or self.threads >= 1, self.threads, "at least 1"),
             }
         )
 
@@ -261,6 +380,7 @@ class Settings:
     reward: RewardFunction = field(default_factory=Error)
     enforce_budget: bool = True
     fill_budget: bool = True
+    short_term: ShortTermSettings = field(default_factory=ShortTermSettings)
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
     scoring: ScoringSettings = field(default_factory=ScoringSettings)
     latency: LatencySettings = field(default_factory=LatencySettings)
@@ -302,10 +422,14 @@ class Settings:
                 ),
             }
         )
-        if len(self.stages) > 1 and rounds > 1 and not self.granularity.masked:
+        if getattr(self.agent, "tunes", False) and (self.stages or rounds > 1):
             raise UserError(
-                f"schedule.rounds={rounds} with search.stages={list(self.stages)} works for masks; channels take one of "
-                "the two: schedule=one_shot, or search.stages=[]"
+                f"agent={self.agent.name} goes in rounds of its own, fine-tuned each: leave search.stages=[] and "
+                "schedule=one_shot"
+            )
+        if self.finetune.from_scratch and rounds > 1:
+            raise UserError(
+                f"finetune.from_scratch=true forgets what schedule.rounds={rounds} trained: use schedule=one_shot"
             )
         if rounds > 1 and any(getattr(budget, "format", "") == "eie" for budget in self.budgets):
             raise UserError(
@@ -320,15 +444,32 @@ class Settings:
                 "budget (budget=params) and finetune.epochs above 0"
             )
 
+    def in_folder(self, folder: Path) -> Settings:
+        """The same, with a latency table that is built for the run kept in its folder."""
+        tables = tuple(
+            replace(budget, kept=folder / LATENCY_TABLE) if isinstance(budget, LatencyBudget) else budget
+            for budget in self.budgets
+        )
+        return replace(self, budgets=tables)
+
+    @property
+    def short_term_steps(self) -> int:
+        """Steps that candidates are tuned for before they are scored or adopted."""
+        if self.short_term.steps is None:
+            return _SHORT_TERM_STEPS if self.agent.tunes else 0
+        return self.short_term.steps
+
+    @property
+    def scored_by(self) -> str:
+        """The repair that candidates of the search are scored with."""
+        if self.short_term_steps and not (self.agent.tunes and self.short_term.winner_only):
+            return SHORT_TERM
+        return self.repair.name
+
     @property
     def trains_between(self) -> bool:
         """Whether weights that candidates are cut from are trained within the run."""
         return len(self.stages) > 1 or self.regularization.before_epochs > 0
-
-    @property
-    def all_episodes(self) -> int:
-        """Episodes of all stages."""
-        return self.episodes * max(1, len(self.stages))
 
     @property
     def all_epochs(self) -> int:

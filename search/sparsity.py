@@ -12,7 +12,7 @@ from amc_env import sparse
 from amc_env.pruning.granularity import NM, Channel, FineGrained, Granularity, Kernel, Masked, Vector
 from amc_env.storage import Storage, params_beside_weights
 from amc_env.strategy import Strategy
-from search.preparation import Ranked
+from search.ranking import Ranked
 
 
 def granularity_of(granularity: Granularity) -> dict[str, Any]:

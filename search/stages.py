@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import copy
 import logging
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
-from torch import nn
-
 from amc_env.evaluator import ORIGINAL, Evaluator, Outcome, Start
-from amc_env.pruning.widen import widen
-from search.cache import write_atomically
-from search.preparation import Prepared, Ranked, builder_of, posed, start_of
-from search.rounds import finetuned, later_builder
+from search.judging import start_of
+from search.preparation import posed
+from search.ranking import Prepared, Ranked
+from search.rounds import finetuned
 from search.settings import Settings
+from search.starts import FOLDER, Weights, kept, round_name, round_number, start_at
 from search.tuning import Tuner
 
 log = logging.getLogger(__name__)
@@ -45,8 +42,6 @@ class Stage:
 
 REGULARISED = "regularised"
 """The start after sparse training."""
-STARTS = "starts"
-"""The folder of weights between stages, in the run folder."""
 
 
 def _name(number: int, ratio: float) -> str:
@@ -56,7 +51,10 @@ def _name(number: int, ratio: float) -> str:
 def chain(settings: Settings, start: str) -> list[str]:
     """The names of the weights that a run goes through up to ``start``, the original's first."""
     trained = [REGULARISED] if settings.regularization.before_epochs else []
-    names = [ORIGINAL, *trained, *(_name(n, ratio) for n, ratio in enumerate(settings.stages, start=1))]
+    staged = [_name(n, ratio) for n, ratio in enumerate(settings.stages, start=1)]
+    names = [ORIGINAL, *trained, *staged]
+    if start not in names:  # of an agent that adopts weights
+        return [*names, *(round_name(n) for n in range(1, round_number(start) + 1))]
     return names[: names.index(start) + 1]
 
 
@@ -80,49 +78,21 @@ def first_start(prepared: Prepared, folder: Path, tune: Tuner) -> Start:
         return start_of(prepared, ORIGINAL, prepared.builder)
     log.info("training with the regulariser for %d epochs before anything is cut", epochs)
 
-    def trained() -> nn.Module:
-        return tune(copy.deepcopy(prepared.model), epochs, regularized=True)
+    def trained() -> Weights:
+        return Weights(tune(copy.deepcopy(prepared.model), epochs, regularized=True))
 
-    network = kept(folder / STARTS / "regularised.safetensors", prepared.model, trained, tune, epochs)
-    return start_of(prepared, REGULARISED, builder_of(prepared, network))
+    path = folder / FOLDER / "regularised.safetensors"
+    return start_at(prepared, REGULARISED, kept(path, prepared.model, trained, partial(tune.skip, epochs)))
 
 
 def next_start(stage: Stage, evaluator: Evaluator, best: Outcome, folder: Path, tune: Tuner) -> Start:
     """The weights that the next stage begins with: this stage's best strategy, applied and fine-tuned."""
     prepared, epochs = stage.prepared, stage.prepared.settings.finetune.epochs
-    builder = evaluator.builder(best.start)
 
-    def trained() -> nn.Module:
-        tuned = finetuned(prepared, evaluator, best, tune)
-        return widen(tuned.network, tuned.keeps, prepared.model)
+    def trained() -> Weights:
+        return Weights.after(finetuned(prepared, evaluator, best, tune), prepared.model)
 
-    path = folder / STARTS / f"stage-{stage.number}.safetensors"
-    network = kept(path, prepared.model, trained, tune, epochs)
+    path = folder / FOLDER / f"stage-{stage.number}.safetensors"
+    weights = kept(path, prepared.model, trained, partial(tune.skip, epochs))
     name = _name(stage.number, prepared.settings.stages[stage.number - 1])
-    return start_of(prepared, name, later_builder(prepared, builder, best.strategy, network))
-
-
-def forget(folder: Path) -> None:
-    """Removes the weights of an earlier run whose journal is gone: they may be of another configuration."""
-    shutil.rmtree(folder / STARTS, ignore_errors=True)
-
-
-def kept(path: Path, model: nn.Module, make: Callable[[], nn.Module], tune: Tuner, epochs: int) -> nn.Module:
-    """A network in ``model``'s shapes from a file, or made and written there.
-
-    Args:
-        path: The file.
-        model: Gives the class and the shapes.
-        make: Trains the network.
-        tune: Is told of the epochs that are not trained again.
-        epochs: How many ``make`` trains.
-    """
-    if path.exists():
-        network = copy.deepcopy(model)
-        network.load_state_dict(load_file(path))
-        tune.skip(epochs)
-        return network.eval()
-    network = make()
-    state = {key: value.detach().cpu().clone().contiguous() for key, value in network.state_dict().items()}
-    write_atomically(path, lambda unfinished: save_file(state, unfinished))
-    return network
+    return start_at(prepared, name, weights)

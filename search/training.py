@@ -330,6 +330,26 @@ def _check_settings(epochs: int, lr: float, steps: int, weights: int, further: S
         raise UserError("; ".join(problems))
 
 
+def forget_weights(model: nn.Module, seed: int) -> None:
+    """New random weights in place, as the modules' classes draw them; what is frozen stays.
+
+    Raises:
+        UserError: a module has parameters that its class does not draw.
+    """
+    with seeded(seed):
+        for name, module in model.named_modules():
+            own = list(module.parameters(recurse=False))
+            if own and not any(parameter.requires_grad for parameter in own):
+                continue
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+            elif own:
+                raise UserError(
+                    f"finetune.from_scratch=true: {name or type(module).__name__} has parameters and no "
+                    "reset_parameters to draw them anew"
+                )
+
+
 def train(build: Callable[[], nn.Module], data: Data, recipe: Recipe) -> nn.Module:
     """A network trained on `data.train` from random weights, on the CPU, in eval mode.
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from amc_env.layers import LayerGraph
 from amc_env.pruning.regularization import GroupLasso, LossTerm
-from search.preparation import Prepared
+from search.ranking import Prepared
 from search.training import finetune, training_batches
 
 

@@ -11,7 +11,13 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from amc_env.errors import UserError
-from search.settings import FinalistSettings, FinetuneSettings, LatencySettings
+from search.settings import (
+    FinalistSettings,
+    FinetuneSettings,
+    FurtherBudgets,
+    LatencySettings,
+    ShortTermSettings,
+)
 
 _TOP: dict[str, Any] = {
     "seed": int,
@@ -26,7 +32,9 @@ _TOP: dict[str, Any] = {
     "export": list[str],
 }
 _UNTARGETED: dict[str, Callable[..., Any]] = {
+    "also": FurtherBudgets,
     "finalists": FinalistSettings,
+    "short_term": ShortTermSettings,
     "finetune": FinetuneSettings,
     "latency": LatencySettings,
 }

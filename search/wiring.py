@@ -23,6 +23,7 @@ from search.settings import (
     FinetuneSettings,
     LatencySettings,
     Settings,
+    ShortTermSettings,
 )
 from search.tracking import CsvTracker, Tracker, Trackers
 from search.typecheck import check_types
@@ -70,8 +71,9 @@ def as_search(cfg: DictConfig, name: str, agent: Mapping[str, Any]) -> DictConfi
         raise UserError(f"unknown key {', '.join(unknown)}; there are {', '.join(map(str, there))}")
     whole = hydra.compose("search")
     with open_dict(whole):
-        own = cfg.get("search")
-        whole.search = OmegaConf.merge(whole.search, own) if isinstance(own, DictConfig) else own
+        if "search" in cfg:
+            own = cfg.search
+            whole.search = OmegaConf.merge(whole.search, own) if isinstance(own, DictConfig) else own
         for section in cfg:
             if section in whole and section != "search":
                 whole[section] = cfg._get_node(section)
@@ -118,6 +120,7 @@ def settings_of(cfg: DictConfig, original_lr: float) -> Settings:
         "regularization": checked(lambda: built(cfg.regularization)),
         "scoring": checked(lambda: built(cfg.evaluator)),
         "finalists": checked(lambda: FinalistSettings(**_plain(cfg.finalists))),
+        "short_term": checked(lambda: ShortTermSettings(**_plain(cfg.short_term))),
         "finetune": checked(lambda: FinetuneSettings(**_plain(cfg.finetune))),
         "latency": checked(lambda: LatencySettings(**_plain(cfg.latency))),
     }
@@ -143,7 +146,19 @@ def settings_of(cfg: DictConfig, original_lr: float) -> Settings:
 
 
 def _budgets(cfg: DictConfig) -> tuple[BudgetSettings, ...]:
-    return (built(cfg.budget),) if cfg.budget.get("_target_") else ()
+    main = [built(cfg.budget)] if cfg.budget.get("_target_") else []
+    return (*main, *(_further(str(name), ratio) for name, ratio in cfg.also.items() if ratio is not None))
+
+
+def _further(name: str, ratio: float) -> BudgetSettings:
+    """A budget of ``also``: what conf/budget says of it, with another ratio."""
+    section = OmegaConf.create(resources.files("conf").joinpath("budget", f"{name}.yaml").read_text())
+    assert isinstance(section, DictConfig)
+    try:
+        budget = built(section, ratio=ratio)
+    except UserError as error:
+        raise UserError(str(error).replace("budget.ratio", f"also.{name}")) from error
+    return _expected("budget", BudgetSettings, budget)
 
 
 def _agent(cfg: DictConfig) -> Agent:
@@ -162,12 +177,11 @@ def default_agent(name: str) -> Agent:
     Raises:
         UserError: There is no agent of that name.
     """
-    files = {Path(file.name).stem: file for file in resources.files("conf").joinpath("agent").iterdir()}
-    if name not in files:
-        raise UserError(f"unknown agent {name!r}; there are {', '.join(sorted(files))}")
-    agent = built(DictConfig(OmegaConf.create(files[name].read_text())))
-    assert isinstance(agent, Agent)
-    return agent
+    names = sorted(Path(file.name).stem for file in resources.files("conf").joinpath("agent").iterdir())
+    if name not in names:
+        raise UserError(f"unknown agent {name!r}; there are {', '.join(names)}")
+    with hydra.initialize_config_module("conf", version_base="1.3"):
+        return _agent(hydra.compose("search", overrides=[f"agent={name}"]))
 
 
 def _plain(node: DictConfig) -> dict[str, Any]:
@@ -216,6 +230,7 @@ def header_config(cfg: DictConfig) -> Mapping[str, Any]:
     plain = _plain(cfg) | {"device": _device(cfg.device)}
     for section in _NOT_OF_THE_SEARCH:
         plain.pop(section, None)
-    for section, key in (("model", "weights"), ("model", "url"), ("data", "path")):
+    how_many = (("evaluator", "workers"), ("evaluator", "threads"))  # the header states threads itself
+    for section, key in (("model", "weights"), ("model", "url"), ("data", "path"), *how_many):
         plain.get(section, {}).pop(key, None)
     return plain

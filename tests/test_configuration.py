@@ -82,7 +82,7 @@ def test_the_names_that_scripts_count_on_are_there() -> None:
     for group, option in OPTIONS:
         groups.setdefault(group, set()).add(option)
     assert {"digits_cnn", "digits_mlp", "resnet20", "resnet56", "mobilenet"} <= groups["model"]
-    assert groups["budget"] == {"none", "flops", "params", "storage", "cycles"}
+    assert groups["budget"] == {"none", "flops", "params", "latency", "memory", "storage", "cycles"}
     assert {"ddpg", "uniform", "random", "sensitivity"} <= groups["agent"]
     assert groups["granularity"] == {"channel", "fine_grained", "nm", "vector", "kernel"}
     assert groups["criterion"] == {criterion.name for criterion in CRITERIA}

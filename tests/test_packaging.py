@@ -1,9 +1,11 @@
 """The wheel: holds code, configuration and templates, and runs outside the checkout."""
 
+import importlib
 import os
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -30,6 +32,15 @@ def test_the_wheel_holds_packages_configuration_and_templates(wheel: Path) -> No
     for package in ("amc_env", "amc_env/pruning", "agents", "search", "conf"):
         assert f"{package}/__init__.py" in names
     assert not [name for name in names if name.startswith(("tests", "scripts"))]
+
+
+def test_every_command_has_its_function_and_its_configuration() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert {"amc-search", "amc-apply", "amc-sensitivity", "amc-latency"} <= set(scripts)
+    for name, entry in scripts.items():
+        module, function = entry.split(":")
+        assert callable(getattr(importlib.import_module(module), function))
+        assert (ROOT / "conf" / f"{name.removeprefix('amc-')}.yaml").exists()
 
 
 def test_the_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:

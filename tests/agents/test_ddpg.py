@@ -30,6 +30,33 @@ def test_it_finds_the_layer_that_must_stay_and_beats_random_at_equal_episodes(to
     assert np.mean(learned.rewards[-10:]) > -0.1  # the optimum is 0
 
 
+NEAR = {"hidden": (64, 64), "warmup": "near_uniform", "warmup_episodes": 10}
+
+
+def test_a_search_near_uniform_has_an_actor_that_begins_there(toy) -> None:
+    search = toy()
+    agent = DDPGAgent(**NEAR | {"warmup_episodes": 2}, sigma=0.0)
+    assert search.run(agent, episodes=3).scored == [search.problem.project([0.0] * 4)] * 3
+
+
+def test_a_search_near_uniform_goes_on_from_there(toy) -> None:
+    agent = DDPGAgent(**NEAR, sigma=0.1, actor_lr=1e-3, updates=2, rescale=True)
+    search = toy().run(agent, episodes=60)
+    uniform = search.rewards[0]
+    assert np.mean(search.rewards[-10:]) > uniform + 0.2
+
+
+@pytest.mark.parametrize("ratio", [0.06, 1.0])
+def test_an_actor_that_begins_at_an_end_of_the_range_can_leave_it(toy, ratio: float) -> None:
+    search = toy(ratio=ratio)
+    learner = DDPGAgent(**NEAR).learner(search.task(20))
+    states = torch.rand(5, 11)
+    begun = learner.actor.mu(states)
+    slopes = 1 - begun.detach() ** 2
+    assert float(slopes.min()) > 0.03
+    assert float(begun.detach().std()) < 1e-6
+
+
 def test_every_strategy_meets_the_budget(toy) -> None:
     search = toy(ratio=0.3).run(DDPGAgent(**SMALL | {"warmup": "uniform"}), episodes=20)
     assert all(search.problem.met(removed) for removed in search.scored)
@@ -148,7 +175,7 @@ def test_two_environments_at_once_end_their_episodes_together_and_are_all_learnt
         DummyVecEnv([search.env, search.env]),
         DDPGAgent(**SMALL | {"warmup_episodes": 4}),
         steps=4,
-        warmup=WARMUPS["landing"](search.problem, rng),
+        warmup=WARMUPS["landing"](search.problem, DDPGAgent().noise, rng),
         rng=rng,
         seed=1,
     )

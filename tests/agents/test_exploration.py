@@ -56,9 +56,17 @@ def test_without_sigma_the_mean_is_the_action_and_the_generator_moves_on_all_the
     assert quiet.random() == loud.random()
 
 
-def test_landing_warm_up_survives_the_bound_and_lands_on_the_budget(toy) -> None:
+NOISE = TruncatedNormalNoise(0.1, 0.95, warmup=100)
+
+
+def warm_up(name: str, problem, noise: TruncatedNormalNoise = NOISE):
+    return WARMUPS[name](problem, noise, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("name", ["landing", "near_uniform"])
+def test_a_warm_up_survives_the_bound_and_lands_on_the_budget(toy, name: str) -> None:
     search = toy()
-    env, warmup = search.env(), WARMUPS["landing"](search.problem, np.random.default_rng(0))
+    env, warmup = search.env(), warm_up(name, search.problem)
     for _ in range(20):
         actions = warmup()
         env.reset()
@@ -70,8 +78,33 @@ def test_landing_warm_up_survives_the_bound_and_lands_on_the_budget(toy) -> None
 
 
 def test_uniform_warm_up_covers_the_action_range(toy) -> None:
-    warmup = WARMUPS["uniform"](toy().problem, np.random.default_rng(0))
+    warmup = warm_up("uniform", toy().problem)
     sample = np.concatenate([warmup() for _ in range(500)])
     assert sample.mean() == pytest.approx(28 / 32 / 2, abs=0.02)
     assert 0 <= sample.min() < 0.01
     assert 28 / 32 - 0.01 < sample.max() <= 28 / 32
+
+
+def test_near_uniform_warm_up_begins_with_the_uniform_strategy(toy) -> None:
+    """Four layers of 32 in a chain: 10 kept of each leave 10 * (32 + 10 + 10 + 10 + 32) = 940 of 5120 MACs."""
+    problem = toy(ratio=940 / 5120).problem
+    first, second = (episode() for episode in [warm_up("near_uniform", problem)] * 2)
+    assert first.tolist() == [22 / 32] * 4
+    assert second.tolist() != first.tolist()
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.15])
+def test_near_uniform_warm_up_strays_as_far_as_sigma(toy, sigma: float) -> None:
+    """The common shift that lands a draw takes one of its degrees of freedom."""
+    problem = toy(decisions=12).problem
+    warmup = warm_up("near_uniform", problem, TruncatedNormalNoise(sigma, 0.95, warmup=100))
+    uniform = warmup()
+    sample = np.stack([warmup() for _ in range(30)])
+    spread = (sample - uniform).std(axis=1, ddof=1).mean()
+    assert spread == pytest.approx(sigma, rel=0.15)
+    assert sample.mean() == pytest.approx(uniform.mean(), abs=1 / 32)  # counts are whole
+
+
+def test_near_uniform_warm_up_without_noise_stays_where_it_is(toy) -> None:
+    warmup = warm_up("near_uniform", toy().problem, TruncatedNormalNoise(0.0, 0.95, warmup=100))
+    assert len({tuple(warmup()) for _ in range(5)}) == 1

@@ -125,7 +125,7 @@ def test_compress_goes_on_in_its_folder(tmp_path: Path) -> None:
         ({"budget": 1.5}, "budget.ratio"),
         ({"budget": {"energy": 0.5}}, "one of macs, params"),
         ({"budget": 0.001}, "least"),
-        ({"agent": "genius"}, "ddpg, random, sensitivity, uniform"),
+        ({"agent": "genius"}, "ddpg, ddpg_near_uniform, netadapt, random, sensitivity, uniform"),
         ({"val_loader": loader(0, 2)}, "val_loader"),
         ({"val_loader": loader(16, 2, channels=2)}, "does not run"),
     ],

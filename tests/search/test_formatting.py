@@ -68,6 +68,7 @@ def test_sizes_have_their_unit(count: float, text: str) -> None:
     ("cost", "value", "text"),
     [
         ("storage", 23_300, "23.30 kB"),
+        ("memory", 196_608, "196.61 kB"),
         ("cycles", 389, "389"),
         ("cycles", 41_000, "41.00 k"),
         ("macs", 2e7, "20.00 M"),
@@ -79,8 +80,8 @@ def test_costs_have_their_unit(cost: str, value: float, text: str) -> None:
 
 
 def test_costs_go_by_their_names() -> None:
-    names = [cost_name(cost) for cost in ("macs", "params", "storage", "cycles", "watts")]
-    assert names == ["MACs", "parameters", "stored size", "cycles", "watts"]
+    names = [cost_name(cost) for cost in ("macs", "params", "storage", "cycles", "memory", "watts")]
+    assert names == ["MACs", "parameters", "stored size", "cycles", "peak memory", "watts"]
     of_masks = [cost_name(cost, masked=True) for cost in ("macs", "params", "storage", "cycles")]
     assert of_masks == ["non-zero MACs", "non-zero parameters", "stored size", "cycles"]
 

@@ -1,7 +1,7 @@
 """The loop: counting, the best, finalists, rewards that are no numbers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -36,15 +36,16 @@ class Table:
         self._least_met = least_met
 
     def evaluate(self, strategies: Sequence[Strategy], *, repair: str | None = None) -> list[Outcome]:
+        return list(self.outcomes(strategies, repair=repair))
+
+    def outcomes(self, strategies: Sequence[Strategy], *, repair: str | None = None) -> Iterator[Outcome]:
         name = repair or self.repair
-        done = []
         for strategy in strategies:
             (count,) = strategy.removed
             self.asked.append((name, count))
             met = count >= self._least_met
             costs = self.problem.cost(strategy.removed)
-            done.append(Outcome(strategy, self._accuracies[name][count], costs, met, name))
-        return done
+            yield Outcome(strategy, self._accuracies[name][count], costs, met, name)
 
 
 def loop(table: Table, reward: Any = None, **more: Any) -> Loop:
@@ -60,6 +61,14 @@ def test_episodes_evaluations_and_repeats_are_counted() -> None:
     assert [episode.evaluations for episode in seen] == [1, 2, 2, 3]
     assert [episode.cache_hits for episode in seen] == [0, 0, 1, 1]
     assert [episode.best.outcome.accuracy for episode in seen] == [0.5, 0.8, 0.8, 0.8]
+
+
+def test_episodes_are_shown_as_they_come() -> None:
+    table = Table([0.9, 0.5, 0.7, 0.8])
+    shown: list[tuple[int, int]] = []
+    searching = loop(table, on_episode=lambda episode: shown.append((episode.number, len(table.asked))))
+    searching.score([(1,), (3,), (2,)])
+    assert shown == [(1, 1), (2, 2), (3, 3)]
 
 
 def test_one_strategy_of_an_environment_is_one_episode() -> None:

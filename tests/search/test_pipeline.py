@@ -27,6 +27,7 @@ from search.settings import (
     BudgetSettings,
     CyclesBudget,
     FinetuneSettings,
+    MemoryBudget,
     RepairSettings,
     StorageBudget,
 )
@@ -134,6 +135,18 @@ def test_two_budgets_hold_for_masks(small_data: Data, tmp_path: Path) -> None:
     assert result["pruned"]["macs"] <= 0.7 * result["base"]["macs"]
 
 
+def test_a_budget_on_memory_holds_beside_another(small_data: Data, tmp_path: Path) -> None:
+    budgets = (MemoryBudget(ratio=0.6), BudgetSettings("params", 0.7))
+    finished = go(tmp_path, small_data, small("channel", budgets=budgets), name="residual")
+    result = finished.result
+    assert [budget["met"] for budget in result["budgets"]] == [True, True]
+    assert result["base"]["memory"] == 3 * 16 * 64 * 4  # a block's input, a convolution's output, its norm's
+    assert result["budgets"][0]["value"] == result["finetuned"]["memory"] <= 0.6 * result["base"]["memory"]
+    stream = weight(finished.model, "conv1").shape[0]
+    assert result["finetuned"]["memory"] >= 3 * stream * 64 * 4
+    assert result["finetuned"]["params"] <= 0.7 * result["base"]["params"]
+
+
 @pytest.mark.parametrize("repair", REPAIRS)
 @pytest.mark.parametrize("granularity", ["fine_grained", "kernel"])
 def test_no_repair_fills_the_zeros(small_data: Data, tmp_path: Path, granularity: str, repair: str) -> None:
@@ -159,6 +172,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_scored(small_data: Data
         "budget=cycles counts a dense array processor.*granularity=fine_grained.*use granularity=channel": small(
             budgets=(CyclesBudget(),)
         ),
+        "budget=memory counts activations.*granularity=fine_grained.*use granularity=channel": small(
+            budgets=(MemoryBudget(),)
+        ),
         "is not pruned so: take granularity=nm": small(budgets=(StorageBudget(format="nm"),)),
         "nothing is left to decide: left: its 3 input channels .per group. are not divisible by m=4": small(
             "nm"
@@ -183,6 +199,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_scored(small_data: Data
         ),
         (["budget=storage"], ("budget=storage", "granularity=channel masks none", "fine_grained")),
         (["budget=cycles", "granularity=fine_grained"], ("budget=cycles", "use granularity=channel")),
+        (["budget=memory", "granularity=fine_grained"], ("budget=memory", "use granularity=channel")),
         (["search.stages=[0.3,0.5]"], ("search.stages=[0.3, 0.5]", "each below the one before")),
         (["granularity=nm", "granularity.n=4"], ("granularity.n=4", "1 <= n < m")),
         (["schedule=cubic", "schedule.rounds=11"], ("schedule.rounds=11", "finetune.epochs=10")),

@@ -19,6 +19,7 @@ def stage(accuracy: float, macs: float, split: str = "test") -> dict[str, Any]:
         "macs": macs,
         "params": macs / 100,
         "latency_ms": macs / 1e7,
+        "latency_spread": 0.034,
         "split": split,
     }
 
@@ -30,6 +31,7 @@ def result(**changes: Any) -> dict[str, Any]:
         "finetuned": stage(0.9052, 20.23e6),
         "budget": {"cost": "macs", "ratio": 0.5, "limit": 20.275e6, "value": 20.23e6, "met": True},
         "latency_batch": 1,
+        "latency_runtime": "eager",
     } | changes
 
 
@@ -173,7 +175,8 @@ class TestFinalTable:
         ):
             assert figure in text
         assert "accuracy, test split" in text
-        assert "latency, batch 1" in text
+        assert "latency, batch 1, eager" in text
+        assert text.count(" 3.4% ") == 3  # the spreads, which are compared with nothing
         assert "budget: MACs at most 20.27 M (50.0%), reached 20.23 M (49.9%): met" in text
         assert f"run folder: {tmp_path}" in text
         assert f"report: {tmp_path / 'report.html'}" in text

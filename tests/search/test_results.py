@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from running import SMALL, Command
+
+from amc_env import onnx_files
 
 QUICK = (
     *SMALL,
@@ -97,3 +100,45 @@ def test_a_later_stage_counts_the_storage_of_the_weights_it_begins_with(
     result = read(tmp_path / "run" / "result.json")
     assert result["budget"]["value"] == result["pruned"]["storage"] == result["storage"]["eie"]
     assert result["budget"]["met"]
+
+
+LATENCY = ("latency.repeats=2", "latency.runtime=onnx", "latency.threads=1", "finetune.epochs=0")
+
+
+def test_latency_states_its_conditions_and_its_spread(amc_search: Command, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    ended = amc_search(*QUICK, *LATENCY)
+    assert ended.code == 0
+    result = read(tmp_path / "run" / "result.json")
+    conditions = [result[f"latency_{name}"] for name in ("batch", "runtime", "threads")]
+    assert conditions == [1, "onnx", 1]
+    assert 1e-3 < result["pruned"]["latency_ms"] < 1e3
+    assert result["pruned"]["latency_spread"] > 0
+    assert result["finetuned"] is None
+    for text in (ended.out, (tmp_path / "run" / "report.html").read_text()):
+        assert "latency, batch 1, onnx" in text
+        assert "latency, spread" in text
+
+
+def test_a_run_outlives_a_runtime_that_cannot_run_its_network(
+    amc_search: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fixed(*_: object) -> bytes:
+        raise RuntimeError("operation unknown")
+
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(onnx_files, "fixed", fixed)
+    assert amc_search(*QUICK, *LATENCY).code == 0
+    assert read(tmp_path / "run" / "result.json")["pruned"]["latency_ms"] is None
+    said = (tmp_path / "run" / "run_search.log").read_text()
+    assert "latency was not measured: latency.runtime=onnx cannot run" in said
+
+
+def test_a_runtime_that_is_not_there_is_refused_first(
+    amc_search: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    ended = amc_search(*QUICK, "latency.repeats=1", "latency.runtime=cuda_graph")
+    assert ended.code == 2
+    assert "latency.runtime=cuda_graph needs a CUDA graphics processor" in ended.err
+    assert not (tmp_path / "run" / "evaluations.jsonl").exists()

@@ -20,7 +20,9 @@ from amc_env.pruning.granularity import Channel
 from amc_env.pruning.schedule import Schedule
 from amc_env.strategy import Strategy
 from search.data import Data
-from search.preparation import Prepared, make_evaluator, prepare
+from search.judging import make_evaluator
+from search.preparation import prepare
+from search.ranking import Prepared
 from search.rounds import finetuned, part_of
 from search.settings import FinetuneSettings
 from search.training import finetune, training_batches

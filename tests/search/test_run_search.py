@@ -49,7 +49,7 @@ def figures(result: dict[str, Any]) -> dict[str, Any]:
     """What must be the same when a run is repeated: all but times."""
     kept = {name: result[name] for name in ("budget", "budgets", "strategy", "whole")}
     for stage in ("base", "pruned", "finetuned"):
-        kept[stage] = {k: v for k, v in (result[stage] or {}).items() if k != "latency_ms"}
+        kept[stage] = {k: v for k, v in (result[stage] or {}).items() if not k.startswith("latency_")}
     return kept | {"search": {k: v for k, v in result["search"].items() if k != "seconds"}}
 
 
@@ -86,7 +86,7 @@ def test_a_run_leaves_behind_all_that_the_design_names(amc_search: Command, tmp_
         assert (run / name).stat().st_size > 0, name
     assert list((run / "plots").glob("*.png"))
     result = result_of(run)
-    keys = {"accuracy", "macs", "params", "latency_ms", "split"}
+    keys = {"accuracy", "macs", "params", "latency_ms", "latency_spread", "split"}
     for stage in ("base", "pruned", "finetuned"):
         assert keys <= set(result[stage]), stage
         assert result[stage]["split"] == "test"
@@ -232,11 +232,12 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for_lines(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
-    """Waits until the journal has so many lines, the process being alive."""
+def wait_for_lines(folder: Path, count: int, process: subprocess.Popen[str], text: str = "") -> None:
+    """Waits until the journal has so many lines with a text, the process being alive."""
     file, deadline = folder / "evaluations.jsonl", time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
-        if file.exists() and file.read_text().count("\n") >= count:
+        whole = file.read_text().split("\n")[:-1] if file.exists() else []
+        if sum(text in line for line in whole) >= count:
             return
         time.sleep(0.005)
     process.kill()
@@ -267,6 +268,45 @@ def test_a_killed_run_ends_as_one_that_was_not(amc_search: Command, tmp_path: Pa
     assert figures(result_of(killed)) == figures(result_of(tmp_path / "whole"))
     keys = [(line["start"], line["repair"], tuple(line["removed"])) for line in journal_of(killed)[1:]]
     assert len(keys) == len(set(keys)) == result_of(killed)["search"]["evaluations"]
+
+
+STAGED = (*QUICK, "search.episodes=20", "search.stages=[0.7,0.5]")
+ADAPTING = (
+    *SMALL,
+    "agent=netadapt",
+    "agent.reduction=0.1",
+    "short_term.steps=5",
+    "finetune.epochs=1",
+    "export=[]",
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "file", "begun"),
+    [(STAGED, "stage-1", "stage 1 (0.7)"), (ADAPTING, "round-1", "round 1")],
+    ids=["second stage", "second round of netadapt"],
+)
+def test_a_run_killed_in_its_second_search_ends_as_one_that_was_not(
+    amc_search: Command, tmp_path: Path, options: tuple[str, ...], file: str, begun: str
+) -> None:
+    second = f'"start": "{begun}"'
+    assert amc_search(*options, "latency.repeats=0", "hydra.run.dir=whole").code == 0
+    killed = tmp_path / "killed"
+    process = start(killed, *options, "latency.repeats=0")
+    wait_for_lines(killed, 2, process, second)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    weights = killed / "starts" / f"{file}.safetensors"
+    made = weights.stat().st_mtime_ns
+    before = (killed / "evaluations.jsonl").read_text()
+    whole = (tmp_path / "whole" / "evaluations.jsonl").read_text()
+    assert before.count(second) >= 2
+    assert len(before) < len(whole)
+    assert amc_search(*options, "latency.repeats=0", "hydra.run.dir=killed").code == 0
+    assert weights.stat().st_mtime_ns == made  # what the first ended with is not trained again
+    for name in ("evaluations.jsonl", "metrics.csv", "strategy.json"):
+        assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert figures(result_of(killed)) == figures(result_of(tmp_path / "whole"))
 
 
 def test_what_is_on_file_is_not_scored_again(
@@ -481,7 +521,7 @@ def test_help_says_what_it_does_and_what_there_is(amc_search: Command) -> None:
     assert ended.code == 0
     for text in (
         "under a budget",
-        "agent: ddpg, random, sensitivity, uniform",
+        "agent: ddpg, netadapt, random, sensitivity, uniform",
         "budget.ratio",
         "--multirun",
         "digits_cnn",

@@ -13,7 +13,7 @@ from PIL import Image
 from running import Command
 
 from agents.sensitivity import Curve
-from amc_env.evaluator import Evaluator
+from amc_env.evaluator import Bench
 from search import run_sensitivity
 from search.plots import DPI, plot_sensitivity
 from search.progress import Progress
@@ -92,15 +92,15 @@ def test_a_scan_that_was_stopped_goes_on_with_the_command_it_printed(
     amc_sensitivity: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert amc_sensitivity(*QUICK, "hydra.run.dir=whole").code == 0
-    one, asked = Evaluator._one, itertools.count(1)
+    one, asked = Bench.accuracy, itertools.count(1)
 
-    def stopped(self: Evaluator, *arguments: Any) -> Any:
+    def stopped(self: Bench, *arguments: Any) -> Any:
         if next(asked) > 4:
             raise KeyboardInterrupt
         return one(self, *arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Evaluator, "_one", stopped)
+        patched.setattr(Bench, "accuracy", stopped)
         ended = amc_sensitivity(*QUICK)
     assert ended.code == 130
     assert len(journal_of(tmp_path / "run")) == 4

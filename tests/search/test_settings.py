@@ -18,6 +18,7 @@ from search.settings import (
     FinalistSettings,
     FinetuneSettings,
     LatencySettings,
+    MemoryBudget,
     RepairSettings,
     ScoringSettings,
     Settings,
@@ -49,9 +50,19 @@ from search.settings import (
         (FinetuneSettings, {"lr_fraction": 0}, "finetune.lr_fraction=0 must be in (0, 1]"),
         (ScoringSettings, {"batch_size": 0}, "evaluator.batch_size=0"),
         (
+            ScoringSettings,
+            {"workers": -1, "threads": 0},
+            "evaluator.workers=-1 must be at least 0; evaluator.threads=0 must be at least 1, or null",
+        ),
+        (
             LatencySettings,
             {"batch": 0, "repeats": -1},
             "latency.batch=0 must be at least 1; latency.repeats=-1",
+        ),
+        (
+            LatencySettings,
+            {"runtime": "tflite", "threads": 0},
+            "latency.runtime=tflite must be one of eager, compile, onnx, cuda, cuda_graph; latency.threads=0",
         ),
         (
             Settings,
@@ -92,6 +103,7 @@ from search.settings import (
         (StorageBudget, {"format": "zip"}, "budget.format=zip must be eie, csr or nm"),
         (StorageBudget, {"cost": "macs", "value_bits": 0}, "budget.cost=macs must be one of storage"),
         (CyclesBudget, {"pixel_parallel": 0}, "budget.pixel_parallel=0 must be at least 1"),
+        (MemoryBudget, {"cost": "macs"}, "budget.cost=macs must be one of memory"),
         (
             FinetuneSettings,
             {"distillation": 1.5, "temperature": 0},
@@ -117,9 +129,9 @@ def test_what_is_at_the_edge_is_taken() -> None:
     assert rounds.schedule.rounds == rounds.finetune.epochs
 
 
-def test_epochs_and_episodes_of_a_whole_run() -> None:
+def test_epochs_of_a_whole_run() -> None:
     plain = Settings(Random(), 7, finetune=FinetuneSettings(epochs=3))
-    assert (plain.all_episodes, plain.all_epochs, plain.trains_between) == (7, 3, False)
+    assert (plain.all_epochs, plain.trains_between) == (3, False)
     staged = Settings(
         Random(),
         7,
@@ -127,10 +139,12 @@ def test_epochs_and_episodes_of_a_whole_run() -> None:
         regularization=L2(1e-4, before_epochs=2),
         finetune=FinetuneSettings(epochs=3),
     )
-    assert (staged.all_episodes, staged.all_epochs, staged.trains_between) == (21, 2 + 9, True)
+    assert (staged.all_epochs, staged.trains_between) == (2 + 9, True)
 
 
-@pytest.mark.parametrize("name, kind", [("storage", StorageBudget), ("cycles", CyclesBudget)])
+@pytest.mark.parametrize(
+    "name, kind", [("storage", StorageBudget), ("cycles", CyclesBudget), ("memory", MemoryBudget)]
+)
 def test_costs_of_hardware_have_settings_of_their_own(name: str, kind: type[BudgetSettings]) -> None:
     assert kind().cost == name
     with pytest.raises(
@@ -139,13 +153,7 @@ def test_costs_of_hardware_have_settings_of_their_own(name: str, kind: type[Budg
         BudgetSettings(name)
 
 
-def test_stages_and_rounds_are_refused_together_for_channels_only() -> None:
-    both = {"stages": (0.7, 0.5), "schedule": Schedule("linear", 2), "finetune": FinetuneSettings(epochs=4)}
-    assert Settings(Random(), 1, granularity=FineGrained(), **both).trains_between
-    with pytest.raises(
-        UserError, match=r"schedule\.rounds=2 with search\.stages=\[0\.7, 0\.5\] works for masks"
-    ):
-        Settings(Random(), 1, **both)
+def test_stages_are_shares_and_take_no_absolute_limit() -> None:
     with pytest.raises(UserError, match=r"leave budget\.limit=null"):
         Settings(Random(), 1, budgets=(BudgetSettings("macs", limit=5.0),), stages=(0.7, 0.5))
 

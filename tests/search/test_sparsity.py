@@ -9,8 +9,10 @@ from torch import nn
 from agents.baselines import Random
 from amc_env.pruning.granularity import NM, Channel, FineGrained, Granularity, Kernel, Vector
 from amc_env.strategy import Strategy
+from search.costing import storage_of
 from search.data import Data, Split, fingerprint
-from search.preparation import Prepared, prepare, storage_of
+from search.preparation import prepare
+from search.ranking import Prepared
 from search.settings import Settings
 from search.sparsity import granularity_of, sparsity_of, stored_sizes
 

@@ -19,7 +19,9 @@ from amc_env.pruning.criteria import BatchNormScale
 from amc_env.pruning.regularization import L1, BNScale
 from amc_env.pruning.schedule import Schedule
 from search.data import Data
-from search.preparation import builder_of, make_evaluator, prepare, start_of
+from search.judging import make_evaluator, start_of
+from search.preparation import prepare
+from search.ranking import builder_of
 from search.settings import FinalistSettings, Settings
 
 STAGED = {"stages": (0.6, 0.4), "episodes": 5}
@@ -133,10 +135,19 @@ SPARSE = {"regularization": BNScale(weight=1.0, before_epochs=1), "criterion": B
         (small("channel", **STAGED, finalists=FinalistSettings(2, "none")), 8, [3, 4]),
         (small("channel", **SPARSE), 2, [2, 3]),
         (small("channel", **STAGED, **SPARSE), 7, [4, 5]),
+        (small("channel", **STAGED, schedule=Schedule("linear", 2)), 8, [3, 4]),
         (small("kernel", **STAGED), 3, [1, 2, 3, 4]),
         (small("nm", **STAGED | {"stages": (0.9, 0.7)}, agent=DDPGAgent(warmup_episodes=2)), 9, [3, 4]),
     ],
-    ids=["masks", "channels and finalists", "sparse training", "both", "in the first stage", "ddpg"],
+    ids=[
+        "masks",
+        "channels and finalists",
+        "sparse training",
+        "both",
+        "rounds",
+        "in the first stage",
+        "ddpg",
+    ],
 )
 def test_a_stopped_run_ends_as_one_that_was_not(
     small_data: Data, tmp_path: Path, settings: Settings, stop_at: int, trained: list[int]

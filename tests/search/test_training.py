@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks import traced
+from networks import network, traced
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -27,6 +27,7 @@ from search.training import (
     Recipe,
     crop_and_flip,
     finetune,
+    forget_weights,
     train,
     training_batches,
 )
@@ -190,6 +191,36 @@ def test_frozen_parameters_and_fixed_selections_stay(small_data: Data) -> None:
     for name in ("conv1.weight", "layer2.0.shortcut.weight", "layer3.0.shortcut.weight"):
         assert torch.equal(after[name], before[name])
     assert not torch.equal(after["layer2.0.conv1.weight"], before["layer2.0.conv1.weight"])
+
+
+def test_forgotten_weights_are_drawn_anew_by_the_seed_and_what_is_frozen_stays() -> None:
+    def drawn(seed: int) -> nn.Module:
+        model = network("residual")
+        first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+        first.requires_grad_(False)
+        before = copy.deepcopy(model.state_dict())
+        forget_weights(model, seed)
+        norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+        assert (norm.weight == 1).all()
+        assert (norm.running_mean == 0).all()
+        changed = [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])]
+        weights = [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Conv2d)]
+        assert [key in changed for key in weights] == [False] + [True] * (len(weights) - 1)
+        return model
+
+    states = [drawn(seed).state_dict() for seed in (1, 1, 2)]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert not all(torch.equal(states[0][key], states[2][key]) for key in states[0])
+
+
+def test_parameters_that_no_class_draws_are_refused() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+    with pytest.raises(UserError, match="from_scratch=true: Scaled has parameters and no reset_parameters"):
+        forget_weights(Scaled(), 0)
 
 
 def test_weights_are_contiguous_afterwards(small_data: Data) -> None:

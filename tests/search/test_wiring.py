@@ -1,6 +1,7 @@
 """From YAML to objects: what is checked before anything is built, and what the journal's header holds."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -126,6 +127,12 @@ def test_default_agents(name: str) -> None:
     assert wiring.default_agent(name).name == name
 
 
+def test_a_default_agent_may_be_said_by_its_difference_to_another() -> None:
+    assert wiring.default_agent("ddpg_near_uniform") == replace(
+        wiring.default_agent("ddpg"), warmup="near_uniform", warmup_episodes=20, sigma=0.05
+    )
+
+
 def test_an_unknown_default_agent_is_refused_with_those_there_are() -> None:
-    with pytest.raises(UserError, match="ddpg, random, sensitivity, uniform"):
+    with pytest.raises(UserError, match="ddpg, ddpg_near_uniform, netadapt, random, sensitivity, uniform"):
         wiring.default_agent("sarsa")

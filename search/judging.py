@@ -1,0 +1,173 @@
+"""How a run judges strategies: the weights they are cut from, their repairs, the evaluator."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import cast
+
+from torch import Tensor
+
+from amc_env.evaluator import ORIGINAL, Evaluator, Start
+from amc_env.layers import LayerGraph
+from amc_env.prefix import ROOM, PrefixScorer
+from amc_env.pruning.candidate import Builder, Candidates, MaskedCandidates
+from amc_env.pruning.masked_repair import MaskedLeastSquares, MaskedSequential
+from amc_env.pruning.repair import BatchNorm, Both, LeastSquares, NoRepair, Repair, Sequential
+from amc_env.pruning.topology import Topology
+from amc_env.workers import Workers
+from search.journal import Journal
+from search.ranking import Prepared, Ranked
+from search.settings import (
+    SHORT_TERM,
+    RepairSettings,
+)
+from search.short_term import ShortTerm
+
+log = logging.getLogger(__name__)
+
+_CALIBRATION_BYTES = (
+    2**30
+)  # of one layer's activations over all calibration images; a few layers live at once
+
+
+def start_of(
+    prepared: Ranked,
+    name: str,
+    candidates: Candidates | MaskedCandidates,
+    removed: tuple[int, ...] = (),
+) -> Start:
+    """A state of the weights that strategies are cut from, with its repairs.
+
+    Args:
+        prepared: The run.
+        name: Of the start.
+        candidates: Built from its weights.
+        removed: What is gone from them, where a strategy that removes no more is not to be repaired.
+    """
+    repairs = _repairs(prepared, candidates)
+    settings, base = prepared.settings, prepared.settings.repair.name
+
+    def short_term() -> Repair:
+        return ShortTerm(repairs[base](), candidates, prepared.data, settings, name)
+
+    more = {SHORT_TERM: short_term} if settings.short_term_steps else {}
+    return Start(name, candidates, {**repairs, **more}, removed)
+
+
+def _repairs(prepared: Ranked, candidates: Candidates | MaskedCandidates) -> dict[str, Callable[[], Repair]]:
+    """How to make each repair; made when first asked for, since calibration takes time."""
+    settings: RepairSettings = prepared.settings.repair
+    topology = Topology.of(candidates.original)
+    train = prepared.data.train
+    images = _calibration_images(prepared.graph, settings.images)
+    makers: dict[str, Callable[..., Repair]]
+    if isinstance(candidates, MaskedCandidates):
+        decided = [prepared.graph.layer(grid.name) for grid in prepared.grids]
+        ridge = settings.mask_ridge
+        makers = {
+            "least_squares": partial(MaskedLeastSquares, candidates.original, decided),
+            "sequential": partial(MaskedSequential, candidates.original, decided),
+        }
+    else:
+        ridge = settings.ridge
+        makers = {
+            "least_squares": partial(LeastSquares, candidates),
+            "sequential": partial(Sequential, candidates),
+        }
+
+    def fitted(name: str) -> Repair:
+        options = {"per_image": settings.per_image, "seed": prepared.settings.seed, "ridge": ridge}
+        return makers[name](topology, prepared.images(train, images), **options)
+
+    def norms() -> Repair:
+        return BatchNorm(prepared.images(train, settings.norm_images))
+
+    return {
+        "none": NoRepair,
+        "least_squares": partial(fitted, "least_squares"),
+        "batch_norm": norms,
+        "both": lambda: Both("both", (fitted("least_squares"), norms())),
+        "sequential": partial(fitted, "sequential"),
+    }
+
+
+def _calibration_images(graph: LayerGraph, wanted: int) -> int:
+    """As many images as are wanted, or as the largest layer's activations leave room for."""
+    largest = max(
+        max(layer.in_channels * layer.in_size[0] * layer.in_size[1], layer.out_channels * layer.positions)
+        for layer in graph.layers
+    )
+    room = max(1, _CALIBRATION_BYTES // (4 * largest))
+    if room < wanted:
+        log.info("repair is calibrated on %d images instead of %d: more would fill the memory", room, wanted)
+    return min(room, wanted)
+
+
+@dataclass(frozen=True, eq=False)
+class Materials:
+    """What any process scores the candidates of a run with; see `amc_env.workers.Materials`.
+
+    Attributes:
+        run: The network, its decisions and the training images.
+        images: Normalised images of the search split, [N, C, H, W].
+        labels: Their labels, int64 [N].
+    """
+
+    run: Ranked
+    images: Tensor
+    labels: Tensor
+
+    @classmethod
+    def of(cls, prepared: Prepared) -> Materials:
+        """Those of a run, without what only the process of the run needs."""
+        data = replace(prepared.data, test=None)
+        if not prepared.settings.short_term_steps:  # nothing is trained but at the end
+            data = replace(data, loader=None, stream=None)
+        run = Ranked(prepared.model, data, prepared.settings, prepared.graph, prepared.grids)
+        search = prepared.data.search
+        return cls(run, prepared.images(search), search.labels.to(prepared.settings.device))
+
+    def scorer(self) -> PrefixScorer:
+        """Accuracy on the search split; the processes of a run share the room for values that candidates share."""
+        scoring = self.run.settings.scoring
+        return PrefixScorer(
+            self.run.model,
+            self.images,
+            self.labels,
+            batch_size=scoring.batch_size,
+            channels_last=scoring.channels_last,
+            room=ROOM // (1 + scoring.workers),
+        )
+
+    def start(self, name: str, candidates: Builder, removed: tuple[int, ...]) -> Start:
+        """See `start_of`."""
+        return start_of(self.run, name, cast(Candidates | MaskedCandidates, candidates), removed)
+
+
+def make_evaluator(prepared: Prepared, memo: Journal | None = None, start: Start | None = None) -> Evaluator:
+    """The evaluator that judges every policy of this run; `Evaluator.close` ends the workers that it may have.
+
+    Args:
+        prepared: The run.
+        memo: Keeps outcomes across runs.
+        start: The weights to begin with; by default the network's own.
+    """
+    settings = prepared.settings
+    start = start or start_of(prepared, ORIGINAL, prepared.builder)
+    materials = Materials.of(prepared)
+    scorer = materials.scorer()
+    original = scorer(start.candidates.original)
+    log.info(
+        "%s accuracy on the %d search images: %.2f%%",
+        "the original's" if start.name == ORIGINAL else f"{start.name}: the starting",
+        len(prepared.data.search),
+        100 * original,
+    )
+    if original < 2 / len(prepared.data.classes):
+        log.warning("that is near chance: are the images scaled and normalised as in the network's training?")
+    workers, threads = settings.scoring.workers, settings.scoring.threads
+    pool = Workers(replace(materials, images=scorer.images), workers, threads) if workers else None
+    return Evaluator(start, prepared.problem, scorer, settings.scored_by, memo, workers=pool, threads=threads)

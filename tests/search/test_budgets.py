@@ -1,0 +1,162 @@
+"""Budgets from the configuration to the search problem: latency and its table, several budgets at once."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from networks import network
+from omegaconf import DictConfig
+from small_runs import go, small
+
+from agents.netadapt import NetAdapt
+from amc_env.errors import UserError
+from amc_env.latency.cost import Latency
+from search import wiring
+from search.data import Data
+from search.preparation import prepare
+from search.ranking import Prepared
+from search.settings import (
+    BudgetSettings,
+    LatencyBudget,
+    LatencySettings,
+    MemoryBudget,
+    Settings,
+    ShortTermSettings,
+)
+from search.typecheck import check_types
+
+QUICK = LatencySettings(batch=1, repeats=0, threads=1)
+
+
+def configured(*overrides: str) -> DictConfig:
+    with initialize_config_module("conf", version_base="1.3"):
+        return compose("search", list(overrides))
+
+
+def limited(folder: Path, ratio: float = 0.9, **more: Any) -> Settings:
+    budget = LatencyBudget(ratio=ratio, repeats=2, tolerance=1.0, **more)
+    return small("channel", budgets=(budget,), latency=QUICK).in_folder(folder)
+
+
+def stretched(folder: Path, factor: float) -> None:
+    """The table in a run folder, with all times and what is added to them multiplied."""
+    path = folder / "latency.json"
+    content = json.loads(path.read_text())
+    for unit in content["units"]:
+        unit["ms"] = [[factor * ms for ms in row] for row in unit["ms"]]
+    content["correction"] = {"scale": 1.0, "per_element_ms": 0.0, "constant_ms": 0.0}
+    path.write_text(json.dumps(content))
+
+
+def posed(folder: Path, data: Data, **more: Any) -> Prepared:
+    return prepare(network("concat"), data, limited(folder, 1.0, **more))
+
+
+def test_a_table_is_built_for_the_run_and_read_when_it_goes_on(
+    small_data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = posed(tmp_path, small_data).problem
+    cost = next(cost for cost in problem.costs if cost.name == "latency")
+    assert isinstance(cost, Latency)
+    assert problem.budgets[0].cost is cost
+    assert (tmp_path / "latency.json").exists()
+    monkeypatch.setattr("search.latency.build_table", lambda *args, **more: pytest.fail("built again"))
+    again = posed(tmp_path, small_data).problem
+    assert again.cost([0] * 3) == problem.cost([0] * 3)
+    assert again.cost(again.most)["latency"] <= again.cost([0] * 3)["latency"]
+
+
+def test_a_table_s_limit_is_what_the_search_keeps_to(small_data: Data, tmp_path: Path) -> None:
+    posed(tmp_path, small_data)
+    stretched(tmp_path, 1.0)  # without a correction, whose constant is noise at this size
+    problem = posed(tmp_path, small_data).problem
+    ratio = (1 + problem.least_ratio(problem.budgets[0].cost)) / 2
+    settings = limited(tmp_path, ratio)
+    finished = go(tmp_path, small_data, settings)
+    budget = finished.result["budget"]
+    assert (budget["cost"], budget["met"]) == ("latency", True)
+    assert budget["value"] <= budget["limit"] == pytest.approx(ratio * problem.cost([0] * 3)["latency"])
+    lines = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert all(line["costs"]["latency"] <= budget["limit"] * (1 + 1e-12) for line in lines[1:])
+    assert lines[0]["header"]["latency"] == [
+        problem.cost([0] * 3)["latency"],
+        problem.cost(problem.most)["latency"],
+    ]
+
+
+def test_a_run_does_not_go_on_with_another_table(small_data: Data, tmp_path: Path) -> None:
+    settings = limited(tmp_path, 1.0)
+    go(tmp_path, small_data, settings)
+    stretched(tmp_path, 2.0)
+    with pytest.raises(UserError, match="begun with another configuration: latency"):
+        go(tmp_path, small_data, settings)
+
+
+def test_a_table_of_other_conditions_is_refused_unless_it_is_wanted(small_data: Data, tmp_path: Path) -> None:
+    posed(tmp_path, small_data)
+    phone = tmp_path / "phone.json"
+    content = json.loads((tmp_path / "latency.json").read_text())
+    content["conditions"] |= {"machine": "a phone", "threads": 4}
+    phone.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"machine a phone there.*budget\.elsewhere=true"):
+        posed(tmp_path, small_data, table=str(phone))
+    taken = posed(tmp_path, small_data, table=str(phone), elsewhere=True).problem
+    assert taken.cost([0] * 3) == posed(tmp_path, small_data).problem.cost([0] * 3)
+
+
+def test_a_table_of_another_network_and_a_missing_one_are_refused(small_data: Data, tmp_path: Path) -> None:
+    posed(tmp_path, small_data)
+    table = str(tmp_path / "latency.json")
+    with pytest.raises(UserError, match="the latency table has no times for"):
+        prepare(network("residual"), small_data, limited(tmp_path / "other", 1.0, table=table))
+    with pytest.raises(UserError, match="no such file; amc-latency build makes one"):
+        posed(tmp_path, small_data, table=str(tmp_path / "none.json"))
+
+
+def test_what_cannot_be_reached_is_said_in_milliseconds(small_data: Data, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"budget latency <= 0\.\d+ \(0\.001 of the original\) cannot be reached"
+    ):
+        prepare(network("concat"), small_data, limited(tmp_path, 0.001))
+
+
+def test_masks_have_no_latency(small_data: Data, tmp_path: Path) -> None:
+    settings = replace(small("kernel", latency=QUICK), budgets=(LatencyBudget(),)).in_folder(tmp_path)
+    with pytest.raises(UserError, match="granularity=kernel does not make faster: use granularity=channel"):
+        prepare(network("concat"), small_data, settings)
+
+
+def test_several_budgets_hold_at_once_with_netadapt_too(small_data: Data, tmp_path: Path) -> None:
+    budgets = BudgetSettings("macs", 0.7), MemoryBudget(ratio=0.9), BudgetSettings("params", 0.6)
+    agent, short = NetAdapt(reduction=0.1, decay=1.0), ShortTermSettings(0)
+    finished = go(tmp_path, small_data, small("channel", agent=agent, short_term=short, budgets=budgets))
+    found = finished.result["budgets"]
+    assert [budget["cost"] for budget in found] == ["macs", "memory", "params"]
+    assert all(budget["met"] and budget["value"] <= budget["limit"] for budget in found)
+
+
+def test_further_budgets_are_shares_beside_the_main_one() -> None:
+    cfg = configured("budget=latency", "also.params=0.4", "also.flops=0.7")
+    check_types(cfg)
+    budgets = wiring.settings_of(cfg, 0.1).budgets
+    assert [(budget.cost, budget.ratio) for budget in budgets] == [
+        ("latency", 0.5),
+        ("macs", 0.7),
+        ("params", 0.4),
+    ]
+    assert [
+        b.cost for b in wiring.settings_of(configured("budget=none", "also.memory=0.5"), 0.1).budgets
+    ] == ["memory"]
+    with pytest.raises(UserError, match=r"also\.params=1\.5 must be in \(0, 1\]"):
+        wiring.settings_of(configured("also.params=1.5"), 0.1)
+    with pytest.raises(UserError, match=r"unknown key also\.weight; there are flops, params"):
+        check_types(configured("+also.weight=0.5"))
+
+
+def test_channels_go_in_vectors_under_a_latency_budget_unless_something_else_is_said() -> None:
+    assert configured("budget=latency").granularity.multiple == 8
+    assert configured("budget=latency", "channel_multiple=4").granularity.multiple == 4
+    assert configured("budget=params").granularity.multiple == 2

@@ -1,0 +1,60 @@
+"""What worker processes score a run's candidates with: the same as in the run's own process."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from networks import network, random_removed, same_state
+from small_runs import small
+
+from amc_env.evaluator import Bench
+from amc_env.prefix import ROOM
+from amc_env.workers import _read, _write
+from search.data import Data
+from search.judging import Materials, start_of
+from search.preparation import prepare
+from search.ranking import Prepared
+from search.settings import ScoringSettings, ShortTermSettings
+
+SHORT = ShortTermSettings(steps=2, batch_size=16)
+
+
+def ready(data: Data, granularity: str = "channel", steps: int = 2) -> Prepared:
+    return prepare(network("concat"), data, small(granularity, short_term=replace(SHORT, steps=steps)))
+
+
+@pytest.mark.parametrize("repair", ["none", "least_squares", "short_term"])
+@pytest.mark.parametrize("granularity", ["channel", "fine_grained"])
+def test_what_was_written_and_read_makes_the_same_networks(
+    granularity: str, repair: str, small_data: Data, tmp_path: Path
+) -> None:
+    prepared = ready(small_data, granularity)
+    start = start_of(prepared, "round 1", prepared.builder)
+    here = Bench(Materials.of(prepared).scorer())
+    _write(Materials.of(prepared), tmp_path / "materials.pt")
+    _write((start.name, start.candidates, start.removed), tmp_path / "start.pt")
+    materials = _read(tmp_path / "materials.pt")
+    there, again = Bench(materials.scorer()), materials.start(*_read(tmp_path / "start.pt"))
+    assert torch.equal(here.scorer.images, there.scorer.images)
+    for seed in range(2):
+        job = repair, random_removed(prepared.grids, seed)
+        assert same_state(there.pruned(again, *job).network, here.pruned(start, *job).network)
+        assert there.accuracy(again, *job) == here.accuracy(start, *job)
+
+
+def test_what_only_the_run_s_own_process_needs_stays_there(small_data: Data) -> None:
+    data = replace(small_data, loader=[(small_data.train.images.float(), small_data.train.labels)])
+    untrained, trained = (Materials.of(ready(data, steps=steps)).run for steps in (0, 2))
+    assert untrained.data.test is trained.data.test is None
+    assert untrained.data.loader is None
+    assert trained.data.loader is data.loader  # candidates are trained on it
+    assert "builder" not in vars(trained)
+
+
+def test_processes_share_the_room_for_what_candidates_share(small_data: Data) -> None:
+    prepared = ready(small_data)
+    settings = replace(prepared.settings, scoring=ScoringSettings(workers=3))
+    crowded = Materials.of(replace(prepared, settings=settings)).scorer()
+    assert Materials.of(prepared).scorer()._shared._room == ROOM
+    assert crowded._shared._room == ROOM // 4
