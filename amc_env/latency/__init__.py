@@ -33,7 +33,7 @@ def measure(
     repeats: int = 30,
     warmup: int = 5,
 ) -> dict[str, Timing]:
-    """Latency of each network on one batch, in rounds that run each network once.
+    """Latency of each network on one batch, in rounds of all networks: each runs twice, the second time is taken.
 
     Args:
         models: Networks in eval mode, on the device of ``example``.
@@ -49,7 +49,7 @@ def measure(
     with using_threads(threads):
         runs = _runtime(runtime, torch.get_num_threads()) if isinstance(runtime, str) else runtime
         calls = {name: runs.prepare(model, example) for name, model in models.items()}
-        return interleaved(calls, repeats=repeats, warmup=warmup)
+        return interleaved(calls, repeats=repeats, warmup=warmup, settle=1)
 
 
 _runtime = runtime  # the argument of `measure` hides it

@@ -60,6 +60,12 @@ class Latency:
         self._sizes[depthwise, 0], self._per_unit[depthwise, 0] = 1, 0
         self._lookup = Lookup([(name, table.units[unit]) for name, unit in units.items()])
         self._correction = table.correction
+        self._areas = np.array(
+            [
+                layer.weights / (inputs * layer.out_channels)
+                for layer, inputs in zip(graph.layers, self._sizes[:, 0], strict=True)
+            ]
+        )
         self._elements = _elements(activations, inside_units(model, graph), len(graph.groups))
 
     def __call__(self, removed: Sequence[int]) -> float:
@@ -68,25 +74,24 @@ class Latency:
         Raises:
             UserError: The table does not reach its channels.
         """
-        units, elements = self.parts(removed)
-        made = self._correction
-        return made.scale * units + made.per_element_ms * elements + made.constant_ms
+        return self._correction(*self.parts(removed))
 
-    def parts(self, removed: Sequence[int]) -> tuple[float, float]:
-        """What the correction is of: the sum of the units' milliseconds, and the elements that operations outside of
-        units give for one example.
+    def parts(self, removed: Sequence[int]) -> tuple[float, float, float]:
+        """What the correction is of: the sum of the units' milliseconds, the elements that operations outside of units
+        give for one example, and the units' weights.
         """
         counts = np.asarray(removed, dtype=np.int64)
         whole, per_unit = self._elements
-        return float(self._by_layer(counts).sum()), float(whole - per_unit @ counts)
+        kept = self._sizes - self._per_unit @ counts
+        weights = self._areas @ (kept[:, 0] * kept[:, 1])
+        return float(self._times(kept).sum()), float(whole - per_unit @ counts), float(weights)
 
     def by_layer(self, removed: Sequence[int]) -> dict[str, float]:
         """Milliseconds of every layer's unit by the layer's name, as timed alone: without the correction."""
-        times = self._by_layer(np.asarray(removed, dtype=np.int64))
+        times = self._times(self._sizes - self._per_unit @ np.asarray(removed, dtype=np.int64))
         return dict(zip(self._names, times.tolist(), strict=True))
 
-    def _by_layer(self, removed: Ints) -> Floats:
-        kept = self._sizes - self._per_unit @ removed
+    def _times(self, kept: Ints) -> Floats:
         times: Floats = self._calls * self._lookup(kept[:, 0], kept[:, 1])
         return times
 

@@ -63,7 +63,7 @@ def build_table(
     activations: Activations | None = None,
     tolerance: float = 0.05,
     repeats: int = 30,
-    networks: int = 12,
+    networks: int = 20,
     points: int = 1500,
     on_progress: OnProgress | None = None,
     seed: int = 0,
@@ -109,8 +109,8 @@ def build_table(
     return replace(table, correction=correction, forwards=clock.forwards, seconds=seconds)
 
 
-def fit_correction(parts: Sequence[tuple[float, float]], measured_ms: Sequence[float]) -> Correction:
-    """Least squares in relative errors; ``scale`` and ``per_element_ms`` are at least 0.
+def fit_correction(parts: Sequence[tuple[float, float, float]], measured_ms: Sequence[float]) -> Correction:
+    """Least squares in relative errors; factors are at least 0.
 
     Args:
         parts: Of each network what `Latency.parts` gives.
@@ -118,13 +118,12 @@ def fit_correction(parts: Sequence[tuple[float, float]], measured_ms: Sequence[f
     """
     measured = np.asarray(measured_ms)
     columns = np.column_stack([np.asarray(parts, dtype=np.float64), np.ones(len(parts))])
-    if np.ptp(columns[:, 1]) == 0:
-        columns[:, 1] = 0  # it is a constant then
+    columns[:, 1:-1] *= np.ptp(columns[:, 1:-1], axis=0) > 0  # what is the same of all networks is a constant
     size = np.maximum(np.abs(columns).max(axis=0), 1e-12)
     system = columns / size / measured[:, None]
-    found = lsq_linear(system, np.ones(len(parts)), bounds=([0, 0, -np.inf], np.inf), method="bvls").x / size
-    scale, per_element, constant = (float(value) for value in found)
-    return Correction(scale, per_element if columns[:, 1].any() else 0.0, constant)
+    bounds = [0.0, 0.0, 0.0, -np.inf], np.inf
+    found = lsq_linear(system, np.ones(len(parts)), bounds=bounds, method="bvls").x / size
+    return Correction(*(float(value) for value in np.where(columns.any(axis=0), found, 0.0)))
 
 
 def random_strategies(grids: Sequence[Grid], count: int, seed: int) -> list[tuple[int, ...]]:
@@ -242,14 +241,15 @@ class _Clock:
 
     def reference(self, model: nn.Module) -> float:
         """Times the network that is timed again beside all units; gives its milliseconds."""
-        ms = self.interleaved({None: (model, self._example)})[None].median_ms
+        ms = self.interleaved({None: (model, self._example)}, settle=1)[None].median_ms
         self._reference = model, ms
         return ms
 
     def networks(self, models: Mapping[tuple[int, ...], nn.Module]) -> dict[tuple[int, ...], Timing]:
         """Whole networks on the example."""
         self._report(Progress("networks", 0, len(models)))
-        found = self.interleaved({key: (model, self._example) for key, model in models.items()})
+        runs = {key: (model, self._example) for key, model in models.items()}
+        found = self.interleaved(runs, settle=1)
         self._report(Progress("networks", len(models), len(models)))
         spread = float(np.median([timing.spread for timing in found.values()]))
         if spread > _BUSY:
@@ -272,7 +272,7 @@ class _Clock:
         for some in _portions(points, len(self._example)):
             self._report(Progress("units", self.points, self.points + len(points) - len(found)))
             runs: dict[Point | None, Run] = {point: self._unit(*point) for point in some}
-            times = self.interleaved(runs | {None: (model, self._example)})
+            times = self.interleaved(runs | {None: (model, self._example)}, settle=1)
             speed = first_ms / times[None].median_ms
             found |= {point: _scaled(times[point], speed) for point in some}
             self.points += len(some)
@@ -284,11 +284,11 @@ class _Clock:
         into = unit.example(len(self._example), outputs if unit.depthwise else inputs)
         return unit.build(inputs, outputs).to(self._example.device), into.to(self._example.device)
 
-    def interleaved(self, runs: Mapping[Key, Run]) -> dict[Key, Timing]:
-        """Modules on their inputs."""
+    def interleaved(self, runs: Mapping[Key, Run], settle: int = 0) -> dict[Key, Timing]:
+        """Modules on their inputs; ``settle`` times run before they are timed."""
         calls = {key: self._runtime.prepare(model, into) for key, (model, into) in runs.items()}
-        self.forwards += len(calls) * (_WARMUP + self._repeats)
-        return interleaved(calls, repeats=self._repeats, warmup=_WARMUP, seed=self._seed)
+        self.forwards += len(calls) * (_WARMUP + self._repeats * (1 + settle))
+        return interleaved(calls, repeats=self._repeats, warmup=_WARMUP, settle=settle, seed=self._seed)
 
 
 def _scaled(timing: Timing, factor: float) -> Timing:

@@ -7,7 +7,7 @@ A table is one JSON file, and may come from any machine that writes it so (times
      "units": [{"unit": {"kind": "conv", "kernel": [3, 3], "stride": [1, 1], "padding": [1, 1], "dilation": [1, 1],
                          "groups": 1, "bias": false, "in_size": [32, 32], "norm": true, "activation": "relu"},
                 "inputs": [8, 16], "outputs": [8, 16], "ms": [[0.05, 0.07], [0.06, 0.09]]}],
-     "correction": {"scale": 1.0, "per_element_ms": 0.0, "constant_ms": 0.0},
+     "correction": {"scale": 1.0, "per_element_ms": 0.0, "per_weight_ms": 0.0, "constant_ms": 0.0},
      "points": 4, "forwards": 140, "seconds": 1.5}
 
 ``ms`` has a row for each count of inputs; a depthwise unit (``"groups": "depthwise"``) has ``"inputs": [1]`` and one
@@ -182,24 +182,31 @@ class _Axis:
 
 @dataclass(frozen=True)
 class Correction:
-    """What sums of units miss: ``scale * sum + per_element_ms * elements + constant_ms``.
+    """What sums of units miss: ``scale * sum + per_element_ms * elements + per_weight_ms * weights + constant_ms``.
 
     Attributes:
         scale: How much longer units take within a network than alone, at least 0.
         per_element_ms: Milliseconds for each element that operations outside of units give (residual additions,
             pooling), of one example; at least 0.
+        per_weight_ms: Milliseconds for each weight: those of a whole network do not stay in the caches that hold one
+            unit's; at least 0.
         constant_ms: What every network takes besides; below 0 where calls cost less within a network.
     """
 
     scale: float = 1.0
     per_element_ms: float = 0.0
+    per_weight_ms: float = 0.0
     constant_ms: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (
-            np.isfinite(list(asdict(self).values())).all() and self.scale >= 0 and self.per_element_ms >= 0
-        ):
-            raise ValueError(f"{self} needs finite numbers, the first two at least 0")
+        factors = self.scale, self.per_element_ms, self.per_weight_ms
+        if not (np.isfinite([*factors, self.constant_ms]).all() and min(factors) >= 0):
+            raise ValueError(f"{self} needs finite numbers, the first three at least 0")
+
+    def __call__(self, units_ms: float, elements: float, weights: float) -> float:
+        """Milliseconds of a network whose units take ``units_ms`` alone."""
+        more = self.per_element_ms * elements + self.per_weight_ms * weights
+        return self.scale * units_ms + more + self.constant_ms
 
 
 @dataclass(frozen=True, eq=False)

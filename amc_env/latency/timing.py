@@ -52,6 +52,7 @@ def interleaved(
     repeats: int = 30,
     warmup: int = 5,
     least_ms: float = 0.0,
+    settle: int = 0,
     seed: int = 0,
 ) -> dict[Key, Timing]:
     """Times every call, in rounds that run each of them once, in a new order.
@@ -62,6 +63,8 @@ def interleaved(
         warmup: Rounds before them.
         least_ms: A call shorter than this is made several times in its turn, and their mean is one run, so that
             neither the clock's resolution nor its own cost matters.
+        settle: Calls in each turn before those that are timed: what runs again and again in use finds its weights in the
+            caches, and not what others left there.
         seed: Of the orders.
     """
     generator = random.Random(seed)
@@ -75,6 +78,8 @@ def interleaved(
     for _ in range(repeats):
         generator.shuffle(order)
         for key in order:
+            for _ in range(settle):
+                calls[key]()
             runs[key].append(_turn(calls[key], counts[key]))
     return {key: _timing(values) for key, values in runs.items()}
 

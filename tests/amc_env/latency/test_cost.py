@@ -9,6 +9,7 @@ from amc_env.errors import UserError
 from amc_env.latency.cost import Latency
 from amc_env.latency.table import Correction, LatencyTable, Times
 from amc_env.latency.units import inside_units, units_of
+from amc_env.layers import LayerGraph
 from amc_env.memory import Activations
 from tests.amc_env.latency.test_table import HERE
 from tests.networks import SMALL, images, prepared, random_removed
@@ -40,25 +41,28 @@ def test_a_perceptron_by_hand() -> None:
     assert (latency.name, latency.unit) == ("latency", "ms")
 
 
-def test_the_correction_is_of_the_sum_and_of_elements_outside_of_units() -> None:
+def test_the_correction_is_of_the_sum_of_elements_outside_of_units_and_of_weights() -> None:
     candidates, grids = prepared("residual")
     model, graph = candidates.original, candidates.graph
     plain = Latency(model, graph, table_of("residual"))
     corrected = Latency(
-        model, graph, table_of("residual", Correction(1.5, 1e-4, -0.01)), activations("residual")
+        model, graph, table_of("residual", Correction(1.5, 1e-4, 1e-5, -0.01)), activations("residual")
     )
     removed = random_removed(grids, 3)
     outside = activations("residual").elements(removed, inside=inside_units(model, graph))
     assert outside > 0
-    assert corrected.parts(removed) == pytest.approx((plain(removed), outside))
-    assert corrected(removed) == pytest.approx(1.5 * plain(removed) + 1e-4 * outside - 0.01)
+    cut = LayerGraph.layers_of(candidates.build(removed), images(1))
+    weights = sum(layer.weights for layer in cut.layers)
+    assert corrected.parts(removed) == pytest.approx((plain(removed), outside, weights))
+    expected = 1.5 * plain(removed) + 1e-4 * outside + 1e-5 * weights - 0.01
+    assert corrected(removed) == pytest.approx(expected)
     assert corrected.by_layer(removed) == plain.by_layer(removed)
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_removing_more_never_takes_longer(name: str) -> None:
     candidates, grids = prepared(name)
-    table = table_of(name, Correction(1.2, 1e-5, 0.1))
+    table = table_of(name, Correction(1.2, 1e-5, 1e-6, 0.1))
     latency = Latency(candidates.original, candidates.graph, table, activations(name))
     generator = random.Random(0)
     for seed in range(20):

@@ -44,7 +44,7 @@ class Known:
     """A runtime that takes ``ms`` for each layer; whole networks (of more than one) are slower, and cost a call.
 
     ``slowing`` is the share by which every pass takes longer than the one before, and ``disturbed`` the share
-    that every second one takes longer.
+    that every other pair of them takes longer.
     """
 
     ms: Ms
@@ -63,10 +63,14 @@ class Known:
 
         def call() -> float:
             self.passes.append(len(layers))
-            disturbance = self.disturbed * (len(self.passes) % 2)
+            disturbance = self.disturbed * (len(self.passes) % 4 < 2)
             return took * (1 + disturbance) * (1 + self.slowing) ** len(self.passes)
 
         return call
+
+
+EACH = 5 + 3 * 2
+"""Passes of what is timed three times: five to warm up, and one before each to settle."""
 
 
 def built(
@@ -121,8 +125,8 @@ def test_points_and_forwards_are_counted_and_progress_is_told() -> None:
     known, told = Known(bilinear), list[Progress]()
     table, *_ = built("mlp", known, on_progress=told.append, networks=5)
     assert table.forwards == len(known.passes) == sum(known.passes.count(n) for n in (1, 3))
-    assert known.passes.count(1) == table.points * (5 + 3)
-    rounds = known.passes.count(3) / (5 + 3) - told[-1].total
+    assert known.passes.count(1) == table.points * EACH
+    rounds = known.passes.count(3) / EACH - told[-1].total
     assert (
         rounds == 1 + len({p.done for p in told if p.stage == "units"}) - 1
     )  # the reference, alone and in each
@@ -163,21 +167,21 @@ def test_equal_units_are_timed_once() -> None:
 
 
 def test_the_correction_is_recovered_and_never_rises() -> None:
-    parts = [(1.0, 100.0), (2.0, 150.0), (3.0, 500.0), (4.0, 300.0)]
-    exact = fit_correction(parts, [1.2 * s + 0.001 * e - 0.1 for s, e in parts])
-    assert (exact.scale, exact.per_element_ms, exact.constant_ms) == pytest.approx((1.2, 0.001, -0.1))
-    falling = fit_correction(parts, [10 - s for s, _ in parts])
-    assert falling.scale >= 0
-    assert falling.per_element_ms >= 0
+    parts = [(1.0, 100.0, 7e3), (2.0, 150.0, 1e3), (3.0, 500.0, 2e3), (4.0, 300.0, 9e3), (5.0, 350.0, 1e3)]
+    exact = fit_correction(parts, [1.2 * s + 0.001 * e + 1e-4 * w - 0.1 for s, e, w in parts])
+    factors = exact.scale, exact.per_element_ms, exact.per_weight_ms
+    assert (*factors, exact.constant_ms) == pytest.approx((1.2, 0.001, 1e-4, -0.1))
+    falling = fit_correction(parts, [10 - s for s, _, _ in parts])
+    assert min(falling.scale, falling.per_element_ms, falling.per_weight_ms) >= 0
 
 
 def test_elements_that_no_decision_changes_are_a_constant() -> None:
-    found = fit_correction([(1.0, 70.0), (2.0, 70.0), (3.0, 70.0)], [2.5, 4.5, 6.5])
+    found = fit_correction([(1.0, 70.0, 0.0), (2.0, 70.0, 0.0), (3.0, 70.0, 0.0)], [2.5, 4.5, 6.5])
     assert (found.scale, found.per_element_ms, found.constant_ms) == pytest.approx((2.0, 0.0, 0.5))
 
 
 def test_errors_are_relative() -> None:
-    found = fit_correction([(1.0, 0.0), (1.0, 0.0), (1.0, 0.0)], [1.0, 1.0, 2.0])
+    found = fit_correction([(1.0, 0.0, 0.0)] * 3, [1.0, 1.0, 2.0])
     assert found.scale + found.constant_ms == pytest.approx(2.5 / 2.25)  # sum(1/y) / sum(1/y^2)
 
 
@@ -232,7 +236,7 @@ def test_rounds_hold_no_more_units_than_memory_does(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sampling, "_LARGEST_ROUND", 1)
     known = Known(bilinear)
     one_by_one, *_ = built("mlp", known, networks=3)
-    beside = known.passes.count(3) // (5 + 3)
+    beside = known.passes.count(3) // EACH
     assert one_by_one.points < beside  # the reference is beside each point
     for unit, times in at_once.units.items():
         assert one_by_one.units[unit].ms == pytest.approx(times.ms)

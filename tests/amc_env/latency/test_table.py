@@ -17,7 +17,9 @@ HERE = Conditions("eager", 1, 1, "a processor, 2 cores", {"torch": "2.13.0"})
 def table(**changes: Any) -> LatencyTable:
     """A table of one unit."""
     times = Times.fitted([8, 16], [8, 24], [[1.0, 2.0], [3.0, 5.0]])
-    return LatencyTable(HERE, {CONV: times}, Correction(1.1, 1e-6, -0.1), points=4, forwards=140, **changes)
+    return LatencyTable(
+        HERE, {CONV: times}, Correction(1.1, 1e-6, 1e-7, -0.1), points=4, forwards=140, **changes
+    )
 
 
 def at(times: Times, inputs: int, outputs: int) -> float:
@@ -98,7 +100,7 @@ def test_a_table_written_elsewhere_needs_no_more_than_times_and_conditions(tmp_p
     content["units"][0]["ms"] = [[1.0, 2.0], [3.0, 1.5]]
     (tmp_path / "latency.json").write_text(json.dumps(content))
     after = LatencyTable.load(tmp_path / "latency.json")
-    assert after.correction == Correction(1.0, 0.0, 0.0)
+    assert after.correction == Correction(1.0, 0.0, 0.0, 0.0)
     assert (np.diff(after.units[CONV].ms, axis=1) >= 0).all()
 
 
