@@ -118,7 +118,7 @@ def test_a_table_of_another_network_and_a_missing_one_are_refused(small_data: Da
 
 def test_what_cannot_be_reached_is_said_in_milliseconds(small_data: Data, tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"budget latency <= 0\.\d+ \(0\.001 of the original\) cannot be reached"
+        UserError, match=r"budget latency <= [\d.e-]+ \(0\.001 of the original\) cannot be reached"
     ):
         prepare(network("concat"), small_data, limited(tmp_path, 0.001))
 

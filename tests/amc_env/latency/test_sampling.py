@@ -245,7 +245,7 @@ def test_rounds_hold_no_more_units_than_memory_does(monkeypatch: pytest.MonkeyPa
 def test_a_busy_machine_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     built("mlp", Known(bilinear), networks=3)
     assert not caplog.records
-    built("mlp", Known(bilinear, disturbed=1.0), networks=3)
+    built("mlp", Known(bilinear, disturbed=3.0), networks=3)
     assert caplog.text.count("something else runs here") == 1
 
 
