@@ -204,7 +204,7 @@ class Bench:
         with using_threads(self._threads):
             model, keeps = self._mended(start, repair, removed)
         builder = start.candidates
-        return Pruned(copy.deepcopy(model), keeps, builder.masks(removed), builder.units(removed))
+        return Pruned(_own(model), keeps, builder.masks(removed), builder.units(removed))
 
     def _mended(self, start: Start, repair: str, removed: Removed) -> tuple[nn.Module, Keeps]:
         keeps = start.candidates.keeps(removed)
@@ -221,6 +221,14 @@ class Bench:
         if name not in self._repairs:
             self._repairs[name] = start.repairs[name]()
         return self._repairs[name]
+
+
+def _own(model: nn.Module) -> nn.Module:
+    """A copy whose tensors are no parts of larger ones, as solutions are that a repair took its weights from."""
+    network = copy.deepcopy(model)
+    for tensor in (*network.parameters(), *network.buffers()):
+        tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+    return network
 
 
 class Evaluator:

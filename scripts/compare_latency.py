@@ -2,6 +2,9 @@
 
     python scripts/compare_latency.py OUT/netadapt-1 OUT/ddpg-1 OUT/uniform-1 --runtimes eager onnx --threads 1 --repeats 200
 
+`--plot FILE` draws NetAdapt's picture: accuracy on the search split against the cost that was searched on, round by round,
+and where the other runs ended.
+
 What a run's own result.json says was measured at that run's end; here all networks and the original take turns, so that a
 machine that drifts favours none. Exported weights (export=[safetensors]) must be in the folders.
 """
@@ -9,17 +12,21 @@ machine that drifts favours none. Exported weights (export=[safetensors]) must b
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from amc_env.latency import Timing, measure
 from search import wiring
 from search.export import load_pruned
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 
 
 def networks_of(folders: list[Path], batch: int) -> tuple[dict[str, nn.Module], Tensor]:
@@ -56,6 +63,29 @@ def row(folder: Path, timings: dict[str, dict[str, Timing]]) -> list[str]:
     ]
 
 
+def draw(folders: list[Path], path: Path) -> None:
+    """Accuracy on the search split against the share of the budget's cost: rounds of NetAdapt, and where others ended."""
+    figure = Figure(figsize=(5.8, 3.6), dpi=160, layout="constrained")
+    axes = figure.subplots()
+    for folder, colour in zip(folders, itertools.cycle(COLOURS)):
+        result = json.loads((folder / "result.json").read_text())
+        cost = result["budget"]["cost"]
+        lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()[1:]]
+        firsts = {line["start"]: line for line in reversed(lines)}  # what each round began with
+        chain = result["search"].get("start", [])
+        states = [(firsts[s]["costs"][cost] / result["base"][cost], firsts[s]["accuracy"]) for s in chain]
+        end = (result["pruned"][cost] / result["base"][cost], result["search"]["search_accuracy"])
+        points = [(100 * share, 100 * accuracy) for share, accuracy in states or [end]]
+        axes.plot(*zip(*points, strict=True), "o-", ms=4 if states else 8, color=colour, label=folder.name)
+    axes.axvline(100 * result["budget"]["ratio"], color="#30343A", lw=1, ls="--", label="budget")
+    axes.set_xlabel(f"{cost}, % of the original")
+    axes.set_ylabel("accuracy, search split, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#E6E8EA")
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
 def main() -> None:
     """Measures on every runtime, then prints."""
     parser = argparse.ArgumentParser(
@@ -66,10 +96,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=200)
+    parser.add_argument("--plot", type=Path, help="a PNG to draw")
     options = parser.parse_args()
     folders = [folder for folder in options.folders if (folder / "result.json").exists()]
     if not folders:
         sys.exit("none of these folders has a result.json")
+    if options.plot:
+        draw(folders, options.plot)
     networks, example = networks_of(folders, options.batch)
     timings = {
         name: measure(networks, example, runtime=name, threads=options.threads, repeats=options.repeats)

@@ -288,3 +288,13 @@ def test_repairs_are_calibrated_once_for_a_start_until_the_next_one() -> None:
     judge.evaluate(strategies, start="two")
     judge.evaluate(strategies, start="one")
     assert made == ["one", "two", "one"]
+
+
+@pytest.mark.parametrize("repair", REPAIRS)
+def test_a_network_given_away_holds_no_more_than_its_tensors(repair: str) -> None:
+    judge = evaluator(repair=repair)
+    strategy = some(judge, 1)[0]
+    pruned = judge.apply(strategy).network
+    for name, tensor in pruned.state_dict().items():
+        assert tensor.is_contiguous(), name
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
