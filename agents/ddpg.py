@@ -25,12 +25,15 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from agents.base import Agent, FiniteReward, SearchTask
-from agents.exploration import WARMUPS, TruncatedNormalNoise, Warmup
+from agents.exploration import WARMUPS, TruncatedNormalNoise, Warmup, uniform_ratios
 from agents.replay import EpisodeReplayBuffer
 
 log = logging.getLogger(__name__)
 
 Actions = npt.NDArray[np.float32]
+
+STEEP = 0.98
+"""The most, either way, that the actor's tanh begins at: beyond, its slope lets it learn nothing."""
 
 
 @contextmanager
@@ -94,7 +97,7 @@ class AMCDDPG(DDPG):
             on_update: Called with losses, sigma and baseline after each `train`.
         """
         self.settings, self.steps, self.on_update = settings, steps, on_update
-        self.noise = TruncatedNormalNoise(settings.sigma, settings.sigma_decay, settings.warmup_episodes)
+        self.noise = settings.noise
         self._warmup, self._warmup_actions, self._noise_rng = warmup, np.empty((0, 0, 1)), rng
         episodic = env.num_envs == 1
         super().__init__(
@@ -126,6 +129,18 @@ class AMCDDPG(DDPG):
         for network, rate in ((self.actor, self.settings.actor_lr), (self.critic, self.settings.critic_lr)):
             # one fused step over all parameters: the networks are small, and calls cost more than arithmetic
             network.optimizer = torch.optim.Adam(network.parameters(), lr=rate, fused=True)
+
+    def begin_at(self, ratio: float) -> None:
+        """Makes the actor answer every state with one ratio until it has learnt better.
+
+        Its last layer begins with weights of 0, which are learnt like any others.
+        """
+        scaled = float(self.policy.scale_action(np.array([ratio]))[0])
+        for actor in (self.actor.mu, self.actor_target.mu):
+            last = actor[-2]  # before the tanh
+            assert isinstance(last, nn.Linear)
+            nn.init.zeros_(last.weight)
+            nn.init.constant_(last.bias, math.atanh(np.clip(scaled, -STEEP, STEEP)))
 
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
@@ -217,7 +232,8 @@ class DDPGAgent(Agent):
 
     Attributes:
         warmup_episodes: Episodes of random actions before the first update.
-        warmup: How they are drawn: "uniform" over the action range (AMC) or "landing" on the budget.
+        warmup: How they are drawn: "uniform" over the action range (AMC), "landing" on the budget, or
+            "near_uniform": around the uniform strategy, as far as ``sigma`` goes; the actor begins there too.
         sigma: Standard deviation of the noise before truncation, in action units.
         sigma_decay: Its factor per episode after the warm-up.
         actor_lr: Adam's learning rate for the actor.
@@ -286,6 +302,11 @@ class DDPGAgent(Agent):
         if wrong:
             raise ValueError("; ".join(wrong))
 
+    @property
+    def noise(self) -> TruncatedNormalNoise:
+        """Of the actions."""
+        return TruncatedNormalNoise(self.sigma, self.sigma_decay, self.warmup_episodes)
+
     def search(self, task: SearchTask) -> None:
         """Runs ``task.episodes`` episodes of ``task.env``."""
         if task.episodes <= self.warmup_episodes:
@@ -301,12 +322,15 @@ class DDPGAgent(Agent):
     def learner(self, task: SearchTask) -> AMCDDPG:
         """Returns the untrained learner of a task; all it draws comes from the task's seed."""
         warmup_rng, noise_rng = np.random.default_rng(task.seed).spawn(2)
-        return AMCDDPG(
+        learner = AMCDDPG(
             DummyVecEnv([lambda: FiniteReward(task.env, self.infinite_reward)]),
             self,
             steps=len(task.problem.names),
-            warmup=WARMUPS[self.warmup](task.problem, warmup_rng),
+            warmup=WARMUPS[self.warmup](task.problem, self.noise, warmup_rng),
             rng=noise_rng,
             seed=task.seed,
             on_update=task.on_update,
         )
+        if self.warmup == "near_uniform":
+            learner.begin_at(float(np.median(uniform_ratios(task.problem))))
+        return learner

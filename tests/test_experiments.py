@@ -51,6 +51,8 @@ def test_the_fine_grained_search_has_amcs_stages(name: str) -> None:
     assert [budget.cost for budget in settings.budgets] == ["params"]
     assert isinstance(settings.granularity, FineGrained)
     assert settings.agent.name == "ddpg"
+    assert settings.agent.warmup == "near_uniform"
+    assert settings.agent.warmup_episodes < settings.episodes / 2
     assert settings.trains_between
 
 
