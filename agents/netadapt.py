@@ -19,7 +19,8 @@ from agents.base import Agent, Budget, Problem, Removed, Result, SearchTask, Tas
 log = logging.getLogger(__name__)
 
 CHOICES = ("accuracy", "exchange")
-_HALVINGS = 20  # of a round's reduction that no decision can give
+_HALVINGS = 5  # of a round's reduction that no decision can give
+_BISECTIONS = 32  # of a shift in ratios; far below one unit of any layer
 _SLACK = 1 + 1e-12  # a limit is a rounded product
 
 
@@ -30,7 +31,8 @@ class NetAdapt(Agent):
     A round aims at a reduction of the resource. Every decision is cut alone, by the least count that gives it; the
     proposals are repaired, shortly fine-tuned and scored; the winner's weights are what the next round cuts. The
     resource is the budget's cost; of several budgets, that which is furthest from its limit. The last round aims at
-    the limit itself. Where no decision can give the reduction, half of it is asked for, and so on.
+    the limit itself. Where no decision can give the reduction, half of it is asked for, and so on; where none lowers the
+    resource alone (peak memory in two places at once), all are cut together.
 
     It spends as many evaluations as the budget takes: `planned` estimates them, and ``search.episodes`` does not matter.
 
@@ -90,7 +92,7 @@ class NetAdapt(Agent):
         """Goes on until every budget holds.
 
         Raises:
-            TaskError: No decision can lower the resource any further.
+            TaskError: There is no budget.
         """
         self.check(task.problem)
         state = task.score([task.problem.snap(np.zeros(len(task.problem.names)))])[0]
@@ -105,25 +107,15 @@ class NetAdapt(Agent):
 
     def _proposals(self, problem: Problem, budget: Budget, removed: Removed, number: int) -> list[Removed]:
         """Each decision cut alone by the least count that gives the round's reduction; those that can."""
-        now, whole = budget.cost(removed), budget.cost([0] * len(removed))
+        now, wanted = budget.cost(removed), self._share(number) * budget.cost([0] * len(removed))
         for halving in range(_HALVINGS):
-            reduction = self._share(number) * whole / 2**halving
-            target = max(budget.limit, now - reduction)
+            target = max(budget.limit, now - wanted / 2**halving)
             found = [cut(problem, budget, removed, place, target) for place in range(len(removed))]
             proposals = [proposal for proposal in found if proposal is not None]
             if proposals:
-                if halving:
-                    log.info(
-                        "round %d: no decision can save %.4g; %.4g is asked for",
-                        number,
-                        self._share(number) * whole,
-                        reduction,
-                    )
                 return proposals
-        raise TaskError(
-            f"agent=netadapt is at {now:.4g} of {whole:.4g}, and no decision alone lowers it further; the limit is "
-            f"{budget.limit:.4g}: raise budget.ratio or max_ratio, or lower channel_multiple"
-        )
+        log.info("round %d: no decision alone saves enough, so all are cut together", number)
+        return [cut_together(problem, budget, removed, max(budget.limit, now - wanted))]
 
     def _winner(self, state: Result, results: Sequence[Result], budget: Budget) -> Result:
         now = budget.cost(state.removed)
@@ -170,3 +162,28 @@ def cut(problem: Problem, budget: Budget, removed: Removed, place: int, target: 
         else:
             low = middle + 1
     return at(high)
+
+
+def cut_together(problem: Problem, budget: Budget, removed: Removed, target: float) -> Removed:
+    """The least common further cut of all decisions, in ratios, that takes a cost down to a target.
+
+    Args:
+        problem: The decisions; with all at their most they are within every limit.
+        budget: Has the cost.
+        removed: What is gone already.
+        target: The most that the cost may be, at least the limit.
+    """
+    ratios = np.array(removed) / np.array(problem.totals)
+
+    def shifted(shift: float) -> Removed:
+        counts = problem.snap(np.minimum(ratios + shift, problem.maxima))
+        return tuple(max(pair) for pair in zip(counts, removed, strict=True))
+
+    low, high = 0.0, 1.0
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        if budget.cost(shifted(middle)) <= target * _SLACK:
+            high = middle
+        else:
+            low = middle
+    return shifted(high)

@@ -69,15 +69,20 @@ def draw(folders: list[Path], path: Path) -> None:
     axes = figure.subplots()
     for folder, colour in zip(folders, itertools.cycle(COLOURS)):
         result = json.loads((folder / "result.json").read_text())
-        cost = result["budget"]["cost"]
+        cost = (result["budget"] or {"cost": "macs"})["cost"]
         lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()[1:]]
         firsts = {line["start"]: line for line in reversed(lines)}  # what each round began with
         chain = result["search"].get("start", [])
-        states = [(firsts[s]["costs"][cost] / result["base"][cost], firsts[s]["accuracy"]) for s in chain]
+        states = [
+            (firsts[s]["costs"][cost] / result["base"][cost], firsts[s]["accuracy"])
+            for s in chain
+            if s in firsts
+        ]
         end = (result["pruned"][cost] / result["base"][cost], result["search"]["search_accuracy"])
         points = [(100 * share, 100 * accuracy) for share, accuracy in states or [end]]
         axes.plot(*zip(*points, strict=True), "o-", ms=4 if states else 8, color=colour, label=folder.name)
-    axes.axvline(100 * result["budget"]["ratio"], color="#30343A", lw=1, ls="--", label="budget")
+    if result["budget"]:
+        axes.axvline(100 * result["budget"]["ratio"], color="#30343A", lw=1, ls="--", label="budget")
     axes.set_xlabel(f"{cost}, % of the original")
     axes.set_ylabel("accuracy, search split, %")
     axes.spines[["top", "right"]].set_visible(False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from agents.base import Agent
 from agents.baselines import Random
 from amc_env.errors import UserError, first_line
 from amc_env.pruning.candidate import Keeps
+from amc_env.pruning.granularity import Channel
 from search.data import Data, from_loaders, seeded
 from search.judging import make_evaluator
 from search.loop import Loop
@@ -33,9 +34,13 @@ from search.settings import (
     MemoryBudget,
     Settings,
     StorageBudget,
+    channel_multiple,
 )
 from search.tracking import CsvTracker
 from search.wiring import default_agent
+
+Asked = float | Mapping[str, float] | BudgetSettings | Sequence[BudgetSettings]
+"""Budgets: the share of the MACs that may remain, shares by cost, or settings."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +67,7 @@ def compress(
     train_loader: Iterable[Any],
     val_loader: Iterable[Any],
     *,
-    budget: float | Mapping[str, float] = 0.5,
+    budget: Asked = 0.5,
     agent: str | Agent = "ddpg",
     test_loader: Iterable[Any] | None = None,
     episodes: int = 300,
@@ -81,8 +86,11 @@ def compress(
             wants them.
         val_loader: Batches that candidates are judged on: not the test data, and best not seen in training.
         budget: Share of the original's MACs that may remain, in (0, 1]; or shares by cost, ``{"macs": 0.5,
-            "params": 0.4}``; all of them hold.
-        agent: ``ddpg``, ``random``, ``uniform``, or an agent of one's own.
+            "params": 0.4}``, of ``macs``, ``params``, ``latency``, ``memory``, ``storage`` or ``cycles``; or the
+            settings of one budget or several, ``LatencyBudget(table="phone.json", elsewhere=True, limit=25.0)``. All
+            of them hold.
+        agent: ``ddpg``, ``ddpg_near_uniform``, ``netadapt``, ``random``, ``sensitivity`` or ``uniform``, with the
+            settings of its file in conf/agent; or an agent of one's own.
         test_loader: Batches for the final figures; without it they are on the validation batches, and say so.
         episodes: Episodes of the search, or evaluations of an agent that does not step.
         finetune: Epochs of fine-tuning, 0 for none, or all of its settings.
@@ -91,18 +99,20 @@ def compress(
             one is made under ``outputs``.
         seed: Of everything that is drawn.
         device: Where networks run.
-        settings: Everything else (repair, criterion, channel multiple, export); its fields that have an argument here
-            are overruled by it.
+        settings: Everything else (repair, criterion, channel multiple, export, the conditions of latency); its fields
+            that have an argument here are overruled by it. Without it layers keep multiples of 2 channels, under a
+            latency budget of its ``vector_width``.
 
     Raises:
         UserError: Whatever is wrong with network, data or settings, in one message, before anything expensive.
     """
     chosen = default_agent(agent) if isinstance(agent, str) else agent
+    budgets = _budgets(budget)
     base = replace(
-        settings or Settings(agent=chosen, episodes=episodes),
+        settings or _defaults(chosen, budgets),
         agent=chosen,
         episodes=episodes,
-        budgets=_budgets(budget),
+        budgets=budgets,
         finetune=FinetuneSettings(epochs=finetune) if isinstance(finetune, int) else finetune,
         original_lr=original_lr,
         seed=seed,
@@ -123,7 +133,7 @@ def make_env(
     train_loader: Iterable[Any],
     val_loader: Iterable[Any],
     *,
-    budget: float | Mapping[str, float] | None = 0.5,
+    budget: Asked | None = 0.5,
     settings: Settings | None = None,
 ) -> gymnasium.Env[Any, Any]:
     """The search as a Gymnasium environment, for an agent of one's own; see `PruningEnv` for its specification.
@@ -133,14 +143,15 @@ def make_env(
         train_loader: As for `compress`; calibrates the repair.
         val_loader: As for `compress`; candidates are judged on it.
         budget: As for `compress`; None for no budget (``reward=ErrorFlops()``: accuracy-guaranteed search).
-        settings: Everything else. Its agent, episodes and all that is trained (stages, schedule, regularization)
-            do not matter here.
+        settings: Everything else, as for `compress`. Its agent, episodes and what is trained between or after searches
+            (stages, schedule, regularization, finetune) do not matter here; ``short_term.steps`` are trained before an
+            episode is scored where they are set.
 
     Raises:
         UserError: As for `compress`.
     """
-    base = settings or Settings(agent=Random(), episodes=1)
-    base = replace(base, budgets=() if budget is None else _budgets(budget))
+    budgets = () if budget is None else _budgets(budget)
+    base = replace(settings or _defaults(Random(), budgets), agent=Random(), budgets=budgets)
     network = copy.deepcopy(module).cpu().eval()
     prepared = prepare(network, _data(network, train_loader, val_loader, None, base), base)
     loop = Loop(make_evaluator(prepared), base.reward)
@@ -161,8 +172,22 @@ def _data(
     return from_loaders(train_loader, val_loader, test_loader, images, outputs)
 
 
-def _budgets(budget: float | Mapping[str, float]) -> tuple[BudgetSettings, ...]:
-    shares = budget if isinstance(budget, Mapping) else {"macs": budget}
+def _defaults(agent: Agent, budgets: tuple[BudgetSettings, ...]) -> Settings:
+    """Settings where none are given."""
+    return Settings(agent, episodes=1, granularity=Channel(channel_multiple(budgets)))
+
+
+def _budgets(budget: Asked) -> tuple[BudgetSettings, ...]:
+    given = (budget,) if isinstance(budget, BudgetSettings) else budget
+    if isinstance(given, Sequence):
+        wrong = [repr(entry) for entry in given if not isinstance(entry, BudgetSettings)]
+        if wrong:
+            raise UserError(
+                f"budget={budget!r} has {', '.join(wrong)}: give a share, shares by cost like {{'macs': 0.5}}, or the "
+                "settings of budgets like LatencyBudget(ratio=0.8)"
+            )
+        return tuple(given)
+    shares = given if isinstance(given, Mapping) else {"macs": given}
     kinds = {
         "storage": StorageBudget,
         "cycles": CyclesBudget,

@@ -80,7 +80,7 @@ class Given(Agent):
         """
         removed = self.counts(problem)
         missed = [
-            f"{b.cost.name} are {b.cost(removed):,.0f}, at most {b.limit:,.0f} may remain"
+            f"{b.cost.name}: {budget.figure(b.cost(removed))} {b.cost.unit}, at most {budget.figure(b.limit)} may remain"
             for b in problem.budgets
             if not b.met(removed)
         ]

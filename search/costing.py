@@ -15,7 +15,7 @@ from amc_env.latency.cost import Latency
 from amc_env.memory import Memory
 from amc_env.pruning.candidate import Candidates, MaskedCandidates
 from amc_env.storage import Storage, params_beside_weights
-from search.latency import How, Subject, activations_of, build, read_table
+from search.latency import How, Subject, build, counted, read_table
 from search.ranking import Ranked
 from search.settings import (
     CyclesBudget,
@@ -95,13 +95,14 @@ def _latency(ranked: Ranked, budget: LatencyBudget) -> Latency:
         ranked.data.name,
         Candidates(ranked.model, ranked.graph, [torch.arange(g.total) for g in ranked.graph.groups]),
         ranked.grids,
-        ranked.images(ranked.data.search, wanted.batch),
+        ranked.batch(wanted.batch),
         How(runtime(wanted.runtime, threads), threads, budget.repeats, settings.seed),
     )
+    activations = counted(lambda: ranked.activations)
     if budget.table is not None:
         table = read_table(Path(budget.table), subject, elsewhere=budget.elsewhere)
     elif budget.kept is not None and budget.kept.exists():
         table = read_table(budget.kept, subject)
     else:
-        table = build(subject, budget.kept, budget.tolerance)
-    return Latency(ranked.model, ranked.graph, table, activations_of(subject))
+        table = build(subject, activations, budget.kept, tolerance=budget.tolerance, points=budget.points)
+    return Latency(ranked.model, ranked.graph, table, activations)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from amc_env.errors import UserError
 from search.cache import cache_folder, write_atomically
+from search.draws import Reseeded
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_HUB = "uoft-cs/cifar10"
@@ -191,10 +192,9 @@ def from_loaders(
     """
     if calibration_images < 1:
         raise UserError(f"calibration_images={calibration_images}: at least 1 is needed")
-    with seeded(0):  # a loader that shuffles draws from the global state
-        train = _gather("train_loader", train_loader, limit=calibration_images)
-        search = _gather("val_loader", val_loader)
-        test = None if test_loader is None else _gather("test_loader", test_loader)
+    train = _gather("train_loader", train_loader, limit=calibration_images)
+    search = _gather("val_loader", val_loader)
+    test = None if test_loader is None else _gather("test_loader", test_loader)
     parts = {"train_loader": train, "val_loader": search} | ({} if test is None else {"test_loader": test})
     count = classes if classes is not None else 1 + max(int(part.labels.max()) for part in parts.values())
     for name, part in parts.items():
@@ -429,7 +429,7 @@ def _gather(name: str, loader: Iterable[Any], limit: int | None = None) -> Split
     images: list[Tensor] = []
     labels: list[Tensor] = []
     gathered = 0
-    for batch in loader:
+    for batch in Reseeded(loader, 0):
         if not (
             isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)
         ):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import cache
 from typing import Any
@@ -20,13 +20,14 @@ from search.report import write_report
 log = logging.getLogger(__name__)
 
 
-def run_job(cfg: DictConfig, program: str, config: Mapping[str, Any]) -> float:
+def run_job(cfg: DictConfig, program: str, header: Callable[[], Mapping[str, Any]]) -> float:
     """Runs the main job in the run folder.
 
     Args:
         cfg: The configuration of amc-search, its types checked.
         program: The command, as it is started.
-        config: What of it evaluations depend on, for the journal's header and the tracker.
+        header: Gives what of it evaluations depend on, for the journal's header and the tracker; called when the
+            settings have been checked.
 
     Returns:
         The final accuracy in [0, 1], for Hydra's sweepers.
@@ -35,6 +36,7 @@ def run_job(cfg: DictConfig, program: str, config: Mapping[str, Any]) -> float:
     source = wiring.model_source(cfg)
     source.check()
     settings = wiring.settings_of(cfg, source.original_lr).in_folder(folder)
+    config = header()
     check(settings)
     go_on = command_line(program, folder)
     log.info("run folder: %s; if it is stopped, go on with: %s", folder, go_on)

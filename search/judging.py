@@ -20,10 +20,7 @@ from amc_env.pruning.topology import Topology
 from amc_env.workers import Workers
 from search.journal import Journal
 from search.ranking import Prepared, Ranked
-from search.settings import (
-    SHORT_TERM,
-    RepairSettings,
-)
+from search.settings import SHORT_TERM, RepairSettings
 from search.short_term import ShortTerm
 
 log = logging.getLogger(__name__)

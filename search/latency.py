@@ -5,16 +5,25 @@ from __future__ import annotations
 import csv
 import logging
 import os
-import statistics
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from amc_env.errors import UserError
-from amc_env.latency import Call, Runtime, Timing, interleaved, machine, sampling, using_threads
+from amc_env.errors import UserError, first_line
+from amc_env.latency import (
+    Call,
+    Runtime,
+    Timing,
+    interleaved,
+    machine,
+    sampling,
+    using_threads,
+    warn_where_busy,
+)
 from amc_env.latency.cost import Latency
 from amc_env.latency.sampling import Checked, build_table, check_table, random_strategies
 from amc_env.latency.table import Conditions, LatencyTable
@@ -31,7 +40,6 @@ from search.progress import Progress, print_table
 log = logging.getLogger(__name__)
 
 CSV, CHECK_CSV, CHECK_PLOT = "latency.csv", "check.csv", "plots/latency_check.png"
-_WIDE = 0.3  # spread of times from which on a busy machine is suspected
 _TIMES = ("ms", "low_ms", "high_ms", "spread", "runs")
 
 
@@ -88,6 +96,10 @@ class Subject:
     def most(self) -> tuple[int, ...]:
         """The counts that remove all that may be removed."""
         return tuple(grid.count(grid.size - 1) for grid in self.grids)
+
+    def activations(self) -> Activations:
+        """Its operations, counted; see there."""
+        return Activations(self.candidates.original, self.candidates.graph, self.grids, self.example)
 
     @property
     def conditions(self) -> Conditions:
@@ -163,7 +175,7 @@ def show(subject: Subject, folder: Path) -> Shown:
     shown = _shown(subject)
     _write_layers(shown, folder / CSV)
     _print(shown)
-    _warn_of_spread((shown.original, shown.most_pruned), subject.how.repeats)
+    warn_where_busy((shown.original, shown.most_pruned))
     log.info(
         "layers are timed alone, each with the norm and activation behind it; the least that pruning can reach here is %s "
         "of the whole network's latency",
@@ -171,17 +183,6 @@ def show(subject: Subject, folder: Path) -> Shown:
     )
     log.info("%s is in %s", CSV, folder)
     return shown
-
-
-def _warn_of_spread(networks: Sequence[Timing], repeats: int) -> None:
-    spread = statistics.median(timing.spread for timing in networks)
-    if spread > _WIDE:
-        log.warning(
-            "the middle half of a network's times spreads over %s of their median: is something else running here? "
-            "latency.repeats=%d measures for longer",
-            percent(spread, 0),
-            4 * repeats,
-        )
 
 
 def _print(shown: Shown) -> None:
@@ -224,7 +225,7 @@ def _shown(subject: Subject) -> Shown:
         }
         calls["original"] = how.runtime.prepare(candidates.original, example)
         calls["most pruned"] = how.runtime.prepare(candidates.build(subject.most), example)
-        times = interleaved(calls, repeats=how.repeats, seed=how.seed)
+        times = interleaved(calls, repeats=how.repeats, settle=1, seed=how.seed)
     timed = tuple(LayerTime(layer, units[layer.name], times[keys[layer.name]]) for layer in layers)
     return Shown(timed, times["original"], times["most pruned"])
 
@@ -275,21 +276,24 @@ class TableProgress(Progress):
         self._advance(now.stage, now.done, "", "")
 
 
-def build(subject: Subject, path: Path | None, tolerance: float) -> LatencyTable:
+def build(
+    subject: Subject, activations: Activations | None, path: Path | None, *, tolerance: float, points: int
+) -> LatencyTable:
     """Builds the network's table, and writes it.
 
     Args:
         subject: The network.
+        activations: Its own, for the correction; see `counted`.
         path: The JSON file; None: it is not kept.
         tolerance: See `amc_env.latency.sampling.build_table`.
+        points: See there.
 
     Raises:
-        UserError: The file cannot be written, or the runtime cannot run the network.
+        UserError: The file cannot be written, which is tried before anything is timed; or the runtime cannot run the
+            network.
     """
     if path is not None:
-        if path.is_dir():
-            raise UserError(f"table={path} is a folder; a file is needed")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _check_place(path)
     how = subject.how
     with TableProgress() as progress:
         table = build_table(
@@ -298,8 +302,9 @@ def build(subject: Subject, path: Path | None, tolerance: float) -> LatencyTable
             subject.example,
             runtime=how.runtime,
             threads=how.threads,
-            activations=activations_of(subject),
+            activations=activations,
             tolerance=tolerance,
+            points=points,
             repeats=how.repeats,
             on_progress=progress.timed,
             seed=how.seed,
@@ -316,6 +321,17 @@ def build(subject: Subject, path: Path | None, tolerance: float) -> LatencyTable
     if path is not None:
         log.info("the table is in %s", path)
     return table
+
+
+def _check_place(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"table={path} is a folder; a file is needed")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"table={path} cannot be written ({first_line(error)}): name another file") from error
 
 
 def read_table(path: Path, subject: Subject, *, elsewhere: bool = False) -> LatencyTable:
@@ -335,11 +351,19 @@ def read_table(path: Path, subject: Subject, *, elsewhere: bool = False) -> Late
     return table
 
 
-def check_of(subject: Subject, table: LatencyTable, folder: Path, networks: int, seed: int) -> Checked:
+def check_of(
+    subject: Subject,
+    activations: Activations | None,
+    table: LatencyTable,
+    folder: Path,
+    networks: int,
+    seed: int,
+) -> Checked:
     """Predicts networks cut at random, measures them, prints how far off the table is; check.csv and the plot.
 
     Args:
         subject: The network.
+        activations: Its own; see `counted`.
         table: Its table.
         folder: The run folder.
         networks: How many; equal ones are measured once.
@@ -349,7 +373,7 @@ def check_of(subject: Subject, table: LatencyTable, folder: Path, networks: int,
         UserError: The table does not fit the network, or the runtime cannot run it.
     """
     candidates, how = subject.candidates, subject.how
-    latency = Latency(candidates.original, candidates.graph, table, activations_of(subject))
+    latency = Latency(candidates.original, candidates.graph, table, activations)
     with TableProgress() as progress:
         checked = check_table(
             latency,
@@ -363,7 +387,6 @@ def check_of(subject: Subject, table: LatencyTable, folder: Path, networks: int,
             seed=seed,
         )
     _write_check(checked, subject, folder / CHECK_CSV)
-    _warn_of_spread(checked.measured, how.repeats)
     said = (
         f"median error {percent(checked.median_error, 1)} (of shares of the original's latency "
         f"{percent(checked.median_share_error, 1)}), largest {percent(checked.largest_error, 1)}, "
@@ -377,11 +400,10 @@ def check_of(subject: Subject, table: LatencyTable, folder: Path, networks: int,
     return checked
 
 
-def activations_of(subject: Subject) -> Activations | None:
+def counted(activations: Callable[[], Activations]) -> Activations | None:
     """None, with a warning, where the network's operations cannot be counted."""
-    candidates = subject.candidates
     try:
-        return Activations(candidates.original, candidates.graph, subject.grids, subject.example)
+        return activations()
     except UserError as error:
         log.warning("what lies between the layers is predicted as a constant: %s", error)
         return None

@@ -108,8 +108,8 @@ def search(
         except TaskError as error:  # agents know no UserError
             raise UserError(str(error)) from error
         # what was tuned is compared as it is: a dearer repair without the training would not be better
-    finalists = 0 if settings.scored_by == SHORT_TERM else settings.finalists.count
-    return loop.best(finalists, settings.finalists.repair), loop
+        finalists = 0 if settings.scored_by == SHORT_TERM else settings.finalists.count
+        return loop.best(finalists, settings.finalists.repair), loop
 
 
 def env_handle(prepared: Prepared, loop: Loop) -> EnvHandle:
@@ -287,9 +287,10 @@ def _table(prepared: Prepared) -> dict[str, Any]:
 def _training(settings: Settings) -> dict[str, Any]:
     """What evaluations depend on further where the weights that they begin with are trained within the run."""
     found: dict[str, Any] = {}
+    if settings.trains_between or settings.short_term_steps:  # rates are fractions of it
+        found["original_lr"] = settings.original_lr
     if settings.trains_between:
         found |= {"training": asdict(settings.finetune), "regularization": repr(settings.regularization)}
-        found["original_lr"] = settings.original_lr
     if settings.stages:  # a stage begins with the best of the one before: more episodes may find another
         found["stages"] = {
             "shares": list(settings.stages),

@@ -18,10 +18,8 @@ from search.costing import costs_of
 from search.data import Data
 from search.export import check_formats
 from search.ranking import Prepared, Ranked
-from search.settings import (
-    FinalistSettings,
-    Settings,
-)
+from search.settings import FinalistSettings, LatencyBudget, Settings
+from search.short_term import check_loader
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +36,8 @@ def check(settings: Settings) -> None:
     check_guard()
     check_formats(settings.export)
     _check_device(settings.device)
-    if settings.latency.repeats:
+    here = (isinstance(b, LatencyBudget) and not (b.table and b.elsewhere) for b in settings.budgets)
+    if settings.latency.repeats or any(here):
         runtime(settings.latency.runtime, settings.latency.threads or 1).check()
 
 
@@ -47,9 +46,11 @@ def prepare(model: nn.Module, data: Data, settings: Settings) -> Prepared:
 
     Raises:
         UserError: The device is missing, weights are not finite, labels do not fit the outputs, nothing can
-            be pruned, or a budget is out of reach.
+            be pruned, a budget is out of reach, or the data's loader does not fit short-term fine-tuning.
     """
     check(settings)
+    if settings.short_term_steps:
+        check_loader(data)
     bad = [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
     if bad:
         raise UserError(f"weights are not finite (NaN or infinity) in {', '.join(bad[:8])}")

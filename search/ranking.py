@@ -19,9 +19,7 @@ from amc_env.pruning.granularity import Masked
 from amc_env.pruning.widen import rank_after
 from amc_env.strategy import Grid
 from search.data import Data, Split
-from search.settings import (
-    Settings,
-)
+from search.settings import Settings
 
 _GONE = (
     -1e-300
@@ -50,6 +48,11 @@ class Ranked:
         """Normalised images of a split on the device, the first ``count`` of them."""
         chosen = split.images if count is None else split.images[:count]
         return self.data.normalise(chosen.to(self.settings.device))
+
+    def batch(self, size: int) -> Tensor:
+        """Normalised images of the search split on the device, ``size`` of them: over again where it has fewer."""
+        images = self.data.search.images
+        return self.data.normalise(images[torch.arange(size) % len(images)].to(self.settings.device))
 
     @cached_property
     def builder(self) -> Candidates | MaskedCandidates:

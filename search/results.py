@@ -99,7 +99,7 @@ def _latency(prepared: Prepared, networks: Mapping[str, nn.Module]) -> dict[str,
     wanted = prepared.settings.latency
     if not wanted.repeats:
         return {}
-    example = prepared.images(prepared.data.search, wanted.batch)
+    example = prepared.batch(wanted.batch)
     try:
         return measure(
             networks, example, runtime=wanted.runtime, threads=wanted.threads, repeats=wanted.repeats

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import hydra
@@ -43,7 +44,7 @@ def main_job(cfg: DictConfig) -> float:
         whole.search.episodes = 1
         if name == "strategy":
             _warn_of_another_criterion(cfg.strategy)
-        return run_job(whole, "amc-apply", _header_config(cfg))
+        return run_job(whole, "amc-apply", partial(_header_config, cfg))
 
 
 def _warn_of_another_criterion(path: str) -> None:

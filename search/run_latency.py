@@ -17,7 +17,7 @@ from amc_env.latency import runtime
 from search import wiring
 from search.commands import application, run_command, run_folder
 from search.data import seeded
-from search.latency import How, Subject, build, check_of, read_table, show
+from search.latency import How, Subject, build, check_of, counted, read_table, show
 from search.preparation import check
 from search.settings import Settings
 from search.typecheck import fits, said
@@ -30,6 +30,7 @@ _OWN: dict[str, Any] = {
     "do": Literal["show", "build", "check"],
     "table": str | None,
     "tolerance": float,
+    "points": int,
     "check.networks": int,
     "check.seed": int,
 }
@@ -72,10 +73,16 @@ def main_job(cfg: DictConfig) -> float | None:
     if cfg.do == "show":
         return show(subject, folder).original.median_ms
     given = cfg.do == "check" and cfg.table is not None
-    table = read_table(file, subject) if given else build(subject, file, cfg.tolerance)
+    activations = counted(subject.activations)
+    table = (
+        read_table(file, subject)
+        if given
+        else build(subject, activations, file, tolerance=cfg.tolerance, points=cfg.points)
+    )
     if cfg.do == "build":
         return None
-    return check_of(subject, table, folder, cfg.check.networks, cfg.check.seed).median_error
+    checked = check_of(subject, activations, table, folder, cfg.check.networks, cfg.check.seed)
+    return checked.median_error
 
 
 def _check(cfg: DictConfig) -> None:
@@ -95,10 +102,12 @@ def _check(cfg: DictConfig) -> None:
     ]
     if wrong:
         raise UserError("; ".join(wrong))
-    tolerance, networks, seed = (values[name] for name in ("tolerance", "check.networks", "check.seed"))
+    tolerance, points = values["tolerance"], values["points"]
+    networks, seed = values["check.networks"], values["check.seed"]
     require(
         {
             "tolerance": (0 < tolerance < 1, tolerance, "in (0, 1)"),
+            "points": (points >= 0, points, "at least 0"),
             "check.networks": (networks >= 3, networks, "at least 3"),
             "check.seed": (
                 0 <= seed != cfg.seed,

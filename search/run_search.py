@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import hydra
 from omegaconf import DictConfig
@@ -22,7 +23,7 @@ def main_job(cfg: DictConfig) -> float:
         The final accuracy in [0, 1], for Hydra's sweepers.
     """
     check_types(cfg)
-    return run_job(cfg, "amc-search", wiring.header_config(cfg))
+    return run_job(cfg, "amc-search", partial(wiring.header_config, cfg))
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from search.sensitivity import run
 log = logging.getLogger(__name__)
 
 _OWN = ("ratios", "threshold")
-_OF_THE_PICK = (*_OWN, "budget")
+_OF_THE_PICK = (*_OWN, "budget", "also")
 """Sections that change no evaluation: a scan may be gone on with under others."""
 
 

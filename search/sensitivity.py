@@ -89,7 +89,8 @@ def run(model: nn.Module, data: Data, settings: Settings, context: Context) -> S
     # What is scored depends on no budget: the journal serves them all.
     free = replace(prepared, problem=Problem(problem.grids, problem.costs))
     start = start_of(prepared, ORIGINAL, prepared.builder)
-    with Journal(context.folder, header(free, context), free.problem, ordered=False) as journal:
+    head = {name: value for name, value in header(free, context).items() if name != "latency"}
+    with Journal(context.folder, head, free.problem, ordered=False) as journal:
         if journal.replayed:
             log.info("going on with %d evaluations of %s", journal.replayed, context.folder)
         with make_evaluator(free, journal, start) as evaluator:

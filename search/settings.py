@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -126,6 +127,7 @@ class LatencyBudget(BudgetSettings):
         vector_width: Channels that the hardware computes at once: what is kept of a layer is a multiple of them unless
             channel_multiple says otherwise.
         tolerance: What interpolation in a table built here may miss; see `amc_env.latency.sampling.build_table`.
+        points: The most that refining may time; see there.
         repeats: Timed passes of each of its points.
         kept: Where a table built here is written, and read when the run goes on.
     """
@@ -137,6 +139,7 @@ class LatencyBudget(BudgetSettings):
     elsewhere: bool = False
     vector_width: int = 8
     tolerance: float = 0.05
+    points: int = 1500
     repeats: int = 30
     kept: Path | None = field(default=None, repr=False, compare=False)
 
@@ -146,9 +149,16 @@ class LatencyBudget(BudgetSettings):
             {
                 "budget.vector_width": (self.vector_width >= 1, self.vector_width, "at least 1"),
                 "budget.tolerance": (self.tolerance > 0, self.tolerance, "above 0"),
+                "budget.points": (self.points >= 0, self.points, "at least 0"),
                 "budget.repeats": (self.repeats >= 1, self.repeats, "at least 1"),
             }
         )
+
+
+def channel_multiple(budgets: Iterable[BudgetSettings]) -> int:
+    """What is kept of a layer is a multiple of this many channels, unless something else is asked for."""
+    widths = [budget.vector_width for budget in budgets if isinstance(budget, LatencyBudget)]
+    return max(widths, default=Channel.multiple)
 
 
 @dataclass(frozen=True)
@@ -402,10 +412,25 @@ class Settings:
                 "do: set enforce_budget=false, or take reward=error"
             )
         check_fits(self.criterion, self.granularity.name)
+        self._check_budgets()
         self._check_training()
         if isinstance(self.agent, Uniform) and self.agent.ratio is None and not self.budgets:
             raise UserError(
                 "agent=uniform needs a budget, or a ratio of its own: set agent.ratio, like agent.ratio=0.5"
+            )
+
+    def _check_budgets(self) -> None:
+        """Refuses two budgets of one cost, and what would move a stored size after it was limited."""
+        costs = [budget.cost for budget in self.budgets]
+        twice = sorted({cost for cost in costs if costs.count(cost) > 1})
+        if twice:
+            raise UserError(f"there are two budgets of {', '.join(twice)}: leave one out, of budget and also")
+        adapts, rounds = getattr(self.agent, "tunes", False), self.schedule.rounds
+        if (rounds > 1 or adapts) and any(getattr(budget, "format", "") == "eie" for budget in self.budgets):
+            what = f"agent={self.agent.name}" if adapts else f"schedule.rounds={rounds}"
+            raise UserError(
+                f"{what} ranks anew each round, and EIE's padding depends on where zeros lie, so the limit could be missed: "
+                f"use budget.format=csr, or {'another agent' if adapts else 'schedule=one_shot'}"
             )
 
     def _check_training(self) -> None:
@@ -430,11 +455,6 @@ class Settings:
         if self.finetune.from_scratch and rounds > 1:
             raise UserError(
                 f"finetune.from_scratch=true forgets what schedule.rounds={rounds} trained: use schedule=one_shot"
-            )
-        if rounds > 1 and any(getattr(budget, "format", "") == "eie" for budget in self.budgets):
-            raise UserError(
-                f"schedule.rounds={rounds} ranks anew each round, and EIE's padding depends on where zeros lie, so the limit "
-                "could be missed: use budget.format=csr, or schedule=one_shot"
             )
         if self.stages and any(budget.limit for budget in self.budgets):
             raise UserError("search.stages are shares of the original cost: leave budget.limit=null")

@@ -6,11 +6,12 @@ Yang et al., "NetAdapt", ECCV 2018, section 3.3. It is a repair like the others,
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice, repeat
+from itertools import islice
 from zlib import crc32
 
 from torch import Tensor, nn
 
+from amc_env.errors import UserError
 from amc_env.pruning.candidate import Builder, Keeps
 from amc_env.pruning.repair import Repair
 from search.data import Data
@@ -39,8 +40,18 @@ class ShortTerm:
         self._seed = crc32(f"{settings.seed} {start}".encode())
 
     def __call__(self, model: nn.Module, removed: Sequence[int], keeps: Keeps) -> None:
-        """Mends and trains ``model`` in place."""
+        """Mends and trains ``model`` in place.
+
+        Raises:
+            UserError: The loss is no longer finite, or the training data ends.
+        """
         self._repair(model, removed, keeps)
+        try:
+            self._train(model, removed)
+        except UserError as error:  # the same training as at the end, under settings of its own
+            raise UserError(str(error).replace("finetune.", "short_term.")) from error
+
+    def _train(self, model: nn.Module, removed: Sequence[int]) -> None:
         settings, chosen = self._settings, self._settings.short_term
         batches = training_batches(self._data, chosen.batch_size, self._seed, settings.device)
         finetune(
@@ -67,4 +78,27 @@ class _Steps:
         return self._steps
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return islice(chain.from_iterable(repeat(self._batches)), self._steps)
+        done = 0
+        while done < self._steps:
+            before = done
+            for batch in islice(self._batches, self._steps - done):
+                done += 1
+                yield batch
+            if done == before:
+                raise UserError(
+                    f"the training data gave no batch after {done} of short_term.steps={self._steps}: its loader must start "
+                    "anew each time"
+                )
+
+
+def check_loader(data: Data) -> None:
+    """Finds out whether candidates can all be shown the same images.
+
+    Raises:
+        UserError: Workers of the loader would go on with the random numbers that other candidates left.
+    """
+    if getattr(data.loader, "persistent_workers", False):
+        raise UserError(
+            "short_term.steps trains every candidate on the same images, and a train_loader with persistent_workers=True "
+            "augments them otherwise each time: make it with persistent_workers=False, or set short_term.steps=0"
+        )

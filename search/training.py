@@ -18,6 +18,7 @@ from amc_env.errors import UserError
 from amc_env.pruning.regularization import LossTerm
 from search.data import Data, Split, seeded
 from search.distillation import Teacher, distillation_problems
+from search.draws import Reseeded
 from search.layout import fastest_layout
 
 CROP_PADDING = 4
@@ -119,9 +120,12 @@ def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class LoaderBatches:
-    """The user's own training loader, with its own order and augmentation, brought to the device."""
+    """The user's own training loader, with its own order and augmentation, brought to the device.
 
-    def __init__(self, data: Data, device: str | torch.device) -> None:
+    What it draws at random comes from a seed, whoever used it before, and whatever the training draws meanwhile.
+    """
+
+    def __init__(self, data: Data, device: str | torch.device, seed: int) -> None:
         """Take the loader that `data` came with.
 
         Raises:
@@ -134,12 +138,13 @@ class LoaderBatches:
         self.loader = data.loader
         self.device = torch.device(device)
         self.example = data.normalise(data.train.images[:2].to(device))
+        self._batches = Reseeded(self.loader, seed)
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, labels in self.loader:
+        for images, labels in self._batches:
             yield images.to(self.device, torch.float32), labels.to(self.device, torch.int64)
 
 
@@ -148,7 +153,7 @@ def training_batches(data: Data, batch_size: int, seed: int, device: str | torch
     if data.stream is not None:
         data = replace(data, loader=data.stream(batch_size, seed))
     if data.loader is not None:
-        return LoaderBatches(data, device)
+        return LoaderBatches(data, device, seed)
     return AugmentedBatches(data.train, data, batch_size, seed, device)
 
 

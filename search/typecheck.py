@@ -22,7 +22,7 @@ from search.settings import (
 _TOP: dict[str, Any] = {
     "seed": int,
     "device": str,
-    "channel_multiple": int,
+    "channel_multiple": int | None,
     "max_ratio": float,
     "enforce_budget": bool,
     "fill_budget": bool,
@@ -91,7 +91,11 @@ def _of_section(section: str, node: Any) -> list[str]:
         except (ImportError, ValueError) as error:
             reason = " ".join(str(error).split())
             return [f"{section}._target_={node['_target_']} cannot be found: {reason}"]
-    return [] if target is None else _mistakes(section, target, _plain(node))
+    values = _plain(node)
+    for key in node:
+        if values[key] is None and OmegaConf.is_interpolation(node, str(key)):
+            del values[key]  # it is null elsewhere, where null has a meaning
+    return [] if target is None else _mistakes(section, target, values)
 
 
 def _mistakes(section: str, target: Callable[..., Any], values: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from search.settings import (
     LatencySettings,
     Settings,
     ShortTermSettings,
+    channel_multiple,
 )
 from search.tracking import CsvTracker, Tracker, Trackers
 from search.typecheck import check_types
@@ -34,6 +36,23 @@ Built = TypeVar("Built")
 
 _NOT_OF_THE_SEARCH = ("tracker", "finalists", "finetune", "schedule", "export", "latency")
 """Sections that change no evaluation: a run may be gone on with under others."""
+
+_BUILT = {
+    "criterion": "criterion",
+    "repair": "repair",
+    "reward": "reward",
+    "schedule": "schedule",
+    "regularization": "regularization",
+    "scoring": "evaluator",
+}
+"""Settings that a section's ``_target_`` makes, and the section."""
+_MADE: dict[str, Callable[..., Any]] = {
+    "finalists": FinalistSettings,
+    "short_term": ShortTermSettings,
+    "finetune": FinetuneSettings,
+    "latency": LatencySettings,
+}
+"""Sections without a ``_target_``, and what they make."""
 
 
 def built(node: DictConfig, *, refusal: type[ValueError] = UserError, **more: Any) -> Any:
@@ -109,45 +128,64 @@ def settings_of(cfg: DictConfig, original_lr: float) -> Settings:
             problems.append(str(error))
             return None
 
-    parts = {
-        "budgets": checked(lambda: _budgets(cfg)),
-        "agent": checked(lambda: _agent(cfg)),
-        "granularity": checked(lambda: built(cfg.granularity)),
-        "criterion": checked(lambda: built(cfg.criterion)),
-        "repair": checked(lambda: built(cfg.repair)),
-        "reward": checked(lambda: built(cfg.reward)),
-        "schedule": checked(lambda: built(cfg.schedule)),
-        "regularization": checked(lambda: built(cfg.regularization)),
-        "scoring": checked(lambda: built(cfg.evaluator)),
-        "finalists": checked(lambda: FinalistSettings(**_plain(cfg.finalists))),
-        "short_term": checked(lambda: ShortTermSettings(**_plain(cfg.short_term))),
-        "finetune": checked(lambda: FinetuneSettings(**_plain(cfg.finetune))),
-        "latency": checked(lambda: LatencySettings(**_plain(cfg.latency))),
-    }
+    parts = {name: checked(make) for name, make in _parts(cfg).items()}
     # What was refused is left at its default: so the others are checked as well.
     fine = {"agent": None} | {name: part for name, part in parts.items() if part is not None}
-    settings = checked(
-        lambda: Settings(
-            **fine,
-            episodes=cfg.search.episodes,
-            stages=tuple(cfg.search.stages),
-            enforce_budget=cfg.enforce_budget,
-            fill_budget=cfg.fill_budget,
-            export=tuple(cfg.export),
-            original_lr=original_lr,
-            seed=cfg.seed,
-            device=_device(cfg.device),
-        )
-    )
+    settings = checked(lambda: Settings(**fine, **_scalars(cfg), original_lr=original_lr))
     if problems:
-        raise UserError("; ".join(problems))
+        raise UserError("; ".join(dict.fromkeys(problems)))  # the granularity may wait for the budgets
     assert isinstance(settings, Settings)
     return settings
 
 
+def _parts(cfg: DictConfig) -> dict[str, Callable[[], Any]]:
+    """How to make what the sections say, by its name in the settings."""
+    own = {
+        "budgets": partial(_budgets, cfg),
+        "agent": partial(_agent, cfg),
+        "granularity": lambda: built(resolved(cfg).granularity),
+    }
+    return {
+        **own,
+        **{name: partial(built, cfg[section]) for name, section in _BUILT.items()},
+        **{name: partial(_made, kind, cfg[name]) for name, kind in _MADE.items()},
+    }
+
+
+def _made(kind: Callable[..., Any], node: DictConfig) -> Any:
+    return kind(**_plain(node))
+
+
+def _scalars(cfg: DictConfig) -> dict[str, Any]:
+    """What stands in no section of its own."""
+    return {
+        "episodes": cfg.search.episodes,
+        "stages": tuple(cfg.search.stages),
+        "enforce_budget": cfg.enforce_budget,
+        "fill_budget": cfg.fill_budget,
+        "export": tuple(cfg.export),
+        "seed": cfg.seed,
+        "device": _device(cfg.device),
+    }
+
+
+def resolved(cfg: DictConfig) -> DictConfig:
+    """The configuration with a number for ``channel_multiple``, where that was left to the budgets.
+
+    Raises:
+        UserError: A budget is wrong.
+    """
+    if cfg.channel_multiple is not None:
+        return cfg
+    cfg = cfg.copy()
+    cfg.channel_multiple = channel_multiple(_budgets(cfg))
+    return cfg
+
+
 def _budgets(cfg: DictConfig) -> tuple[BudgetSettings, ...]:
     main = [built(cfg.budget)] if cfg.budget.get("_target_") else []
-    return (*main, *(_further(str(name), ratio) for name, ratio in cfg.also.items() if ratio is not None))
+    also = cfg.get("also", {})  # not every command has it
+    return (*main, *(_further(str(name), ratio) for name, ratio in also.items() if ratio is not None))
 
 
 def _further(name: str, ratio: float) -> BudgetSettings:
@@ -225,12 +263,21 @@ def header_config(cfg: DictConfig) -> Mapping[str, Any]:
     """The part of the configuration that evaluations depend on.
 
     Files and folders are left out (fingerprints of weights and data stand for them), and so are the stages
-    after the search. The device is the one that was chosen.
+    after the search. The device is the one that was chosen, and so is the multiple of channels.
+
+    Raises:
+        UserError: A budget is wrong.
     """
-    plain = _plain(cfg) | {"device": _device(cfg.device)}
+    plain = _plain(resolved(cfg)) | {"device": _device(cfg.device)}
     for section in _NOT_OF_THE_SEARCH:
         plain.pop(section, None)
     how_many = (("evaluator", "workers"), ("evaluator", "threads"))  # the header states threads itself
-    for section, key in (("model", "weights"), ("model", "url"), ("data", "path"), *how_many):
+    for section, key in (
+        ("model", "weights"),
+        ("model", "url"),
+        ("data", "path"),
+        ("budget", "table"),
+        *how_many,
+    ):
         plain.get(section, {}).pop(key, None)
     return plain

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from amc_env.latency.runtimes import RUNTIMES, Runtime, runtime, using_threads
-from amc_env.latency.timing import Call, Timing, interleaved, machine, processor
+from amc_env.latency.timing import Call, Timing, interleaved, machine, processor, warn_where_busy
 
 __all__ = [
     "RUNTIMES",
@@ -21,6 +21,7 @@ __all__ = [
     "processor",
     "runtime",
     "using_threads",
+    "warn_where_busy",
 ]
 
 

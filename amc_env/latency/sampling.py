@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,15 +16,12 @@ from amc_env.latency.cost import Latency
 from amc_env.latency.refining import Channels, Sheet, sheets_of
 from amc_env.latency.runtimes import Runtime, using_threads
 from amc_env.latency.table import Conditions, Correction, LatencyTable
-from amc_env.latency.timing import Timing, interleaved
+from amc_env.latency.timing import Timing, interleaved, warn_where_busy
 from amc_env.latency.units import Unit
 from amc_env.memory import Activations
 from amc_env.pruning.candidate import Candidates
 from amc_env.strategy import Grid
 
-_LOG = logging.getLogger(__name__)
-
-_BUSY = 0.3  # spread from which on a machine is taken to be busy with something else
 _WARMUP = 5  # rounds before the timing
 _LARGEST_ROUND = 2**26  # weights and inputs of the units that are timed in one round: 256 MiB
 Key = TypeVar("Key", bound=Hashable)
@@ -112,6 +108,8 @@ def build_table(
 def fit_correction(parts: Sequence[tuple[float, float, float]], measured_ms: Sequence[float]) -> Correction:
     """Least squares in relative errors; factors are at least 0.
 
+    The first network counts as much as all others: it is the original, and budgets are shares of it.
+
     Args:
         parts: Of each network what `Latency.parts` gives.
         measured_ms: Its measured latency.
@@ -120,9 +118,11 @@ def fit_correction(parts: Sequence[tuple[float, float, float]], measured_ms: Seq
     columns = np.column_stack([np.asarray(parts, dtype=np.float64), np.ones(len(parts))])
     columns[:, 1:-1] *= np.ptp(columns[:, 1:-1], axis=0) > 0  # what is the same of all networks is a constant
     size = np.maximum(np.abs(columns).max(axis=0), 1e-12)
-    system = columns / size / measured[:, None]
+    weights = np.ones(len(parts))
+    weights[0] = np.sqrt(max(1, len(parts) - 1))
+    system = columns / size * (weights / measured)[:, None]
     bounds = [0.0, 0.0, 0.0, -np.inf], np.inf
-    found = lsq_linear(system, np.ones(len(parts)), bounds=bounds, method="bvls").x / size
+    found = lsq_linear(system, weights, bounds=bounds, method="bvls").x / size
     return Correction(*(float(value) for value in np.where(columns.any(axis=0), found, 0.0)))
 
 
@@ -251,13 +251,7 @@ class _Clock:
         runs = {key: (model, self._example) for key, model in models.items()}
         found = self.interleaved(runs, settle=1)
         self._report(Progress("networks", len(models), len(models)))
-        spread = float(np.median([timing.spread for timing in found.values()]))
-        if spread > _BUSY:
-            _LOG.warning(
-                "latency: the middle half of a network's times spreads over %.0f%% of their median: something else runs "
-                "here, and neither a table nor a check made now can be relied on",
-                100 * spread,
-            )
+        warn_where_busy(list(found.values()))
         return found
 
     def units(self, points: Sequence[Point]) -> dict[Point, Timing]:

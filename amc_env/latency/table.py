@@ -17,6 +17,7 @@ row. The correction may be left out, as may the last three, which say what build
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -61,8 +62,10 @@ class Conditions:
     def here(cls, runtime: str, threads: int, batch: int, device: str = "cpu") -> Conditions:
         """Those of this machine and the packages installed; ``device`` is where the example lies."""
         versions = {name: version(name) for name in _PACKAGES.get(runtime, ("torch",))}
-        if runtime.startswith("cuda") and device == "cpu":
-            device = "cuda"  # the runtime takes the example there
+        if runtime == "onnx":  # these runtimes take the example to their own place
+            device = "cpu"
+        elif runtime.startswith("cuda") and device == "cpu":
+            device = "cuda"
         return cls(runtime, threads, batch, machine(device), versions)
 
 
@@ -230,7 +233,7 @@ class LatencyTable:
     seconds: float = 0.0
 
     def save(self, path: Path) -> None:
-        """Writes the file that `load` reads, in the format that the module describes."""
+        """Writes the file that `load` reads, in the format that the module describes; all of it or nothing."""
         units = [
             {"unit": unit.to_json(), "inputs": t.inputs, "outputs": t.outputs, "ms": t.ms.tolist()}
             for unit, t in self.units.items()
@@ -245,7 +248,9 @@ class LatencyTable:
             "seconds": round(self.seconds, 3),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        unfinished = path.with_name(f".{path.name}.tmp")
+        unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        os.replace(unfinished, path)
 
     @classmethod
     def load(cls, path: Path) -> LatencyTable:

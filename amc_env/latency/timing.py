@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import platform
 import random
 import re
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -21,7 +22,10 @@ Key = TypeVar("Key", bound=Hashable)
 Call = Callable[[], float | None]
 """One pass, over when it returns; gives the milliseconds that it took where it measured them itself."""
 
+_LOG = logging.getLogger(__name__)
+
 _CPUINFO = Path("/proc/cpuinfo")
+_BUSY = 0.3  # spread from which on a machine is taken to be busy with something else
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,17 @@ def _turn(call: Call, count: int) -> float:
 def _timing(values: list[float]) -> Timing:
     low, median, high = (float(value) for value in np.quantile(values, (0.25, 0.5, 0.75)))
     return Timing(median, low, high, len(values))
+
+
+def warn_where_busy(networks: Sequence[Timing]) -> None:
+    """Warns of times of whole networks that spread too far to be relied on."""
+    spread = float(np.median([timing.spread for timing in networks]))
+    if spread > _BUSY:
+        _LOG.warning(
+            "latency: the middle half of a network's times spreads over %.0f%% of their median: something else runs here, "
+            "and neither these times, nor a table nor a check made now, can be relied on; more repeats measure for longer",
+            100 * spread,
+        )
 
 
 def processor() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from amc_env.errors import UserError
-from amc_env.pruning.granularity import NM, FineGrained
+from amc_env.pruning.granularity import NM, Channel, FineGrained
 from search import compress, load_pruned, make_env
-from search.settings import LatencySettings, RepairSettings, Settings
+from search.data import Data
+from search.settings import BudgetSettings, LatencyBudget, LatencySettings, RepairSettings, Settings
 from search.wiring import default_agent
 
 
@@ -100,6 +102,57 @@ def test_several_budgets_all_hold_and_the_test_split_is_named(tmp_path: Path) ->
     assert small.result["finetuned"] is None
 
 
+def test_budgets_may_be_settings_with_a_table_measured_elsewhere(tmp_path: Path) -> None:
+    table = tmp_path / "phone.json"
+    conditions = LatencySettings(repeats=0, threads=1)
+    built = LatencyBudget(ratio=1.0, repeats=1, tolerance=10.0, kept=table)
+    env = make_env(
+        own(), loader(64, 1), loader(32, 2), budget=built, settings=replace(quick(), latency=conditions)
+    )
+    env.close()
+    content = json.loads(table.read_text())
+    content["conditions"]["machine"] = "a phone"
+    content["correction"] = {"scale": 1000.0, "per_element_ms": 0.0, "constant_ms": 0.0}
+    table.write_text(json.dumps(content))
+    phone = LatencyBudget(table=str(table), elsewhere=True, ratio=None, limit=1e6)
+    small = compress(
+        own(),
+        loader(64, 1),
+        loader(32, 2),
+        budget=[phone, BudgetSettings("params", 0.6)],
+        agent="random",
+        episodes=2,
+        finetune=0,
+        folder=tmp_path / "run",
+        settings=replace(quick(), latency=conditions),
+    )
+    latency, params = small.result["budgets"]
+    assert (latency["cost"], latency["limit"], latency["met"]) == ("latency", 1e6, True)
+    assert (params["cost"], params["ratio"], params["met"]) == ("params", 0.6, True)
+
+
+def test_without_settings_channels_go_in_the_vectors_of_a_latency_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Settings] = []
+
+    def prepared(model: nn.Module, data: Data, settings: Settings, *more: object) -> None:
+        seen.append(settings)
+        raise UserError("seen")
+
+    monkeypatch.setattr("search.api.prepare", prepared)
+    monkeypatch.setattr("search.api.run", prepared)
+    for budget in (0.5, {"latency": 0.9}, LatencyBudget(vector_width=4)):
+        with pytest.raises(UserError, match="seen"):
+            make_env(own(), loader(64, 1), loader(32, 2), budget=budget)
+        with pytest.raises(UserError, match="seen"):
+            compress(own(), loader(64, 1), loader(32, 2), budget=budget, folder=tmp_path)
+    assert [settings.granularity for settings in seen] == [Channel(n) for n in (2, 2, 8, 8, 4, 4)]
+    with pytest.raises(UserError, match="seen"):
+        make_env(own(), loader(64, 1), loader(32, 2), budget={"latency": 0.9}, settings=quick())
+    assert seen[-1].granularity == Channel(2)  # what is given is taken as it is
+
+
 def test_compress_goes_on_in_its_folder(tmp_path: Path) -> None:
     def once() -> str:
         compress(
@@ -125,6 +178,7 @@ def test_compress_goes_on_in_its_folder(tmp_path: Path) -> None:
         ({"budget": 1.5}, "budget.ratio"),
         ({"budget": {"energy": 0.5}}, "one of macs, params"),
         ({"budget": 0.001}, "least"),
+        ({"budget": [0.5, 0.4]}, r"has 0\.5, 0\.4: give a share, .* LatencyBudget\(ratio=0\.8\)"),
         ({"agent": "genius"}, "ddpg, ddpg_near_uniform, netadapt, random, sensitivity, uniform"),
         ({"val_loader": loader(0, 2)}, "val_loader"),
         ({"val_loader": loader(16, 2, channels=2)}, "does not run"),
@@ -213,6 +267,18 @@ def test_the_search_as_an_environment_for_an_agent_of_ones_own() -> None:
         infos.append(info)
     assert infos[-1]["met"]
     assert reward == pytest.approx(infos[-1]["accuracy"] - 1)
+
+
+def test_an_environment_trains_nothing_though_the_settings_agent_would(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("search.judging.ShortTerm", lambda *args: pytest.fail("trained"))
+    env = make_env(own(), loader(64, 1), loader(32, 2), settings=quick("netadapt"))
+    env.reset(seed=0)
+    terminated = False
+    while not terminated:
+        terminated, info = env.step(np.ones(1, dtype=np.float32))[2::2]
+    assert info["met"]
 
 
 def test_an_environment_without_a_budget_removes_what_it_is_told() -> None:

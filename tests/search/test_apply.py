@@ -260,7 +260,7 @@ def test_counts_come_in_the_problem_s_order_and_are_scored_once(tmp_path: Path) 
 
 def test_a_budget_that_is_missed_is_said_with_its_figures(tmp_path: Path) -> None:
     given(tmp_path).check(problem(limit=18))
-    with pytest.raises(UserError, match=r"units are 18, at most 17 may remain; .*budget=none"):
+    with pytest.raises(UserError, match=r"units: 18 units, at most 17 may remain; .*budget=none"):
         given(tmp_path).check(problem(limit=17))
 
 

@@ -14,9 +14,13 @@ from small_runs import go, small
 from agents.netadapt import NetAdapt
 from amc_env.errors import UserError
 from amc_env.latency.cost import Latency
+from amc_env.latency.sampling import build_table
+from amc_env.latency.table import LatencyTable
+from amc_env.memory import Activations
+from amc_env.pruning.granularity import Channel
 from search import wiring
 from search.data import Data
-from search.preparation import prepare
+from search.preparation import check, prepare
 from search.ranking import Prepared
 from search.settings import (
     BudgetSettings,
@@ -116,6 +120,44 @@ def test_a_table_of_another_network_and_a_missing_one_are_refused(small_data: Da
         posed(tmp_path, small_data, table=str(tmp_path / "none.json"))
 
 
+def test_a_table_is_of_the_batch_that_is_asked_for(small_data: Data, tmp_path: Path) -> None:
+    batch = len(small_data.search) + 1
+    settings = replace(limited(tmp_path, 1.0), latency=replace(QUICK, batch=batch))
+    prepare(network("concat"), small_data, settings)
+    assert LatencyTable.load(tmp_path / "latency.json").conditions.batch == batch
+
+
+def test_the_runtime_of_a_table_is_looked_for_before_anything_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    gpu = replace(QUICK, runtime="cuda")
+    for more in ({}, {"table": "t.json"}):
+        with pytest.raises(UserError, match="cuda needs a CUDA graphics processor"):
+            check(replace(limited(tmp_path, **more), latency=gpu))
+    check(replace(limited(tmp_path, table="t.json", elsewhere=True), latency=gpu))  # nothing is measured here
+    check(small("channel", latency=gpu))
+
+
+def test_operations_that_cannot_be_counted_are_warned_of_once_and_points_are_capped(
+    small_data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def uncountable(*_: object) -> Activations:
+        raise UserError("no trace")
+
+    asked: dict[str, Any] = {}
+
+    def built(*arguments: Any, **options: Any) -> LatencyTable:
+        asked.update(options)
+        return build_table(*arguments, **options)
+
+    monkeypatch.setattr("search.ranking.Activations", uncountable)
+    monkeypatch.setattr("search.latency.build_table", built)
+    posed(tmp_path, small_data, points=7)
+    assert caplog.text.count("predicted as a constant: no trace") == 1
+    assert asked["points"] == 7
+
+
 def test_what_cannot_be_reached_is_said_in_milliseconds(small_data: Data, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"budget latency <= [\d.e-]+ \(0\.001 of the original\) cannot be reached"
@@ -156,7 +198,45 @@ def test_further_budgets_are_shares_beside_the_main_one() -> None:
         check_types(configured("+also.weight=0.5"))
 
 
+def test_two_budgets_of_one_cost_are_refused() -> None:
+    with pytest.raises(UserError, match="there are two budgets of latency: leave one out"):
+        wiring.settings_of(configured("budget=latency", "also.latency=0.8"), 0.1)
+
+
 def test_channels_go_in_vectors_under_a_latency_budget_unless_something_else_is_said() -> None:
-    assert configured("budget=latency").granularity.multiple == 8
-    assert configured("budget=latency", "channel_multiple=4").granularity.multiple == 4
-    assert configured("budget=params").granularity.multiple == 2
+    for overrides, multiple in (
+        (["budget=params"], 2),
+        (["budget=latency"], 8),
+        (["budget=latency", "budget.vector_width=4"], 4),
+        (["also.latency=0.9"], 8),
+        (["also.latency=0.9", "channel_multiple=2"], 2),
+        (["budget=latency", "channel_multiple=4"], 4),
+        (["budget=latency", "granularity.multiple=3"], 3),
+        (["preset=amc_paper"], 8),
+    ):
+        cfg = configured(*overrides)
+        check_types(cfg)
+        assert wiring.settings_of(cfg, 0.1).granularity == Channel(multiple, cfg.max_ratio), overrides
+        assert wiring.header_config(cfg)["granularity"]["multiple"] == multiple, overrides
+
+
+@pytest.mark.parametrize("command", ["apply", "sensitivity"])
+def test_channels_go_in_vectors_in_every_command(command: str) -> None:
+    def multiples(*overrides: str) -> tuple[Any, Any]:
+        with initialize_config_module("conf", version_base="1.3"):
+            cfg = compose(command, list(overrides))
+            whole = wiring.as_search(cfg, command, {"_target_": "agents.baselines.Uniform"})
+        settings = wiring.settings_of(whole, 0.1)
+        assert isinstance(settings.granularity, Channel)
+        return settings.granularity.multiple, wiring.header_config(cfg)["channel_multiple"]
+
+    assert multiples("budget=latency") == (8, 8)
+    assert multiples("budget=params") == (2, 2)
+    assert multiples("budget=latency", "channel_multiple=2") == (2, 2)
+
+
+def test_a_wrong_budget_is_said_once_though_the_multiple_of_channels_asks_for_it() -> None:
+    with pytest.raises(UserError) as error:
+        wiring.settings_of(configured("budget.ratio=7", "finetune.epochs=-1"), 0.1)
+    assert str(error.value).count("budget.ratio=7") == 1
+    assert "finetune.epochs=-1" in str(error.value)

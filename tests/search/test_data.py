@@ -335,6 +335,13 @@ def test_shuffling_loaders_give_one_order_and_leave_the_global_state() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_loader_with_a_generator_gives_the_same_data_each_time() -> None:
+    images = TensorDataset(torch.randn(40, 3, 4, 4), torch.arange(40) % 5)
+    own = DataLoader(images, 8, shuffle=True, generator=torch.Generator().manual_seed(3))
+    found = [from_loaders(own, loader(20), calibration_images=16).fingerprint for _ in "ab"]
+    assert found[0] == found[1]
+
+
 def test_bad_loaders_are_refused() -> None:
     good = loader(20)
     nan = DataLoader(TensorDataset(torch.full((4, 3, 4, 4), torch.nan), torch.zeros(4, dtype=torch.int64)))

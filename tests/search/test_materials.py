@@ -1,21 +1,23 @@
 """What worker processes score a run's candidates with: the same as in the run's own process."""
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from networks import network, random_removed, same_state
-from small_runs import small
+from small_runs import go, small
 
-from amc_env.evaluator import Bench
+from amc_env.evaluator import Bench, Removed, Start
 from amc_env.prefix import ROOM
 from amc_env.workers import _read, _write
 from search.data import Data
 from search.judging import Materials, start_of
 from search.preparation import prepare
 from search.ranking import Prepared
-from search.settings import ScoringSettings, ShortTermSettings
+from search.settings import FinalistSettings, ScoringSettings, ShortTermSettings
 
 SHORT = ShortTermSettings(steps=2, batch_size=16)
 
@@ -58,3 +60,30 @@ def test_processes_share_the_room_for_what_candidates_share(small_data: Data) ->
     crowded = Materials.of(replace(prepared, settings=settings)).scorer()
     assert Materials.of(prepared).scorer()._shared._room == ROOM
     assert crowded._shared._room == ROOM // 4
+
+
+def test_workers_score_finalists_too_and_end_with_the_search(
+    small_data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes: list[str] = []
+
+    class Handed:
+        """Workers that are none."""
+
+        def __init__(self, materials: Materials, count: int, threads: int | None):
+            self.materials = materials
+
+        @contextmanager
+        def scoring(
+            self, start: Start, repair: str, strategies: Sequence[Removed]
+        ) -> Iterator[Callable[[Removed], float]]:
+            notes.append(repair)
+            yield lambda removed: sum(removed) / 1000
+
+        def close(self) -> None:
+            notes.append("closed")
+
+    monkeypatch.setattr("search.judging.Workers", Handed)
+    finalists = FinalistSettings(2, "none")
+    go(tmp_path, small_data, small("channel", scoring=ScoringSettings(workers=2), finalists=finalists))
+    assert notes == ["batch_norm", "none", "closed"]

@@ -1,14 +1,19 @@
 """result.json and strategy.json of runs whose weights went through several hands."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from running import SMALL, Command
+from small_runs import go, small
 
 from amc_env import onnx_files
+from amc_env.latency import Timing
+from search.data import Data
+from search.settings import LatencySettings
 
 QUICK = (
     *SMALL,
@@ -118,6 +123,24 @@ def test_latency_states_its_conditions_and_its_spread(amc_search: Command, tmp_p
     for text in (ended.out, (tmp_path / "run" / "report.html").read_text()):
         assert "latency, batch 1, onnx" in text
         assert "latency, spread" in text
+
+
+def test_a_batch_of_more_images_than_there_are_is_measured_as_large_as_it_is_said_to_be(
+    small_data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+
+    def measured(networks: Mapping[str, object], example: torch.Tensor, **_: object) -> dict[str, Timing]:
+        seen.append(example)
+        return dict.fromkeys(networks, Timing(1.0, 1.0, 1.0, 1))
+
+    monkeypatch.setattr("search.results.measure", measured)
+    settings = small("channel", latency=LatencySettings(batch=70, repeats=1))
+    assert go(tmp_path, small_data, settings).result["latency_batch"] == 70
+    (example,) = seen
+    assert len(small_data.search) == 32
+    images = small_data.normalise(small_data.search.images)
+    assert torch.equal(example, torch.cat([images, images, images[:6]]))
 
 
 def test_a_run_outlives_a_runtime_that_cannot_run_its_network(

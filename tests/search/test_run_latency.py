@@ -12,10 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from running import Command
 
+from amc_env.errors import UserError
 from amc_env.latency import Timing
 from amc_env.latency.sampling import Progress as Done
 from amc_env.latency.table import LatencyTable
 from amc_env.latency.units import Unit
+from amc_env.memory import Activations
 from search import latency, run_latency
 from search.latency import TableProgress, described
 from search.plots import DPI, plot_latency_check
@@ -38,7 +40,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[Any, Any]]:
     asked: list[Mapping[Any, Any]] = []
     known = {"original": Timing(4.0, 3.8, 4.2, 3), "most pruned": Timing(3.0, 3.0, 3.0, 3)}
 
-    def timed(calls: Mapping[Any, Any], **_: Any) -> dict[Any, Timing]:
+    def timed(calls: Mapping[Any, Any], *, settle: int = 0, **_: Any) -> dict[Any, Timing]:
+        assert settle == 1  # as everything is timed that these figures stand beside
         asked.append(calls)
         return {key: known.get(key, Timing(1.0, 0.9, 1.2, 3)) for key in calls}
 
@@ -97,8 +100,8 @@ def test_times_that_spread_are_warned_of(amc_latency: Command, monkeypatch: pyte
     monkeypatch.setattr(latency, "interleaved", lambda calls, **_: dict.fromkeys(calls, wide))
     ended = amc_latency(*QUICK)
     assert ended.code == 0
-    assert "spreads over 75% of their median" in ended.out
-    assert "latency.repeats=12" in ended.out
+    assert ended.out.count("spreads over 75% of their median") == 1
+    assert "more repeats measure for longer" in ended.out
 
 
 def test_show_really_measures(amc_latency: Command, tmp_path: Path) -> None:
@@ -141,17 +144,67 @@ def test_a_table_is_built_then_checked_and_refused_elsewhere(amc_latency: Comman
     assert "batch" in line
 
 
-def test_a_check_without_a_table_builds_one(amc_latency: Command, tmp_path: Path) -> None:
+def test_a_check_without_a_table_builds_one(
+    amc_latency: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[object] = []
+
+    def uncountable(*arguments: object) -> Activations:
+        counts.append(arguments)
+        raise UserError("no trace")
+
+    monkeypatch.setattr(latency, "Activations", uncountable)
     ended = amc_latency("check", *QUICK, "check.networks=4")
     assert ended.code == 0
+    assert len(counts) == ended.out.count("predicted as a constant: no trace") == 1
     assert "units" in ended.err
     assert LatencyTable.load(tmp_path / "run" / "latency.json").points > 0
     assert "rank correlation" in ended.out
 
 
+def test_times_of_a_check_that_spread_are_warned_of_once(
+    amc_latency: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert amc_latency("build", *QUICK, "table=mlp.json").code == 0
+
+    def wide(calls: Mapping[Any, Any], **_: Any) -> dict[Any, Timing]:
+        return {key: Timing(ms, 0.5 * ms, 1.5 * ms, 3) for ms, key in enumerate(calls, start=1)}
+
+    monkeypatch.setattr("amc_env.latency.sampling.interleaved", wide)
+    ended = amc_latency("check", *QUICK, "table=mlp.json")
+    assert ended.code == 0
+    assert ended.out.count("of their median") == 1
+
+
+def test_a_cap_on_points(amc_latency: Command, tmp_path: Path) -> None:
+    """Two units of two axes: the ends and the middles, and nothing between them."""
+    assert amc_latency("build", *QUICK, "points=0", "tolerance=1e-6").code == 0
+    table = LatencyTable.load(tmp_path / "run" / "latency.json")
+    assert all(len(times.inputs) <= 3 and len(times.outputs) <= 3 for times in table.units.values())
+
+
+@pytest.mark.parametrize("table", ["a_file/mlp.json", "a_file/sub/mlp.json", "full/mlp.json"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_timed(
+    amc_latency: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: str
+) -> None:
+    def full(dir: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "a_file").write_text("")
+    if table.startswith("full"):
+        monkeypatch.setattr("search.latency.tempfile.TemporaryFile", full)
+    monkeypatch.setattr("search.latency.build_table", lambda *_, **more: pytest.fail("timed"))
+    ended = amc_latency("build", *QUICK, f"table={table}")
+    (line,) = ended.err.splitlines()
+    assert ended.code == 2
+    assert line.startswith(f"error: table={table} cannot be written (")
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
+        (["points=-1"], ("points=-1 must be at least 0",)),
+        (["points=few"], ("points=few must be a whole number",)),
         (["shwo"], ("amc-latency shwo", "show, build, check")),
         (["do=fly"], ("do=fly must be one of show, build, check",)),
         (["build", "check"], ("check",)),

@@ -403,6 +403,7 @@ ALL_MODELS = ("digits_cnn", "digits_mlp", "mobilenet", "plain20", "resnet20", "r
         (["enforce_budget=maybe"], ("enforce_budget=maybe must be true or false",)),
         (["search.images=99999"], ("search.images=99999", "1438")),
         (["finetune.epochs=-1", "latency.batch=0"], ("finetune.epochs=-1", "latency.batch=0")),
+        (["budget.ratio=7", "finetune.epochs=-1"], ("budget.ratio=7", "finetune.epochs=-1")),
         (["agent.sigma=-1"], ("agent.sigma=-1 must be at least 0",)),
         (["agent.hidden=[a]"], ("agent.hidden",)),
         (["criterion.p=3"], ("criterion.p=3", "1, 2")),
@@ -521,7 +522,7 @@ def test_help_says_what_it_does_and_what_there_is(amc_search: Command) -> None:
     assert ended.code == 0
     for text in (
         "under a budget",
-        "agent: ddpg, netadapt, random, sensitivity, uniform",
+        "agent: ddpg, ddpg_near_uniform, netadapt, random, sensitivity, uniform",
         "budget.ratio",
         "--multirun",
         "digits_cnn",

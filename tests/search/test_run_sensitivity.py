@@ -172,6 +172,29 @@ def test_a_budget_on_another_cost_takes_the_scan_as_it_is(amc_sensitivity: Comma
     assert len(journal_of(tmp_path / "run")) <= len(before) + 1
 
 
+def test_a_scan_for_latency_serves_other_budgets_and_the_other_way_round(
+    amc_sensitivity: Command, tmp_path: Path
+) -> None:
+    conditions = ("latency.batch=2", "latency.threads=1", "budget.repeats=1", "budget.tolerance=10")
+    latency = ("budget=latency", "budget.ratio=1", *conditions)
+    ended = amc_sensitivity(*QUICK, *latency, "also.params=0.5")
+    assert (ended.code, ended.err.count("error")) == (0, 0)
+    assert list(rows_of(tmp_path / "run")[0])[-1] == "latency"
+    lines = ended.out.splitlines()
+    assert len([line for line in lines if line.startswith("budget: ") and ": met" in line]) == 2
+    made = json.loads((tmp_path / "run" / "latency.json").read_text())["conditions"]
+    assert (made["batch"], made["threads"], made["runtime"]) == (2, 1, "eager")
+    before = journal_of(tmp_path / "run")
+    refused = amc_sensitivity(*QUICK, "budget.ratio=0.3")
+    assert "config.channel_multiple: 8 then, 2 now" in refused.err
+    assert amc_sensitivity(*QUICK, "budget.ratio=0.3", "channel_multiple=8").code == 0
+    after = journal_of(tmp_path / "run")
+    assert after[: len(before)] == before
+    assert len(after) <= len(before) + 1
+    assert amc_sensitivity(*QUICK, *latency, "also.params=0.5").code == 0
+    assert len(journal_of(tmp_path / "run")) == len(after)
+
+
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
@@ -179,6 +202,8 @@ def test_a_budget_on_another_cost_takes_the_scan_as_it_is(amc_sensitivity: Comma
         (["ratios=[0.5,1.5]", "threshold=2"], ("ratios=[0.5, 1.5]", "threshold=2 must be in [0, 1)")),
         (["ratios=half"], ("ratios=half must be a list, each of it a number",)),
         (["threshold=low"], ("threshold=low must be a number or null",)),
+        (["latency.runtime=fast"], ("latency.runtime=fast must be one of eager",)),
+        (["also.params=2"], ("also.params=2 must be in (0, 1]",)),
         (["budget.ratio=2"], ("budget.ratio=2 must be in (0, 1]",)),
         (["budget.ratio=0.0001"], ("cannot be reached", "the least is")),
         (["agent=ddpg"], ("agent",)),

@@ -21,7 +21,7 @@ from amc_env.pruning.widen import widen
 from search.data import Data
 from search.judging import make_evaluator
 from search.preparation import prepare
-from search.settings import SHORT_TERM, FinalistSettings, Settings, ShortTermSettings
+from search.settings import SHORT_TERM, FinalistSettings, Settings, ShortTermSettings, StorageBudget
 from search.starts import Weights, kept, start_at
 
 ADAPTS = {
@@ -140,6 +140,12 @@ def test_any_agent_can_have_its_candidates_tuned(small_data: Data, tmp_path: Pat
     assert [line["accuracy"] for line in lines[0]] != [line["accuracy"] for line in lines[1]]
 
 
+def test_a_rate_that_is_too_large_is_named_as_the_short_term_s(small_data: Data, tmp_path: Path) -> None:
+    wild = replace(ADAPTS["short_term"], steps=20)
+    with pytest.raises(UserError, match=r"no longer finite.*lower short_term\.lr_fraction"):
+        go(tmp_path, small_data, small("channel", agent=ADAPTS["agent"], short_term=wild, original_lr=1e9))
+
+
 def test_masked_weights_stay_zero_through_the_steps(small_data: Data, tmp_path: Path) -> None:
     finished = go(tmp_path, small_data, small("fine_grained", **ADAPTS))
     removed = states(journal(tmp_path))[-1]["removed"]
@@ -177,6 +183,19 @@ def test_a_start_s_own_strategy_is_not_repaired(small_data: Data) -> None:
 def test_stages_and_rounds_of_a_schedule_are_refused(more: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"agent=netadapt goes in rounds of its own.*search\.stages=\[\]"):
         small("channel", **ADAPTS, **more)
+
+
+def test_eie_is_refused_since_every_round_ranks_anew() -> None:
+    with pytest.raises(
+        UserError, match=r"agent=netadapt ranks anew each round.*budget\.format=csr, or another agent"
+    ):
+        small("fine_grained", **ADAPTS, budgets=(StorageBudget(),))
+
+
+def test_a_run_does_not_go_on_at_another_learning_rate(small_data: Data, tmp_path: Path) -> None:
+    go(tmp_path, small_data, small("channel", **ADAPTS, original_lr=0.1))
+    with pytest.raises(UserError, match="original_lr: 0.1 then, 0.01 now"):
+        go(tmp_path, small_data, small("channel", **ADAPTS, original_lr=0.01))
 
 
 def test_how_many_steps_there_are_depends_on_the_agent_where_nothing_is_said() -> None:

@@ -3,15 +3,18 @@
 import copy
 import itertools
 import math
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from networks import network, traced
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from amc_env.errors import UserError
 from amc_env.layers import LayerGraph, keeps_of
@@ -529,17 +532,76 @@ def loader_data(small_data: Data, loader: object | None = None) -> Data:
 
 def test_the_users_loader_is_what_is_trained_on(small_data: Data) -> None:
     data = loader_data(small_data)
-    batches = training_batches(data, 99, 0, "cpu")
-    assert isinstance(batches, LoaderBatches)
-    assert len(batches) == 4
     states = []
     for _ in range(2):
+        batches = training_batches(data, 99, 0, "cpu")
+        assert isinstance(batches, LoaderBatches)
+        assert len(batches) == 4
         torch.manual_seed(1)
         model = ResNet(8, classes=4)
         torch.rand(len(states) + 1)
         finetune(model, batches, epochs=2, lr=0.05, seed=7)
         states.append(model.state_dict())
     assert same(*states)
+
+
+class Noisy(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Augments with whatever random numbers there are: torch's, NumPy's, Python's, those of a generator of its own."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+        self.generator = torch.Generator()
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        drawn = torch.rand(()) + np.random.rand() + random.random() + torch.rand((), generator=self.generator)
+        return self.split.images[index].float() + drawn, self.split.labels[index]
+
+
+def noisy_loader(split: Split, **more: Any) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
+    """Shuffled by a generator of its own."""
+    return DataLoader(Noisy(split), 16, shuffle=True, generator=torch.Generator().manual_seed(5), **more)
+
+
+def epochs_of(data: Data, seed: int) -> list[torch.Tensor]:
+    """Images of two epochs, while something else draws random numbers as well."""
+    batches, seen = training_batches(data, 16, seed, "cpu"), []
+    for _ in range(2):
+        for images, _ in batches:
+            seen.append(images)
+            torch.rand(3), np.random.rand(), random.random()
+    return seen
+
+
+def test_a_loader_s_draws_come_from_the_seed_and_leave_no_trace(small_data: Data) -> None:
+    loader = noisy_loader(small_data.train)
+    data = loader_data(small_data, loader)
+    assert loader.generator is not None
+    first = epochs_of(data, 3)
+    torch.manual_seed(8)
+    np.random.seed(8)
+    random.seed(8)
+    before = torch.get_rng_state(), loader.generator.get_state(), loader.dataset.generator.get_state()
+    drawn = np.random.rand(), random.random()
+    np.random.seed(8)
+    random.seed(8)
+    for _ in training_batches(data, 16, 3, "cpu"):
+        pass
+    after = torch.get_rng_state(), loader.generator.get_state(), loader.dataset.generator.get_state()
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert (np.random.rand(), random.random()) == drawn
+    again, other = epochs_of(data, 3), epochs_of(data, 4)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first[0], other[0])
+    assert not torch.equal(first[0], first[len(first) // 2])  # an epoch is not the one before
+
+
+def test_processes_of_a_loader_draw_from_the_seed_too(small_data: Data) -> None:
+    data = loader_data(small_data, noisy_loader(small_data.train, num_workers=1))
+    first, again = ([images for images, _ in training_batches(data, 16, 3, "cpu")] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_loaders_that_cannot_be_trained_on_are_refused(small_data: Data) -> None:

@@ -182,7 +182,7 @@ def test_elements_that_no_decision_changes_are_a_constant() -> None:
 
 def test_errors_are_relative() -> None:
     found = fit_correction([(1.0, 0.0, 0.0)] * 3, [1.0, 1.0, 2.0])
-    assert found.scale + found.constant_ms == pytest.approx(2.5 / 2.25)  # sum(1/y) / sum(1/y^2)
+    assert found.scale + found.constant_ms == pytest.approx(3.5 / 3.25)  # sum(w/y) / sum(w/y^2), w 2, 1, 1
 
 
 def test_random_strategies_go_from_nothing_to_the_most() -> None:

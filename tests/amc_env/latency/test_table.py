@@ -149,6 +149,27 @@ def test_the_conditions_here_name_versions_that_matter() -> None:
     assert eager.machine
 
 
+def test_onnx_runs_on_the_processor_wherever_the_network_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: f"a GPU at {device}")
+    assert Conditions.here("onnx", 1, 1, "cuda:1") == Conditions.here("onnx", 1, 1, "cpu")
+    assert Conditions.here("eager", 1, 1, "cuda:1").machine.startswith("a GPU at cuda:1, ")
+    assert Conditions.here("cuda", 1, 1, "cpu").machine.startswith("a GPU at cuda, ")
+
+
+def test_a_table_half_written_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, whole = tmp_path / "latency.json", Path.write_text
+    table(seconds=1.5).save(path)
+
+    def killed(self: Path, text: str, **options: Any) -> None:
+        whole(self, text[:100], **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        table(seconds=2.5).save(path)
+    assert LatencyTable.load(path).seconds == 1.5
+
+
 def test_a_correction_that_could_rise_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 0"):
         Correction(scale=-1.0)
