@@ -228,7 +228,15 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "search.run_search", *overrides, f'hydra.run.dir="{folder}"']
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     return subprocess.Popen(
-        command, cwd=folder.parent, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command,
+        cwd=folder.parent,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=partial(
+            signal.signal, signal.SIGINT, signal.SIG_DFL
+        ),  # a shell's background ignores Ctrl-C
     )
 
 
