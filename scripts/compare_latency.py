@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from amc_env.latency import Timing, measure
 from search import wiring
 from search.export import load_pruned
+from search.report import read_run, rounds_begun
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 
@@ -68,16 +69,11 @@ def draw(folders: list[Path], path: Path) -> None:
     figure = Figure(figsize=(5.8, 3.6), dpi=160, layout="constrained")
     axes = figure.subplots()
     for folder, colour in zip(folders, itertools.cycle(COLOURS)):
-        result = json.loads((folder / "result.json").read_text())
+        run = read_run(folder)
+        result = run.result
         cost = (result["budget"] or {"cost": "macs"})["cost"]
-        lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()[1:]]
-        firsts = {line["start"]: line for line in reversed(lines)}  # what each round began with
-        chain = result["search"].get("start", [])
-        states = [
-            (firsts[s]["costs"][cost] / result["base"][cost], firsts[s]["accuracy"])
-            for s in chain
-            if s in firsts
-        ]
+        begun = rounds_begun(run)
+        states = [(state["costs"][cost] / result["base"][cost], state["accuracy"]) for state in begun]
         end = (result["pruned"][cost] / result["base"][cost], result["search"]["search_accuracy"])
         points = [(100 * share, 100 * accuracy) for share, accuracy in states or [end]]
         axes.plot(*zip(*points, strict=True), "o-", ms=4 if states else 8, color=colour, label=folder.name)

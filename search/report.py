@@ -10,7 +10,7 @@ import base64
 import csv
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -279,7 +279,7 @@ def _boundaries(steps: list[int], each: float) -> list[int]:
 def _tradeoff_picture(run: RunFiles) -> Picture | None:
     cost, whole, limit = _cost_axis(run.result)
     starts = (run.result.get("search") or {}).get("start") or ["original"]
-    begun = _begun(run, starts)
+    begun = rounds_begun(run)
     shown = starts if begun else starts[-1:]
     scored = [e for e in run.evaluations if cost in e["costs"] and e.get("start", shown[0]) in shown]
     if len({tuple(e["removed"]) for e in scored}) < 2 or not whole:
@@ -300,8 +300,9 @@ def _tradeoff_picture(run: RunFiles) -> Picture | None:
     return Picture("Accuracy against cost", caption, _data_uri(path))
 
 
-def _begun(run: RunFiles, starts: Sequence[str]) -> list[Mapping[str, Any]]:
+def rounds_begun(run: RunFiles) -> list[Mapping[str, Any]]:
     """What each round of an agent that adopts weights began with: the first evaluation of its start."""
+    starts = (run.result.get("search") or {}).get("start") or []
     if not any(start.startswith("round ") for start in starts):
         return []
     firsts: dict[str, Mapping[str, Any]] = {}
