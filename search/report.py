@@ -254,7 +254,9 @@ def _weights_kept(run: RunFiles) -> list[Width]:
 
 def _reward_picture(run: RunFiles) -> Picture | None:
     rewards, search = run.series("episode/reward"), run.result.get("search") or {}
-    if len(rewards) < 2:
+    if len(rewards) < 2 or rounds_begun(
+        run
+    ):  # rewards of other weights do not compare: the next picture has the rounds
         return None
     warmup = int(search.get("warmup") or 0)
     stages = _boundaries(list(rewards), search.get("stage_episodes") or math.inf)

@@ -21,6 +21,7 @@ from amc_env.pruning.widen import widen
 from search.data import Data
 from search.judging import make_evaluator
 from search.preparation import prepare
+from search.report import write_report
 from search.settings import SHORT_TERM, FinalistSettings, Settings, ShortTermSettings, StorageBudget
 from search.starts import Weights, kept, start_at
 
@@ -104,6 +105,18 @@ def test_rounds_that_are_on_file_are_not_tuned_again(
     )
     go(tmp_path, small_data, settings)
     assert not tuned
+
+
+def test_the_report_shows_rounds_and_no_best_over_them(small_data: Data, tmp_path: Path) -> None:
+    go(tmp_path, small_data, small("channel", **ADAPTS))
+    page = write_report(tmp_path).read_text()
+    assert "Accuracy against cost" in page
+    assert "best so far" not in page
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {
+        "channels.png",
+        "tradeoff.png",
+        "finetune.png",
+    }
 
 
 def test_the_winner_alone_is_tuned(small_data: Data, tmp_path: Path) -> None:
