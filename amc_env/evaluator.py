@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from amc_env.budget import Problem
 from amc_env.errors import UserError, first_line
 from amc_env.latency.runtimes import using_threads
+from amc_env.precision import FLOAT32, arithmetic, dtype_of
 from amc_env.pruning.candidate import Builder, Keeps, Masks
 from amc_env.pruning.folding import Folder
 from amc_env.pruning.repair import Repair
@@ -81,18 +82,45 @@ class Key:
     removed: tuple[int, ...]
 
 
+_BATCH_PIXELS = {"cpu": 2**16, "cuda": 2**22}
+_SMALLEST_BATCH = 4
+
+
+def batch_size_for(images: Tensor) -> int:
+    """How many images [N, ...] to score at a time: on a processor what its caches hold, else what fills the device.
+
+    It depends on the size of an image and the kind of device alone, and not on a timing: two runs of one seed must
+    round alike. docs/performance.md has the measurements.
+    """
+    room = _BATCH_PIXELS.get(images.device.type, _BATCH_PIXELS["cuda"])
+    pixels = images[0, 0].numel() if images.ndim > 2 else images[0].numel()
+    return max(_SMALLEST_BATCH, room // pixels)
+
+
 def accuracy(
-    model: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, batch_size: int = 250
+    model: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    batch_size: int | None = None,
+    precision: str = FLOAT32,
 ) -> float:
     """Share of images [N, ...] whose largest logit is their label [N], in [0, 1].
 
     The model is scored in the mode it is in; put it in eval mode first. It is given the images batch by batch, as they
     are; its logits are where the labels are.
 
+    Args:
+        model: Images to logits.
+        images: As the model takes them.
+        labels: int64.
+        batch_size: By default that of `batch_size_for`.
+        precision: Of products on graphics processors; images and weights are taken as they are.
+
     Raises:
         UserError: A logit is not a number.
     """
-    with torch.inference_mode():
+    batch_size = batch_size or batch_size_for(images)
+    with torch.inference_mode(), arithmetic(precision):
         hits = torch.zeros((), dtype=torch.int64, device=labels.device)
         broken = torch.zeros((), dtype=torch.bool, device=labels.device)
         for start in range(0, len(images), batch_size):
@@ -108,15 +136,19 @@ def accuracy(
 
 
 class Scorer:
-    """Scores cut networks on fixed images: batch norms folded, in one memory layout and batch size.
+    """Scores cut networks on fixed images: batch norms folded, in one memory layout, batch size and precision.
 
     Args:
         model: The uncut network, in eval mode.
         images: Normalised images of the search split, [N, C, H, W].
         labels: Their labels, int64 [N].
-        batch_size: Images of a batch.
+        batch_size: Images of a batch; by default that of `batch_size_for`.
         channels_last: Memory format of images and weights, where the network runs in it. It may move logits by
             rounding only.
+        precision: One of PRECISIONS.
+
+    Raises:
+        UserError: The network does not run in that precision.
     """
 
     def __init__(
@@ -125,21 +157,41 @@ class Scorer:
         images: Tensor,
         labels: Tensor,
         *,
-        batch_size: int = 250,
+        batch_size: int | None = None,
         channels_last: bool = True,
+        precision: str = FLOAT32,
     ):
-        channels_last = channels_last and images.ndim == 4 and _runs_channels_last(model, images[:2])
-        if channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        self.images = images
+        few = images[:4].float()  # a worker is given them as they are scored
+        channels_last = channels_last and images.ndim == 4 and _runs_channels_last(model, few)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        dtype = dtype_of(precision)
+        self.images = images.to(dtype).contiguous(memory_format=layout)
         self._labels = labels
-        self._batch_size = batch_size
+        self._batch_size = batch_size or batch_size_for(images)
+        self._precision = precision
         self.channels_last = channels_last
-        self.folder = Folder(model, images[:4], channels_last=channels_last)
+        few = few.contiguous(memory_format=layout)
+        self.folder = Folder(model, few, channels_last=channels_last, dtype=dtype)
+        _check_runs(self.folder(model), self.images[:2], precision)
 
     def __call__(self, model: nn.Module) -> float:
         """Accuracy of a cut network, in [0, 1]."""
-        return accuracy(self.folder(model), self.images, self._labels, self._batch_size)
+        return self._accuracy(self.folder(model))
+
+    def _accuracy(self, network: nn.Module) -> float:
+        return accuracy(network, self.images, self._labels, self._batch_size, self._precision)
+
+
+def _check_runs(network: nn.Module, images: Tensor, precision: str) -> None:
+    try:
+        with torch.inference_mode():
+            network(images)
+    except RuntimeError as error:
+        if precision == FLOAT32:
+            raise
+        raise UserError(
+            f"evaluator.precision={precision} does not work for this network ({first_line(error)}); use float32"
+        ) from error
 
 
 def _runs_channels_last(model: nn.Module, images: Tensor) -> bool:
@@ -210,7 +262,8 @@ class Bench:
         keeps = start.candidates.keeps(removed)
         model = start.candidates.cut(removed, keeps)
         if any(removed) and removed != start.removed:
-            self._repair(start, repair)(model, removed, keeps)
+            with arithmetic(FLOAT32):
+                self._repair(start, repair)(model, removed, keeps)
         return model, keeps
 
     def _repair(self, start: Start, name: str) -> Repair:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from amc_env.evaluator import Scorer, accuracy
+from amc_env.precision import FLOAT32, arithmetic
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +40,9 @@ class PrefixScorer(Scorer):
         model: The uncut network, in eval mode.
         images: Normalised images of the search split, [N, C, H, W].
         labels: Their labels, int64 [N].
-        batch_size: Images of a batch.
-        channels_last: Memory format of images and weights, where the network runs in it.
+        batch_size: As there.
+        channels_last: As there.
+        precision: As there.
         room: Bytes for kept values; images beyond are run from the first layer on.
     """
 
@@ -50,31 +52,35 @@ class PrefixScorer(Scorer):
         images: Tensor,
         labels: Tensor,
         *,
-        batch_size: int = 250,
+        batch_size: int | None = None,
         channels_last: bool = True,
+        precision: str = FLOAT32,
         room: int = ROOM,
     ):
-        super().__init__(model, images, labels, batch_size=batch_size, channels_last=channels_last)
+        super().__init__(
+            model, images, labels, batch_size=batch_size, channels_last=channels_last, precision=precision
+        )
         network = self.folder(model)
         reason = self.folder.reason
         if isinstance(network, fx.GraphModule) and not reason:
             reason = _obstacle(network.graph)
         self._shared: _Shared | None = None
         if isinstance(network, fx.GraphModule) and not reason:
-            self._shared = _Shared(network, torch.split(self.images, batch_size), room)
+            self._shared = _Shared(network, torch.split(self.images, self._batch_size), room)
         else:
             _say_that_nothing_is_shared(reason)
 
     def __call__(self, model: nn.Module) -> float:
         """Accuracy of a cut network, in [0, 1]."""
         network = self.folder(model)
-        logits = None if self._shared is None else self._shared()
+        with arithmetic(self._precision):
+            logits = None if self._shared is None else self._shared()
         if logits is not None:
             return accuracy(nn.Identity(), logits, self._labels, len(logits))
         if self._shared is not None:
             self._shared = None
             _say_that_nothing_is_shared("values that are read again are overwritten in place")
-        return accuracy(network, self.images, self._labels, self._batch_size)
+        return self._accuracy(network)
 
 
 def _say_that_nothing_is_shared(reason: str) -> None:

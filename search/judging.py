@@ -10,8 +10,9 @@ from typing import cast
 
 from torch import Tensor
 
-from amc_env.evaluator import ORIGINAL, Evaluator, Start
+from amc_env.evaluator import ORIGINAL, Evaluator, Start, accuracy
 from amc_env.layers import LayerGraph
+from amc_env.precision import FLOAT32
 from amc_env.prefix import ROOM, PrefixScorer
 from amc_env.pruning.candidate import Builder, Candidates, MaskedCandidates
 from amc_env.pruning.masked_repair import MaskedLeastSquares, MaskedSequential
@@ -136,12 +137,18 @@ class Materials:
             self.labels,
             batch_size=scoring.batch_size,
             channels_last=scoring.channels_last,
+            precision=scoring.precision,
             room=ROOM // (1 + scoring.workers),
         )
 
     def start(self, name: str, candidates: Builder, removed: tuple[int, ...]) -> Start:
         """See `start_of`."""
         return start_of(self.run, name, cast(Candidates | MaskedCandidates, candidates), removed)
+
+
+def _exactly(start: Start, materials: Materials) -> float:
+    """Accuracy of the weights to begin with, in float32."""
+    return accuracy(start.candidates.original, materials.images, materials.labels)
 
 
 def make_evaluator(prepared: Prepared, memo: Journal | None = None, start: Start | None = None) -> Evaluator:
@@ -157,11 +164,15 @@ def make_evaluator(prepared: Prepared, memo: Journal | None = None, start: Start
     materials = Materials.of(prepared)
     scorer = materials.scorer()
     original = scorer(start.candidates.original)
+    precision = settings.scoring.precision
     log.info(
-        "%s accuracy on the %d search images: %.2f%%",
+        "%s accuracy on the %d search images: %.2f%%%s",
         "the original's" if start.name == ORIGINAL else f"{start.name}: the starting",
         len(prepared.data.search),
         100 * original,
+        ""
+        if precision == FLOAT32
+        else f" in {precision}, {100 * _exactly(start, materials):.2f}% in {FLOAT32}",
     )
     if original < 2 / len(prepared.data.classes):
         log.warning("that is near chance: are the images scaled and normalised as in the network's training?")

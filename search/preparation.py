@@ -12,6 +12,7 @@ from amc_env.budget import Budget, Problem, figure
 from amc_env.errors import UserError, first_line
 from amc_env.latency import runtime
 from amc_env.layers import LayerGraph
+from amc_env.precision import check_precision
 from amc_env.pruning.topology import Topology
 from amc_env.workers import check_guard
 from search.costing import costs_of
@@ -36,6 +37,7 @@ def check(settings: Settings) -> None:
     check_guard()
     check_formats(settings.export)
     _check_device(settings.device)
+    check_precision(settings.scoring.precision, settings.device)
     here = (isinstance(b, LatencyBudget) and not (b.table and b.elsewhere) for b in settings.budgets)
     if settings.latency.repeats or any(here):
         runtime(settings.latency.runtime, settings.latency.threads or 1).check()

@@ -12,6 +12,7 @@ from agents.base import Agent
 from agents.baselines import Uniform
 from amc_env.errors import UserError, require
 from amc_env.latency import RUNTIMES
+from amc_env.precision import FLOAT32, PRECISIONS
 from amc_env.pruning.criteria import Criterion, Norm, check_fits
 from amc_env.pruning.granularity import Channel, Granularity
 from amc_env.pruning.regularization import NoRegularization, Regularization
@@ -305,21 +306,32 @@ class ScoringSettings:
     """How candidates are run for scoring; may move logits by rounding only.
 
     Attributes:
-        batch_size: Images of a batch.
+        batch_size: Images of a batch; None: see `amc_env.evaluator.batch_size_for`.
         channels_last: Memory format of images and convolution weights.
+        precision: One of `amc_env.precision.PRECISIONS`.
         workers: Processes that score candidates side by side, where an agent asks for several at once; 0: none.
         threads: Of torch for a candidate; None: the run's.
     """
 
-    batch_size: int = 100
+    batch_size: int | None = None
     channels_last: bool = True
+    precision: str = FLOAT32
     workers: int = 0
     threads: int | None = None
 
     def __post_init__(self) -> None:
         require(
             {
-                "evaluator.batch_size": (self.batch_size >= 1, self.batch_size, "at least 1"),
+                "evaluator.batch_size": (
+                    self.batch_size is None or self.batch_size >= 1,
+                    self.batch_size,
+                    "at least 1, or null for one that suits the images and the device",
+                ),
+                "evaluator.precision": (
+                    self.precision in PRECISIONS,
+                    self.precision,
+                    f"one of {', '.join(PRECISIONS)}",
+                ),
                 "evaluator.workers": (self.workers >= 0, self.workers, "at least 0"),
                 "evaluator.threads": (
                     self.threads is None or self.threads >= 1,

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from amc_env.pruning.topology import Topology
 
@@ -16,23 +20,33 @@ log = logging.getLogger(__name__)
 
 
 class Folder:
-    """Turns cut networks into equal ones without batch norms, in the memory layout asked for.
+    """Turns cut networks into equal ones without batch norms, in the memory layout and precision asked for.
 
-    One folded skeleton serves all candidates. Where the network cannot be traced, or folding changes its
-    outputs by more than rounding, candidates are scored as they are, and `reason` says why.
+    One folded skeleton serves all candidates. An activation overwrites what the layer or the addition before it gave,
+    which is a tenth of the time. Where the network cannot be traced, or folding changes its outputs by more than
+    rounding, candidates are scored as they are, and `reason` says why.
 
     Args:
         model: The uncut network, in eval mode.
         example: A few inputs, to check the fold with.
         channels_last: Whether weights are laid out for inputs in channels-last memory format.
+        dtype: What weights become, after folding.
     """
 
-    def __init__(self, model: nn.Module, example: Tensor, *, channels_last: bool):
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        *,
+        channels_last: bool,
+        dtype: torch.dtype = torch.float32,
+    ):
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._twin = copy.deepcopy(model).eval()
         topology = Topology.of(self._twin)
         self.reason = topology.reason
         self._norms = topology.norm_after
+        self._dtype = torch.float32  # to compare in
         self._folded = self._without_norms(topology)
         if self._folded is not None:
             with torch.no_grad():
@@ -41,6 +55,7 @@ class Folder:
                 self._folded, self.reason = None, "its outputs change when batch norms are folded"
         if self.reason:
             log.info("candidates are scored with their batch norms in place: %s", self.reason)
+        self._dtype = dtype
 
     def _without_norms(self, topology: Topology) -> fx.GraphModule | None:
         if topology.graph is None:
@@ -50,12 +65,15 @@ class Folder:
             if node.op == "call_module" and node.target in behind:
                 node.replace_all_uses_with(node.all_input_nodes[0])
                 topology.graph.erase_node(node)
+        _activate_in_place(topology.graph, dict(self._twin.named_modules()))
         return fx.GraphModule(self._twin, topology.graph)
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> nn.Module:
         """The network to score in place of ``model``; valid until the next call."""
         if self._folded is None:
+            if self._dtype != torch.float32:  # masks are written into the same tensors again and again
+                model = copy.deepcopy(model).to(self._dtype)
             return model.to(memory_format=self._format)  # type: ignore[call-overload, no-any-return]
         source = dict(model.named_modules())
         for name, module in self._folded.named_modules():
@@ -70,6 +88,8 @@ class Folder:
             if parameter is not None:
                 target._parameters[key] = self._own(parameter)
         for key, buffer in source._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                buffer = buffer.to(self._dtype)
             target._buffers[key] = buffer
         if isinstance(source, nn.Conv2d) and isinstance(target, nn.Conv2d):
             target.groups = source.groups  # the one size that the forward pass reads
@@ -88,7 +108,31 @@ class Folder:
         target._parameters["bias"] = self._own(shift)
 
     def _own(self, tensor: Tensor) -> nn.Parameter:
-        value = tensor.detach()
+        value = tensor.detach().to(self._dtype)
         if value.ndim == 4:
             value = value.contiguous(memory_format=self._format)
         return nn.Parameter(value, requires_grad=False)
+
+
+_FRESH = nn.Conv2d, nn.Linear
+_ADDS = (operator.add, torch.add)
+_IN_PLACE: dict[Any, Callable[..., Tensor]] = {
+    nn.ReLU: functional.relu,
+    nn.ReLU6: functional.relu6,
+    functional.relu: functional.relu,
+    torch.relu: functional.relu,
+    functional.relu6: functional.relu6,
+}
+
+
+def _activate_in_place(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> None:
+    """Lets activations overwrite what layers and additions have just written, where nothing else reads that."""
+    for node in graph.nodes:
+        kind = type(modules[str(node.target)]) if node.op == "call_module" else node.target
+        inputs = node.all_input_nodes
+        if kind not in _IN_PLACE or len(inputs) != 1 or len(inputs[0].users) != 1:
+            continue
+        made_by = type(modules[str(inputs[0].target)]) if inputs[0].op == "call_module" else inputs[0].target
+        if made_by in _FRESH or made_by in _ADDS:
+            node.op, node.target = "call_function", _IN_PLACE[kind]
+            node.args, node.kwargs = (inputs[0],), {"inplace": True}

@@ -14,7 +14,20 @@ from torch import Tensor, nn
 from amc_env.budget import Budget, Problem
 from amc_env.costs import Macs, Params
 from amc_env.errors import UserError
-from amc_env.evaluator import ORIGINAL, Bench, Evaluator, Key, Outcome, Removed, Scorer, Start, accuracy
+from amc_env.evaluator import (
+    ORIGINAL,
+    Bench,
+    Evaluator,
+    Key,
+    Outcome,
+    Removed,
+    Scorer,
+    Start,
+    accuracy,
+    batch_size_for,
+)
+from amc_env.precision import BFLOAT16
+from amc_env.prefix import PrefixScorer
 from amc_env.pruning.candidate import Candidates
 from amc_env.pruning.repair import BatchNorm, Both, LeastSquares, NoRepair, Repair, Sequential
 from amc_env.pruning.topology import Topology
@@ -99,6 +112,47 @@ def test_scorer_is_plain_accuracy(name: str, channels_last: bool) -> None:
     for seed in range(3):
         model = candidates.cut(random_removed(grids, seed))
         assert scorer(model) == accuracy(model, images(60), LABELS)
+
+
+@pytest.mark.parametrize("kind", [Scorer, PrefixScorer])
+@pytest.mark.parametrize("name", ["residual", "depthwise", "gated", "mlp"])
+def test_bfloat16_scores_the_network_with_rounded_weights_on_rounded_images(
+    name: str, kind: type[Scorer]
+) -> None:
+    candidates, grids = prepared(name)
+    labels = candidates.original(images(60)).argmax(1)
+    exact = kind(candidates.original, images(60), labels)
+    coarse = kind(candidates.original, images(60), labels, precision=BFLOAT16)
+    assert coarse.images.dtype == torch.bfloat16
+    assert coarse(candidates.original) >= 0.9  # rounding moves few of these answers
+    for seed in range(3):
+        model = candidates.cut(random_removed(grids, seed))
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        assert abs(coarse(model) - exact(model)) <= 0.1
+        assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
+class Float32Only(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.float()).mean((2, 3))
+
+
+def test_a_network_that_does_not_run_in_bfloat16_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"evaluator.precision=bfloat16 does not work for this network .*float32"
+    ):
+        Scorer(Float32Only().eval(), images(60), LABELS, precision=BFLOAT16)
+
+
+def test_batches_suit_the_size_of_an_image_and_the_device() -> None:
+    assert batch_size_for(torch.empty(1, 3, 32, 32)) == 64
+    assert batch_size_for(torch.empty(1, 3, 224, 224)) == 4
+    assert batch_size_for(torch.empty(1, 128)) == 512
+    assert batch_size_for(torch.empty(1, 3, 32, 32, device="meta")) == 4096  # neither the CPU
 
 
 def test_the_same_strategy_is_never_scored_twice() -> None:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from amc_env.errors import UserError
 from amc_env.evaluator import Scorer
+from amc_env.precision import FLOAT32
 from amc_env.prefix import PrefixScorer
 from amc_env.pruning.candidate import Candidates
 from amc_env.pruning.repair import BatchNorm, LeastSquares, NoRepair, Repair, Sequential
@@ -71,7 +72,9 @@ def logits(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """A list that grows by the logits of every network that is scored; accuracies are 0 meanwhile."""
     seen: list[Tensor] = []
 
-    def note(model: nn.Module, batches: Tensor, labels: Tensor, batch_size: int) -> float:
+    def note(
+        model: nn.Module, batches: Tensor, labels: Tensor, batch_size: int, precision: str = FLOAT32
+    ) -> float:
         seen.append(torch.cat([model(batch) for batch in batches.split(batch_size)]).detach().clone())
         return 0.0
 

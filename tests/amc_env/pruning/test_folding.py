@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from networks import NETWORKS, images, network, prepared, random_removed, same_state
+from networks import NETWORKS, images, network, prepared, random_removed, same_state, settled
 from torch import Tensor, nn
+from torch.nn import functional
 
 from amc_env.pruning.folding import Folder
 
@@ -29,6 +30,45 @@ def test_no_batch_norm_is_left_behind_a_layer() -> None:
     assert same_state(model, network("residual"))
 
 
+class Activations(nn.Module):
+    """Two activations that may overwrite what is before them, and two that may not: it is read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.relu = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU()
+        self.second = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.relu(x)  # of the images themselves
+        y = self.norm(self.conv(first - x))
+        z = self.second(functional.relu(y))  # y is added below
+        return self.relu(functional.relu6(self.conv(x)) + self.relu(z + y)).mean((2, 3))
+
+
+def test_activations_overwrite_only_what_nothing_else_reads() -> None:
+    model = settled(Activations())
+    x = images()
+    folder = Folder(model, images(2), channels_last=False)
+    assert folder.reason == ""
+    folded = folder(model)
+    nodes = [node for node in folded.graph.nodes if node.kwargs.get("inplace")]
+    assert [node.target for node in nodes] == [functional.relu6, functional.relu, functional.relu]
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), model(x))
+    assert torch.equal(x, images())
+
+
+def test_weights_become_bfloat16_after_folding_and_the_network_itself_stays() -> None:
+    model = network("residual")
+    folder = Folder(model, images(2), channels_last=True, dtype=torch.bfloat16)
+    folded = folder(model)
+    assert {parameter.dtype for parameter in folded.parameters()} == {torch.bfloat16}
+    exact = Folder(model, images(2), channels_last=True)(model)
+    for name, parameter in exact.named_parameters():
+        assert torch.equal(folded.get_parameter(name), parameter.bfloat16())
+    assert same_state(model, network("residual"))
+
+
 class Branching(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -44,6 +84,9 @@ def test_an_untraceable_network_is_scored_as_it_is() -> None:
     folder = Folder(model, images(1), channels_last=True)
     assert "torch.fx cannot trace it" in folder.reason
     assert folder(model) is model
+    coarse = Folder(model, images(1), channels_last=True, dtype=torch.bfloat16)(model)
+    assert coarse.conv.weight.dtype == torch.bfloat16
+    assert model.conv.weight.dtype == torch.float32
 
 
 class Tokens(nn.Module):
