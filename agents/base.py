@@ -1,21 +1,20 @@
 """What an agent is given, and what it must be.
 
-An agent sees a search in one of two ways: as a Gymnasium environment that takes one decision a step, or as a
+An agent sees a search in one of two ways: as Gymnasium environments that take one decision a step, or as a
 `Problem` whose whole strategies it has scored. Both end at the same evaluator, which counts, keeps the best
 and writes the journal; an agent only asks.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, SupportsFloat
+from typing import Any, ClassVar, Protocol
 
-import gymnasium
 import numpy as np
 import numpy.typing as npt
+from gymnasium.vector import VectorEnv
 
 Removed = tuple[int, ...]
 """A strategy as its integers: units removed from each decision."""
@@ -121,9 +120,10 @@ class SearchTask:
 
     Attributes:
         problem: The whole-strategy view.
-        env: The layer-by-layer view; its last step goes to the same evaluator as ``score``.
+        envs: The layer-by-layer view: so many environments side by side, whose episodes end together; the last step
+            hands all their strategies to the same evaluator as ``score``.
         score: Scores whole strategies, in order.
-        episodes: Episodes of the environment, or evaluations of an agent that proposes whole strategies.
+        episodes: Episodes of the environments, or evaluations of an agent that proposes whole strategies.
         seed: What an agent draws depends on this and on the rewards alone: a killed search is resumed by
             running the agent again and reading the outcomes back, and ``episodes`` may have grown by then.
         on_update: Called with figures of the agent under slash names (agent/critic_loss), for a tracker.
@@ -132,7 +132,7 @@ class SearchTask:
     """
 
     problem: Problem
-    env: gymnasium.Env[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+    envs: Callable[[int], VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[Any]]]
     score: Callable[[Sequence[Removed]], list[Result]]
     episodes: int
     seed: int
@@ -145,7 +145,7 @@ class Agent(ABC):
 
     Attributes:
         name: What configurations call it.
-        steps: True where it uses the environment, False where it proposes whole strategies.
+        steps: True where it uses the environments, False where it proposes whole strategies.
         tunes: Whether it adopts weights, and its candidates are shortly fine-tuned unless settings say otherwise.
     """
 
@@ -153,8 +153,8 @@ class Agent(ABC):
     steps: ClassVar[bool]
     tunes: ClassVar[bool] = False
 
-    def check(self, problem: Problem) -> None:  # noqa: B027 -- most can search any problem
-        """Refuses a problem that it cannot search, before anything is scored.
+    def check(self, problem: Problem, episodes: int) -> None:  # noqa: B027 -- most can do any search
+        """Refuses a search that it cannot do, before anything is scored.
 
         Raises:
             TaskError: It cannot.
@@ -167,38 +167,3 @@ class Agent(ABC):
     @abstractmethod
     def search(self, task: SearchTask) -> None:
         """Spends the task's episodes."""
-
-
-class FiniteReward(gymnasium.RewardWrapper[Any, Any]):
-    """Gives a learner a finite reward in place of minus infinity.
-
-    A value function cannot be fitted to -inf. The stand-in must be worse than any finite reward: the default
-    -2 is twice the worst ``-error``; a reward on another scale needs its own. The outcome in ``info`` and all
-    that is recorded of the search keep the -inf.
-    """
-
-    def __init__(self, env: gymnasium.Env[Any, Any], stand_in: float = -2.0) -> None:
-        """Wraps ``env``.
-
-        Raises:
-            ValueError: ``stand_in`` is not finite.
-        """
-        super().__init__(env)
-        if not math.isfinite(stand_in):
-            raise ValueError(
-                f"the stand-in for an infinite reward is {stand_in}; it must be finite, like -2.0"
-            )
-        self.stand_in = stand_in
-
-    def reward(self, reward: SupportsFloat) -> float:
-        """Returns the reward, or the stand-in for -inf.
-
-        Raises:
-            ValueError: The reward is NaN or plus infinity.
-        """
-        value = float(reward)
-        if value == -math.inf:
-            return self.stand_in
-        if not math.isfinite(value):
-            raise ValueError(f"the environment gave the reward {value}; a learner needs a number or -inf")
-        return value

@@ -19,14 +19,16 @@ import numpy.typing as npt
 import torch
 from gymnasium import spaces
 from stable_baselines3 import DDPG
+from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from agents.base import Agent, FiniteReward, SearchTask
+from agents.base import Agent, Problem, SearchTask, TaskError
 from agents.exploration import WARMUPS, TruncatedNormalNoise, Warmup, uniform_ratios
 from agents.replay import EpisodeReplayBuffer
+from agents.vector import GymnasiumVecEnv
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +78,7 @@ class AMCDDPG(DDPG):
 
     def __init__(
         self,
-        env: DummyVecEnv,
+        env: VecEnv,
         settings: DDPGAgent,
         steps: int,
         warmup: Warmup,
@@ -88,7 +90,7 @@ class AMCDDPG(DDPG):
         """Builds the networks.
 
         Args:
-            env: One or several environments whose episodes all have ``steps`` steps.
+            env: ``settings.n_envs`` environments whose episodes all have ``steps`` steps.
             settings: The numbers.
             steps: Steps of an episode.
             warmup: Draws the actions of a warm-up episode.
@@ -99,18 +101,16 @@ class AMCDDPG(DDPG):
         self.settings, self.steps, self.on_update = settings, steps, on_update
         self.noise = settings.noise
         self._warmup, self._warmup_actions, self._noise_rng = warmup, np.empty((0, 0, 1)), rng
-        episodic = env.num_envs == 1
         super().__init__(
             "MlpPolicy",
             env,
             learning_rate=settings.actor_lr,
             buffer_size=settings.replay_transitions or settings.replay_episodes * steps,
-            learning_starts=settings.warmup_episodes * steps,
+            learning_starts=settings.warmup_whole * steps,
             batch_size=settings.batch_size,
             tau=settings.tau,
             gamma=settings.gamma,
-            # episodic training takes one environment; several end together, after `steps` steps
-            train_freq=(1, "episode") if episodic else (steps, "step"),
+            train_freq=(steps, "step"),  # all episodes end together
             gradient_steps=settings.updates * steps * env.num_envs,
             replay_buffer_class=EpisodeReplayBuffer,
             replay_buffer_kwargs={
@@ -123,6 +123,7 @@ class AMCDDPG(DDPG):
             seed=seed,
             device="cpu",
         )
+        self.set_logger(Logger(folder=None, output_formats=[]))  # the default makes a folder
 
     def _setup_model(self) -> None:
         super()._setup_model()
@@ -206,7 +207,7 @@ class AMCDDPG(DDPG):
             {
                 "agent/critic_loss": critic_loss,
                 "agent/actor_loss": actor_loss,
-                "agent/sigma": self.noise.sigma_at(self._episode_num - 1),
+                "agent/sigma": self.noise.sigma_at(self._episode_num - self.n_envs),
                 "agent/baseline": self.replay_buffer.baseline or 0.0,
             }
         )
@@ -250,6 +251,9 @@ class DDPGAgent(Agent):
         rescale: Divide rewards by the standard deviation of those in the replay buffer; not in AMC.
         hidden: Hidden layers of actor and critic.
         infinite_reward: What the learner is told in place of minus infinity.
+        n_envs: Episodes at once, whose strategies are scored together. The warm-up takes as many whole rounds of them as
+            it needs; ``updates`` and ``sigma_decay`` still count a step and an episode, the episodes of a round sharing
+            the sigma of the first.
     """
 
     name: ClassVar[str] = "ddpg"
@@ -272,6 +276,7 @@ class DDPGAgent(Agent):
     rescale: bool = False
     hidden: tuple[int, ...] = (300, 300)
     infinite_reward: float = -2.0
+    n_envs: int = 1
 
     def __post_init__(self) -> None:
         """Refuses what cannot work, all of it at once."""
@@ -295,6 +300,7 @@ class DDPGAgent(Agent):
             "store": (self.store in ("raw", "executed"), "raw or executed"),
             "infinite_reward": (math.isfinite(self.infinite_reward), "a finite number"),
             "baseline_rate": (0 <= self.baseline_rate <= 1, "in [0, 1]"),
+            "n_envs": (self.n_envs >= 1, "at least 1"),
         }
         wrong = [
             f"agent.{k}={getattr(self, k)!r} must be {rule}" for k, (ok, rule) in rules.items() if not ok
@@ -305,11 +311,35 @@ class DDPGAgent(Agent):
     @property
     def noise(self) -> TruncatedNormalNoise:
         """Of the actions."""
-        return TruncatedNormalNoise(self.sigma, self.sigma_decay, self.warmup_episodes)
+        return TruncatedNormalNoise(self.sigma, self.sigma_decay, self.warmup_whole)
+
+    @property
+    def warmup_whole(self) -> int:
+        """Episodes of the warm-up in whole rounds."""
+        return math.ceil(self.warmup_episodes / self.n_envs) * self.n_envs
+
+    def check(self, problem: Problem, episodes: int) -> None:
+        """Refuses episodes that do not make whole rounds.
+
+        Raises:
+            TaskError: They do not.
+        """
+        below = episodes // self.n_envs * self.n_envs
+        if below != episodes:
+            near = " or ".join(str(count) for count in (below, below + self.n_envs) if count)
+            raise TaskError(
+                f"search.episodes={episodes} is no multiple of agent.n_envs={self.n_envs}, the episodes at once; "
+                f"set search.episodes={near}, or agent.n_envs=1"
+            )
 
     def search(self, task: SearchTask) -> None:
-        """Runs ``task.episodes`` episodes of ``task.env``."""
-        if task.episodes <= self.warmup_episodes:
+        """Runs ``task.episodes`` episodes.
+
+        Raises:
+            TaskError: They are no multiple of ``n_envs``.
+        """
+        self.check(task.problem, task.episodes)
+        if task.episodes <= self.warmup_whole:
             log.warning(
                 "search.episodes=%d ends within the warm-up of agent.warmup_episodes=%d: nothing is learnt",
                 task.episodes,
@@ -323,7 +353,7 @@ class DDPGAgent(Agent):
         """Returns the untrained learner of a task; all it draws comes from the task's seed."""
         warmup_rng, noise_rng = np.random.default_rng(task.seed).spawn(2)
         learner = AMCDDPG(
-            DummyVecEnv([lambda: FiniteReward(task.env, self.infinite_reward)]),
+            GymnasiumVecEnv(task.envs(self.n_envs), self.infinite_reward),
             self,
             steps=len(task.problem.names),
             warmup=WARMUPS[self.warmup](task.problem, self.noise, warmup_rng),

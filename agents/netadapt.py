@@ -64,7 +64,7 @@ class NetAdapt(Agent):
         if wrong:
             raise ValueError("; ".join(wrong))
 
-    def check(self, problem: Problem) -> None:
+    def check(self, problem: Problem, episodes: int) -> None:
         """Refuses a problem without a budget.
 
         Raises:
@@ -94,7 +94,7 @@ class NetAdapt(Agent):
         Raises:
             TaskError: There is no budget.
         """
-        self.check(task.problem)
+        self.check(task.problem, task.episodes)
         state = task.score([task.problem.snap(np.zeros(len(task.problem.names)))])[0]
         for number in count(1):
             if task.problem.met(state.removed):

@@ -181,7 +181,7 @@ class Sensitivity(Agent):
         if wrong:
             raise ValueError("; ".join(wrong))
 
-    def check(self, problem: Problem) -> None:
+    def check(self, problem: Problem, episodes: int) -> None:
         """Refuses a problem that gives nothing to prune to.
 
         Raises:
@@ -200,7 +200,7 @@ class Sensitivity(Agent):
             TaskError: There are too few episodes, or neither a budget nor a threshold.
         """
         problem = task.problem
-        self.check(problem)
+        self.check(problem, task.episodes)
         plans = self._fitting(problem, task.episodes)
         whole = problem.snap(np.zeros(len(problem.names)))
         results = task.score([whole, *(removed for alone in plans for removed in alone)])

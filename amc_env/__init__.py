@@ -1,8 +1,12 @@
 """Automated network pruning as a Gymnasium environment; importing this registers ``amc_env/Pruning-v0``.
 
-The entry point is a string, so that registration costs no import of the environment or of PyTorch.
+The entry points are strings, so that registration costs no import of the environment or of PyTorch.
 """
 
 import gymnasium
 
-gymnasium.register(id="amc_env/Pruning-v0", entry_point="amc_env.env:PruningEnv")
+gymnasium.register(
+    id="amc_env/Pruning-v0",
+    entry_point="amc_env.env:PruningEnv",
+    vector_entry_point="amc_env.env:PruningVectorEnv",
+)

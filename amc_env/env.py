@@ -10,6 +10,8 @@ import gymnasium
 import numpy as np
 import numpy.typing as npt
 from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
 
 from amc_env.encoding import FEATURES, Encoder
 from amc_env.errors import UserError
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 Observation = npt.NDArray[np.float32]
 Action = npt.NDArray[np.float32]
+Info = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class EnvHandle:
         fill_budget: At the last step, lower all ratios together as far as the budgets allow before the
             strategy is scored. Not in AMC: its bound only raises actions, so episodes often end far below the
             budget.
+        score_all: Scores several strategies at once, in order, as ``score`` would; None: one after the other.
     """
 
     problem: Problem
@@ -48,6 +52,7 @@ class EnvHandle:
     reward: RewardFunction
     enforce_budget: bool = True
     fill_budget: bool = False
+    score_all: Callable[[Sequence[Strategy]], Sequence[Outcome]] | None = None
 
     def __copy__(self) -> EnvHandle:
         return self
@@ -126,27 +131,20 @@ class PruningEnv(gymnasium.Env[Observation, Action]):
         Raises:
             UserError: The reward judges missed budgets and the bound would let none occur.
         """
-        if handle.enforce_budget and getattr(handle.reward, "needs_bound_off", False):
-            raise UserError(
-                f"reward {getattr(handle.reward, 'name', handle.reward)!r} judges strategies that miss the "
-                "budget, and the bound on the action never lets one miss it; set enforce_budget=False, or "
-                "use reward=error"
-            )
+        _check_reward(handle)
         self.handle = handle
-        most = float(np.max(handle.problem.maxima))
-        self.action_space = spaces.Box(0.0, most, (1,), np.float32)
-        self.observation_space = spaces.Box(0.0, 1.0, (len(FEATURES),), np.float32)
-        self._chosen: list[int] | None = None
+        self.observation_space, self.action_space = _spaces(handle)
+        self._episode: _Episode | None = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Observation, dict[str, Any]]:
+    ) -> tuple[Observation, Info]:
         """Starts at the first decision with nothing removed."""
         super().reset(seed=seed)
-        self._chosen = []
-        return self.handle.encoder(()), {}
+        self._episode = _Episode(self.handle)
+        return self._episode.observation, {}
 
-    def step(self, action: Action) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+    def step(self, action: Action) -> tuple[Observation, float, bool, bool, Info]:
         """Takes one decision; the last one scores the strategy.
 
         Raises:
@@ -154,20 +152,149 @@ class PruningEnv(gymnasium.Env[Observation, Action]):
             UserError: The reward of the scored strategy is NaN, or its accuracy is no share.
             gymnasium.error.ResetNeeded: The episode is over, or none was begun.
         """
-        problem = self.handle.problem
-        if self._chosen is None or len(self._chosen) == len(problem.names):
+        if self._episode is None or self._episode.over:
             raise gymnasium.error.ResetNeeded("no episode is running: call reset() before step()")
-        info = self._decide(_ratio(action, problem.names[len(self._chosen)]))
-        if len(self._chosen) < len(problem.names):
-            return self.handle.encoder(self._chosen), 0.0, False, False, info
-        reward = self._finish(info)
-        return np.zeros(len(FEATURES), np.float32), reward, True, False, info
+        episode, reward = self._episode, 0.0
+        info = episode.decide(episode.ratio(action))
+        if episode.over:
+            strategy = episode.strategy
+            reward = episode.judge(strategy, self.handle.score(strategy), info)
+        return episode.observation, reward, episode.over, False, info
 
-    def _decide(self, ratio: float) -> dict[str, Any]:
+
+class PruningVectorEnv(VectorEnv[Observation, Action, npt.NDArray[Any]]):
+    """Several episodes of a `PruningEnv` side by side, whose strategies are scored together.
+
+    All have the same decisions and so end at the same step. What each gives is what `PruningEnv` specifies; spaces and
+    results are batched as ``gymnasium.vector.SyncVectorEnv`` does it. The step that ends the episodes also begins the
+    next ones (autoreset in the same step): it gives the first observations, and what the episodes ended with is
+    in ``infos["final_obs"]`` and ``infos["final_info"]``.
+
+    ## Arguments
+    ``gymnasium.make_vec("amc_env/Pruning-v0", num_envs=4, vectorization_mode="vector_entry_point", handle=handle)``
+    """
+
+    metadata: dict[str, Any] = {  # noqa: RUF012 -- declared so by gymnasium.vector.VectorEnv
+        "render_modes": [],
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+    }
+
+    def __init__(self, handle: EnvHandle, num_envs: int = 1) -> None:
+        """Builds the environments around what ``handle`` refers to.
+
+        Raises:
+            UserError: There would be none, or the reward judges missed budgets and the bound would let none occur.
+        """
+        if num_envs < 1:
+            raise UserError(f"num_envs={num_envs} must be at least 1: the episodes side by side")
+        _check_reward(handle)
+        self.handle, self.num_envs = handle, num_envs
+        self.single_observation_space, self.single_action_space = _spaces(handle)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._episodes: list[_Episode] = []
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, Info]:
+        """Starts all episodes at the first decision with nothing removed.
+
+        Raises:
+            ValueError: Only some are to be started: then they would not end together.
+        """
+        if not np.all((options or {}).get("reset_mask", True)):
+            raise ValueError("options['reset_mask'] leaves out episodes; they begin and end together")
+        super().reset(seed=seed)
+        self._episodes = [_Episode(self.handle) for _ in range(self.num_envs)]
+        return self._observations(), {}
+
+    def step(
+        self, actions: Action
+    ) -> tuple[Observation, npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], Info]:
+        """Takes one decision of each episode; the last ones score the strategies and begin the next episodes.
+
+        Args:
+            actions: [environments, 1].
+
+        Raises:
+            ValueError: The actions are not one finite number for each environment.
+            UserError: The reward of a scored strategy is NaN, or its accuracy is no share.
+            gymnasium.error.ResetNeeded: No episodes were begun.
+        """
+        if not self._episodes:
+            raise gymnasium.error.ResetNeeded("no episode is running: call reset() before step()")
+        if len(actions) != self.num_envs:
+            raise ValueError(f"{len(actions)} actions for {self.num_envs} environments; give one for each")
+        ratios = [episode.ratio(action) for episode, action in zip(self._episodes, actions, strict=True)]
+        given = [episode.decide(ratio) for episode, ratio in zip(self._episodes, ratios, strict=True)]
+        over = self._episodes[0].over
+        rewards = np.zeros(self.num_envs)
+        if over:
+            rewards[:] = self._judge(given)
+            ends = zip(self._episodes, given, strict=True)
+            given = [{"final_obs": episode.observation, "final_info": info} for episode, info in ends]
+            self._episodes = [_Episode(self.handle) for _ in given]
+        infos: Info = {}
+        for i, info in enumerate(given):
+            infos = self._add_info(infos, info, i)
+        ended = np.full(self.num_envs, over)
+        return self._observations(), rewards, ended, np.zeros_like(ended), infos
+
+    def _observations(self) -> Observation:
+        return np.stack([episode.observation for episode in self._episodes])
+
+    def _judge(self, infos: Sequence[Info]) -> list[float]:
+        """Scores the strategies, adds what is known of them to ``infos`` and returns their rewards."""
+        strategies = [episode.strategy for episode in self._episodes]
+        if self.handle.score_all is None:
+            outcomes: Sequence[Outcome] = [self.handle.score(strategy) for strategy in strategies]
+        else:
+            outcomes = self.handle.score_all(strategies)
+        ends = zip(self._episodes, strategies, outcomes, infos, strict=True)
+        return [episode.judge(strategy, outcome, info) for episode, strategy, outcome, info in ends]
+
+
+class _Episode:
+    """A strategy in the making: the counts chosen so far."""
+
+    def __init__(self, handle: EnvHandle):
+        self._handle = handle
+        self._chosen: list[int] = []
+
+    @property
+    def over(self) -> bool:
+        """Whether every decision is taken."""
+        return len(self._chosen) == len(self._handle.problem.names)
+
+    @property
+    def observation(self) -> Observation:
+        """Of the decision to be taken; zero when there is none."""
+        return np.zeros(len(FEATURES), np.float32) if self.over else self._handle.encoder(self._chosen)
+
+    @property
+    def strategy(self) -> Strategy:
+        """The counts to score: those chosen, or all lowered together until a budget is used up."""
+        problem, counts = self._handle.problem, self._chosen
+        if not self._handle.fill_budget or not problem.met(counts):
+            return problem.strategy(counts)
+        return problem.strategy(
+            problem.land([count / total for count, total in zip(counts, problem.totals, strict=True)])
+        )
+
+    def ratio(self, action: Action) -> float:
+        """The one number of an action."""
+        values = np.asarray(action, dtype=np.float64).reshape(-1)
+        if values.shape != (1,) or not np.isfinite(values).all():
+            raise ValueError(
+                f"decision {self._handle.problem.names[len(self._chosen)]!r} was given the action {action!r}; "
+                "one finite pruning ratio is needed"
+            )
+        return float(values[0])
+
+    def decide(self, ratio: float) -> Info:
         """Carries out the next decision and describes it."""
-        assert self._chosen is not None
-        problem, t = self.handle.problem, len(self._chosen)
-        least = problem.least(self._chosen) if self.handle.enforce_budget else 0
+        problem, t = self._handle.problem, len(self._chosen)
+        least = problem.least(self._chosen) if self._handle.enforce_budget else 0
         self._chosen.append(max(problem.grids[t].snap(ratio), least))
         costs = problem.cost(self._chosen + [0] * (len(problem.names) - t - 1))
         return {
@@ -177,34 +304,26 @@ class PruningEnv(gymnasium.Env[Observation, Action]):
             "macs": costs["macs"],
         }
 
-    def _finish(self, info: dict[str, Any]) -> float:
-        """Scores the strategy, adds what is known of it to ``info`` and returns its reward."""
-        assert self._chosen is not None
-        strategy = self.handle.problem.strategy(self._filled())
-        outcome = self.handle.score(strategy)
-        reward = float(self.handle.reward(outcome.accuracy, outcome.costs, outcome.met))
+    def judge(self, strategy: Strategy, outcome: Outcome, info: Info) -> float:
+        """Adds what is known of the scored strategy to the last step's ``info`` and returns its reward."""
+        reward = float(self._handle.reward(outcome.accuracy, outcome.costs, outcome.met))
         if np.isnan(reward):
             raise UserError(f"the reward of accuracy {outcome.accuracy} and costs {outcome.costs} is NaN")
         info.update(accuracy=outcome.accuracy, met=outcome.met, strategy=strategy, outcome=outcome)
         info.update(executed_ratio=strategy.ratios[-1], macs=outcome.costs["macs"])
         return reward
 
-    def _filled(self) -> Sequence[int]:
-        """The counts to score: those chosen, or all lowered together until a budget is used up."""
-        assert self._chosen is not None
-        problem = self.handle.problem
-        if not self.handle.fill_budget or not problem.met(self._chosen):
-            return self._chosen
-        return problem.land(
-            [count / total for count, total in zip(self._chosen, problem.totals, strict=True)]
+
+def _check_reward(handle: EnvHandle) -> None:
+    if handle.enforce_budget and getattr(handle.reward, "needs_bound_off", False):
+        raise UserError(
+            f"reward {getattr(handle.reward, 'name', handle.reward)!r} judges strategies that miss the "
+            "budget, and the bound on the action never lets one miss it; set enforce_budget=False, or "
+            "use reward=error"
         )
 
 
-def _ratio(action: Action, decision: str) -> float:
-    """The one number of an action."""
-    values = np.asarray(action, dtype=np.float64).reshape(-1)
-    if values.shape != (1,) or not np.isfinite(values).all():
-        raise ValueError(
-            f"decision {decision!r} was given the action {action!r}; one finite pruning ratio is needed"
-        )
-    return float(values[0])
+def _spaces(handle: EnvHandle) -> tuple[spaces.Space[Observation], spaces.Space[Action]]:
+    """Of the observations and the actions of one environment."""
+    most = float(np.max(handle.problem.maxima))
+    return spaces.Box(0.0, 1.0, (len(FEATURES),), np.float32), spaces.Box(0.0, most, (1,), np.float32)

@@ -1,7 +1,7 @@
 """Search for a smaller network: the commands, and the same from Python.
 
-`compress` is the main job on a network of one's own, `make_env` its search as a Gymnasium environment, and
-`load_pruned` restores what a run left behind.
+`compress` is the main job on a network of one's own, `make_env` its search as a Gymnasium environment, `make_vec_env`
+several of them side by side, and `load_pruned` restores what a run left behind.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _check_neighbours() -> None:
 
 _check_neighbours()
 
-from search.api import Compressed, compress, make_env  # noqa: E402 -- the check must come first
+from search.api import Compressed, compress, make_env, make_vec_env  # noqa: E402 -- the check must come first
 from search.export import load_pruned  # noqa: E402
 
-__all__ = ["Compressed", "compress", "load_pruned", "make_env"]
+__all__ = ["Compressed", "compress", "load_pruned", "make_env", "make_vec_env"]

@@ -17,6 +17,7 @@ from torch import nn
 import amc_env  # noqa: F401 -- registers the environment
 from agents.base import Agent
 from agents.baselines import Random
+from amc_env.env import EnvHandle
 from amc_env.errors import UserError, first_line
 from amc_env.pruning.candidate import Keeps
 from amc_env.pruning.granularity import Channel
@@ -150,13 +151,53 @@ def make_env(
     Raises:
         UserError: As for `compress`.
     """
+    handle = _env_handle(module, train_loader, val_loader, budget, settings)
+    env: gymnasium.Env[Any, Any] = gymnasium.make("amc_env/Pruning-v0", handle=handle)
+    return env
+
+
+def make_vec_env(
+    module: nn.Module,
+    train_loader: Iterable[Any],
+    val_loader: Iterable[Any],
+    *,
+    num_envs: int,
+    budget: Asked | None = 0.5,
+    settings: Settings | None = None,
+) -> gymnasium.vector.VectorEnv[Any, Any, Any]:
+    """`make_env`'s environment several times side by side, as one; see `PruningVectorEnv`.
+
+    The strategies of all are scored together: ``settings.scoring.workers`` processes share them out; they end once
+    nothing refers to the environment.
+
+    Args:
+        module: As for `compress`.
+        train_loader: As for `make_env`.
+        val_loader: As for `make_env`.
+        num_envs: Episodes side by side.
+        budget: As for `make_env`.
+        settings: As for `make_env`.
+
+    Raises:
+        UserError: As for `compress`.
+    """
+    handle = _env_handle(module, train_loader, val_loader, budget, settings)
+    return gymnasium.make_vec("amc_env/Pruning-v0", num_envs=num_envs, handle=handle)
+
+
+def _env_handle(
+    module: nn.Module,
+    train_loader: Iterable[Any],
+    val_loader: Iterable[Any],
+    budget: Asked | None,
+    settings: Settings | None,
+) -> EnvHandle:
+    """What an environment of a search from Python refers to."""
     budgets = () if budget is None else _budgets(budget)
     base = replace(settings or _defaults(Random(), budgets), agent=Random(), budgets=budgets)
     network = copy.deepcopy(module).cpu().eval()
     prepared = prepare(network, _data(network, train_loader, val_loader, None, base), base)
-    loop = Loop(make_evaluator(prepared), base.reward)
-    env: gymnasium.Env[Any, Any] = gymnasium.make("amc_env/Pruning-v0", handle=env_handle(prepared, loop))
-    return env
+    return env_handle(prepared, Loop(make_evaluator(prepared), base.reward))
 
 
 def _data(

@@ -72,7 +72,7 @@ class Given(Agent):
         """What the file says."""
         return read_strategy(self.strategy)
 
-    def check(self, problem: Problem) -> None:
+    def check(self, problem: Problem, episodes: int) -> None:
         """Refuses a problem that the strategy does not fit, or whose budgets it does not meet.
 
         Raises:

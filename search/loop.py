@@ -83,7 +83,11 @@ class Loop:
 
     def outcome(self, strategy: Strategy) -> Outcome:
         """Scores an environment's strategy: one episode."""
-        return self._episodes([strategy])[0].outcome
+        return self.outcomes([strategy])[0]
+
+    def outcomes(self, strategies: Sequence[Strategy]) -> list[Outcome]:
+        """Scores the strategies of several environments, in order: one episode each."""
+        return [scored.outcome for scored in self._episodes(strategies)]
 
     def score(self, proposals: Sequence[Removed]) -> list[Result]:
         """Scores whole strategies, in order: one episode each."""

@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import nn
 
 from agents.base import SearchTask, TaskError
 from amc_env.encoding import Encoder, describe
-from amc_env.env import EnvHandle, PruningEnv
+from amc_env.env import EnvHandle, PruningVectorEnv
 from amc_env.errors import UserError
 from amc_env.evaluator import ORIGINAL, Outcome, Start
 from amc_env.pruning.candidate import Keeps
@@ -95,7 +96,7 @@ def search(
     loop = Loop(evaluator, settings.reward, watcher, moved)
     task = SearchTask(
         problem=prepared.problem,
-        env=PruningEnv(env_handle(prepared, loop)),
+        envs=partial(PruningVectorEnv, env_handle(prepared, loop)),
         score=loop.score,
         episodes=settings.episodes,
         seed=settings.seed,
@@ -113,7 +114,7 @@ def search(
 
 
 def env_handle(prepared: Prepared, loop: Loop) -> EnvHandle:
-    """What the environment of a search refers to; its last step ends in ``loop``."""
+    """What the environments of a search refer to; their last step ends in ``loop``."""
     settings, problem = prepared.settings, prepared.problem
     return EnvHandle(
         problem,
@@ -122,6 +123,7 @@ def env_handle(prepared: Prepared, loop: Loop) -> EnvHandle:
         settings.reward,
         enforce_budget=settings.enforce_budget,
         fill_budget=settings.fill_budget,
+        score_all=loop.outcomes,
     )
 
 
@@ -193,12 +195,12 @@ def refuse_early(prepared: Prepared) -> None:
     """Finds what cannot be done before anything is trained or scored.
 
     Raises:
-        UserError: The agent cannot search the problem, a stage is out of reach, or the criterion or the regulariser
+        UserError: The agent cannot do the search, a stage is out of reach, or the criterion or the regulariser
             does not fit the network.
     """
     settings = prepared.settings
     try:
-        settings.agent.check(prepared.problem)
+        settings.agent.check(prepared.problem, settings.episodes)
     except TaskError as error:  # agents know no UserError
         raise UserError(str(error)) from error
     start = start_of(prepared, ORIGINAL, prepared.builder)

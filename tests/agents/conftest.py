@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from agents.base import Agent, Result, SearchTask
 from amc_env.budget import Budget, Problem
 from amc_env.encoding import DecisionDescription, Encoder
-from amc_env.env import EnvHandle, PruningEnv
+from amc_env.env import EnvHandle, PruningEnv, PruningVectorEnv
 from amc_env.rewards import Error, Infinity
 from amc_env.strategy import Grid, Strategy
 
@@ -39,7 +40,10 @@ class ToyOutcome:
 
 @dataclass
 class Toy:
-    """A search over equal layers; ``scored`` lists what was asked for, ``rewards`` what it was worth."""
+    """A search over equal layers.
+
+    ``scored`` lists what was asked for, ``rewards`` what it was worth, ``rounds`` how many episodes ended together.
+    """
 
     accuracy: Callable[[np.ndarray], float]
     decisions: int = 4
@@ -47,6 +51,7 @@ class Toy:
     bounded: bool = True
     scored: list[tuple[int, ...]] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
+    rounds: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         grids = [Grid(f"layer{i}", 32, 1, 28) for i in range(self.decisions)]
@@ -80,11 +85,21 @@ class Toy:
             for o, reward in zip(outcomes, rewards, strict=True)
         ]
 
+    def score_all(self, strategies: Sequence[Strategy]) -> list[ToyOutcome]:
+        self.rounds.append(len(strategies))
+        return [self.score_one(strategy) for strategy in strategies]
+
+    def handle(self) -> EnvHandle:
+        return EnvHandle(
+            self.problem, self.encoder, self.score_one, self.reward, self.bounded, score_all=self.score_all
+        )
+
     def env(self) -> PruningEnv:
-        return PruningEnv(EnvHandle(self.problem, self.encoder, self.score_one, self.reward, self.bounded))
+        return PruningEnv(self.handle())
 
     def task(self, episodes: int, seed: int = 1, **more: object) -> SearchTask:
-        return SearchTask(self.problem, self.env(), self.score, episodes, seed, **more)
+        envs = partial(PruningVectorEnv, self.handle())
+        return SearchTask(self.problem, envs, self.score, episodes, seed, **more)
 
     def run(self, agent: Agent, episodes: int, seed: int = 1) -> Toy:
         agent.search(self.task(episodes, seed))

@@ -2,15 +2,15 @@
 
 import math
 import random
+import tempfile
 
 import numpy as np
 import pytest
 import torch
-from stable_baselines3.common.vec_env import DummyVecEnv
 
+from agents.base import TaskError
 from agents.baselines import Random
-from agents.ddpg import AMCDDPG, DDPGAgent, one_thread
-from agents.exploration import WARMUPS
+from agents.ddpg import DDPGAgent, one_thread
 
 SMALL = {"warmup_episodes": 15, "hidden": (64, 64), "warmup": "landing"}
 
@@ -168,24 +168,59 @@ def test_minus_infinity_is_told_as_the_stand_in_and_learnt_from(toy) -> None:
     assert all(torch.isfinite(p).all() for p in learner.policy.parameters())
 
 
-def test_two_environments_at_once_end_their_episodes_together_and_are_all_learnt_from(toy) -> None:
+def test_one_episode_at_a_time_is_what_it_was(toy) -> None:
+    """Strategies of a search before episodes could run side by side: three of warm-up, five learnt."""
+    agent = DDPGAgent(**SMALL | {"warmup_episodes": 3}, store="executed")
+    assert toy().run(agent, episodes=8).scored == [
+        (18, 3, 16, 7),
+        (0, 20, 1, 20),
+        (16, 13, 12, 6),
+        (13, 16, 7, 11),
+        (16, 6, 27, 10),
+        (10, 21, 14, 7),
+        (21, 10, 10, 21),
+        (9, 19, 12, 11),
+    ]
+
+
+def test_episodes_at_once_are_scored_together_and_all_learnt_from(toy) -> None:
+    search, figures = toy(), []
+    agent = DDPGAgent(**SMALL | {"warmup_episodes": 5}, n_envs=4, updates=3, sigma=0.4, sigma_decay=0.5)
+    learner = agent.learner(search.task(20, on_update=figures.append))
+    learner.learn(20 * 4, log_interval=None)
+    assert search.rounds == [4] * 5
+    assert learner.replay_buffer.size() == 20 * 4
+    rewards = [float(np.float32(reward)) for reward in search.rewards]
+    assert learner.replay_buffer.rewards[:80:4, 0].tolist() == rewards
+    assert (
+        learner._n_updates == 3 * 4 * 12
+    )  # after two rounds of warm-up, though five episodes were asked for
+    assert [figure["agent/sigma"] for figure in figures] == pytest.approx([0.4, 0.4 / 2**4, 0.4 / 2**8])
+    alone = toy().run(DDPGAgent(**SMALL), episodes=8)
+    assert search.scored[:8] == alone.scored  # the warm-up draws the same, however many at once
+
+
+def test_episodes_at_once_learn_too_repeat_and_only_add(toy) -> None:
+    agent = DDPGAgent(**SMALL, n_envs=4, updates=2, sigma_decay=0.9, actor_lr=1e-3)
+    search = toy().run(agent, episodes=80)
+    assert np.mean(search.rewards[-12:]) > -0.1
+    assert toy().run(agent, episodes=40).scored == search.scored[:40]
+
+
+@pytest.mark.parametrize(("episodes", "near"), [(50, "48 or 52"), (3, "4")])
+def test_episodes_that_make_no_whole_rounds_are_refused(toy, episodes: int, near: str) -> None:
     search = toy()
-    rng = np.random.default_rng(0)
-    learner = AMCDDPG(
-        DummyVecEnv([search.env, search.env]),
-        DDPGAgent(**SMALL | {"warmup_episodes": 4}),
-        steps=4,
-        warmup=WARMUPS["landing"](search.problem, DDPGAgent().noise, rng),
-        rng=rng,
-        seed=1,
-    )
-    learner.learn(8 * 4, log_interval=None)
-    assert len(search.scored) == 8
-    assert learner.replay_buffer.size() == 8 * 4
-    assert learner._n_updates == 4 * 4  # one a step of the four episodes after the warm-up
-    assert set(learner.replay_buffer.rewards[:32, 0].tolist()) <= {
-        float(np.float32(r)) for r in search.rewards
-    }
+    with pytest.raises(
+        TaskError, match=rf"search.episodes={episodes} .*agent.n_envs=4.*search.episodes={near}, or"
+    ):
+        search.run(DDPGAgent(n_envs=4), episodes)
+    assert search.scored == []
+
+
+def test_a_search_leaves_no_folder_of_logs(toy, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    toy().run(DDPGAgent(**SMALL | {"warmup_episodes": 1}), episodes=2)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_search_without_a_budget_runs(toy) -> None:

@@ -214,4 +214,4 @@ def test_bad_settings_are_refused_together() -> None:
 def test_a_problem_without_a_budget_is_refused() -> None:
     problem = Problem([Grid("a", 8, 1, 4)], [Units()], [])
     with pytest.raises(TaskError, match="there is none; set one, like budget=flops"):
-        NetAdapt().check(problem)
+        NetAdapt().check(problem, 1)

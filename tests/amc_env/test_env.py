@@ -1,4 +1,4 @@
-"""PruningEnv: both checkers, the bound by hand, and what an episode gives."""
+"""PruningEnv: both checkers, the bound by hand, what an episode gives, and several of them side by side."""
 
 import copy
 import math
@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env as gymnasium_check
+from gymnasium.utils.env_checker import data_equivalence
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from masking import masked
 from stable_baselines3.common.env_checker import check_env as sb3_check
 
 from amc_env.budget import Budget, Problem
 from amc_env.costs import Macs, Params
 from amc_env.encoding import DecisionDescription, Encoder, describe
-from amc_env.env import EnvHandle, PruningEnv
+from amc_env.env import EnvHandle, PruningEnv, PruningVectorEnv
 from amc_env.errors import UserError
 from amc_env.rewards import Error, ErrorFlops, Infinity
 from amc_env.strategy import Grid, Strategy
@@ -249,3 +252,84 @@ def test_registration_imports_nothing_else_of_ours() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------------------------------------ side by side
+
+
+def side_by_side(made: EnvHandle, count: int) -> PruningVectorEnv:
+    return gymnasium.make_vec(
+        "amc_env/Pruning-v0", num_envs=count, vectorization_mode="vector_entry_point", handle=made
+    )
+
+
+@pytest.mark.parametrize("kind", [*KINDS, {"fill_budget": True}])
+@pytest.mark.parametrize("count", [1, 3])
+def test_episodes_side_by_side_are_those_of_environments_alone_to_the_bit(kind: dict, count: int) -> None:
+    """Observations, rewards, ends and infos as Gymnasium batches those of `PruningEnv`, over three rounds."""
+    envs = side_by_side(handle(**kind), count)
+    alone = SyncVectorEnv(
+        [lambda: PruningEnv(handle(**kind))] * count, autoreset_mode=AutoresetMode.SAME_STEP
+    )
+    assert envs.metadata == alone.metadata
+    assert (envs.action_space, envs.observation_space) == (alone.action_space, alone.observation_space)
+    assert envs.single_action_space == alone.single_action_space
+    assert envs.single_observation_space == alone.single_observation_space
+    assert data_equivalence(envs.reset(seed=3), alone.reset(seed=3), exact=True)
+    rng, ends = np.random.default_rng(0), 0
+    for _ in range(6):
+        actions = rng.uniform(-0.2, 1.2, (count, 1)).astype(np.float32)
+        given = envs.step(actions)
+        assert data_equivalence(given, alone.step(actions), exact=True)
+        ends += int(given[2].sum())
+    assert ends == 3 * count
+
+
+def test_strategies_of_a_round_are_scored_together_and_never_alone() -> None:
+    asked: list[Sequence[Strategy]] = []
+    score = handle().score
+
+    def score_all(strategies: Sequence[Strategy]) -> list[ToyOutcome]:
+        asked.append(strategies)
+        return [score(strategy) for strategy in strategies]
+
+    made = replace(handle(), score=lambda strategy: pytest.fail("alone"), score_all=score_all)
+    envs = side_by_side(made, 3)
+    envs.reset()
+    actions = np.array([[0.0], [0.2], [0.6]], np.float32)
+    envs.step(actions)
+    assert asked == []
+    infos = envs.step(actions)[4]
+    assert [[strategy.removed for strategy in strategies] for strategies in asked] == [
+        [(0, 6), (2, 6), (6, 6)]
+    ]
+    assert infos["final_info"]["strategy"].tolist() == asked[0]
+    assert infos["final_info"]["outcome"][2].strategy is asked[0][2]
+
+
+def test_gymnasiums_wrappers_take_the_episodes_side_by_side() -> None:
+    envs = RecordEpisodeStatistics(side_by_side(handle(), 2))
+    envs.reset()
+    for _ in range(4):
+        infos = envs.step(np.array([[0.4], [0.8]], np.float32))[4]
+    assert infos["episode"]["l"].tolist() == [2, 2]
+    assert infos["episode"]["r"].tolist() == pytest.approx([-0.2, -0.35])
+
+
+def test_what_episodes_side_by_side_cannot_do_is_refused() -> None:
+    envs = side_by_side(handle(), 2)
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        envs.step(np.zeros((2, 1), np.float32))
+    with pytest.raises(ValueError, match="reset_mask.*begin and end together"):
+        envs.reset(options={"reset_mask": np.array([True, False])})
+    envs.reset(options={"reset_mask": np.array([True, True])})
+    with pytest.raises(ValueError, match="3 actions for 2 environments"):
+        envs.step(np.zeros((3, 1), np.float32))
+    with pytest.raises(ValueError, match=r"decision 'a'.*one finite pruning ratio"):
+        envs.step(np.array([[0.0], [math.nan]], np.float32))
+    envs.step(np.zeros((2, 1), np.float32))  # the refused ones have left no trace
+    assert envs.step(np.zeros((2, 1), np.float32))[2].all()
+    with pytest.raises(UserError, match="num_envs=0 must be at least 1"):
+        PruningVectorEnv(handle(), 0)
+    with pytest.raises(UserError, match="enforce_budget=False"):
+        PruningVectorEnv(handle(reward=Infinity()), 2)

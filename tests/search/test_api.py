@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from amc_env.errors import UserError
 from amc_env.pruning.granularity import NM, Channel, FineGrained
-from search import compress, load_pruned, make_env
+from search import compress, load_pruned, make_env, make_vec_env
 from search.data import Data
 from search.settings import BudgetSettings, LatencyBudget, LatencySettings, RepairSettings, Settings
 from search.wiring import default_agent
@@ -267,6 +267,19 @@ def test_the_search_as_an_environment_for_an_agent_of_ones_own() -> None:
         infos.append(info)
     assert infos[-1]["met"]
     assert reward == pytest.approx(infos[-1]["accuracy"] - 1)
+
+
+def test_several_environments_side_by_side_give_what_one_gives() -> None:
+    given = own(), loader(64, 1), loader(32, 2)
+    env, envs = make_env(*given, settings=quick()), make_vec_env(*given, num_envs=2, settings=quick())
+    env.reset(seed=0)
+    envs.reset(seed=0)
+    ended = False
+    while not ended:
+        reward, ended, _, info = env.step(np.full(1, 0.5, dtype=np.float32))[1:]
+        rewards, infos = envs.step(np.array([[0.0], [0.5]], dtype=np.float32))[1::3]
+    assert rewards[1] == reward
+    assert infos["final_info"]["strategy"][1] == info["strategy"] != infos["final_info"]["strategy"][0]
 
 
 def test_an_environment_trains_nothing_though_the_settings_agent_would(

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import pytest
 import torch
 from hydra import compose, initialize_config_module
@@ -253,15 +252,14 @@ def test_counts_come_in_the_problem_s_order_and_are_scored_once(tmp_path: Path) 
         asked.extend(proposals)
         return []
 
-    env = gymnasium.make("CartPole-v1")  # which it does not touch
-    given(tmp_path).search(SearchTask(problem(), env, score, episodes=7, seed=0))
+    given(tmp_path).search(SearchTask(problem(), pytest.fail, score, episodes=7, seed=0))  # no environment
     assert asked == [(4, 8)]
 
 
 def test_a_budget_that_is_missed_is_said_with_its_figures(tmp_path: Path) -> None:
-    given(tmp_path).check(problem(limit=18))
+    given(tmp_path).check(problem(limit=18), 1)
     with pytest.raises(UserError, match=r"units: 18 units, at most 17 may remain; .*budget=none"):
-        given(tmp_path).check(problem(limit=17))
+        given(tmp_path).check(problem(limit=17), 1)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +279,7 @@ def test_all_that_does_not_fit_is_in_one_message(
     tmp_path: Path, decisions: dict[str, Any], says: list[str]
 ) -> None:
     with pytest.raises(UserError) as error:
-        given(tmp_path, decisions=decisions).check(problem())
+        given(tmp_path, decisions=decisions).check(problem(), 1)
     for text in says:
         assert text in str(error.value)
 
@@ -289,9 +287,9 @@ def test_all_that_does_not_fit_is_in_one_message(
 def test_a_strategy_found_on_tuned_weights_is_applied_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    given(tmp_path).check(problem())
+    given(tmp_path).check(problem(), 1)
     assert not caplog.records
-    given(tmp_path, start=["original", "stage 1 (0.5)"]).check(problem())
+    given(tmp_path, start=["original", "stage 1 (0.5)"]).check(problem(), 1)
     assert "original → stage 1 (0.5)" in caplog.text
 
 

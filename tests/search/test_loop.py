@@ -52,6 +52,19 @@ def loop(table: Table, reward: Any = None, **more: Any) -> Loop:
     return Loop(table, reward or Error(), **more)  # type: ignore[arg-type]
 
 
+def test_strategies_of_several_environments_are_asked_for_at_once() -> None:
+    table = Table([0.9, 0.5, 0.7, 0.8])
+    rounds: list[int] = []
+    outcomes = table.outcomes
+    table.outcomes = lambda strategies: rounds.append(len(strategies)) or outcomes(strategies)  # type: ignore[method-assign,misc]
+    searching = loop(table)
+    strategies = [table.problem.strategy([count]) for count in (3, 1, 3)]
+    given = searching.outcomes(strategies)
+    assert [outcome.strategy for outcome in given] == strategies
+    assert [outcome.accuracy for outcome in given] == [0.8, 0.5, 0.8]
+    assert (rounds, searching.episodes, searching.evaluations) == ([3], 3, 2)
+
+
 def test_episodes_evaluations_and_repeats_are_counted() -> None:
     seen: list[Episode] = []
     searching = loop(Table([0.9, 0.5, 0.7, 0.8]), on_episode=seen.append)

@@ -1,8 +1,11 @@
 """Masked networks from the search to the files: what is reported is what is delivered."""
 
 import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -10,17 +13,20 @@ from masking import weight
 from networks import images, network, same_state
 from running import SMALL, Command
 from safetensors.torch import load_file
-from small_runs import go, small
+from small_runs import Stopped, Tracked, go, small
 from torch import nn
 
 from agents.base import Agent
 from agents.baselines import Uniform
+from agents.ddpg import DDPGAgent
 from amc_env import sparse
 from amc_env.errors import UserError
+from amc_env.evaluator import Bench, Removed, Start
 from amc_env.layers import LayerGraph
 from amc_env.pruning.activations import APoZ
 from search import load_pruned
 from search.data import Data
+from search.judging import Materials
 from search.models import ResNet, digits_mlp
 from search.settings import (
     REPAIRS,
@@ -29,6 +35,7 @@ from search.settings import (
     FinetuneSettings,
     MemoryBudget,
     RepairSettings,
+    ScoringSettings,
     StorageBudget,
 )
 from search.wiring import default_agent
@@ -161,6 +168,64 @@ def test_no_repair_fills_the_zeros(small_data: Data, tmp_path: Path, granularity
         found = weight(finished.model, layer)
         assert int((found == 0).sum()) == round(ratio * found.numel())
     assert counted(finished.model, images(1)).items() <= finished.result["pruned"].items()
+
+
+# --------------------------------------------------------------------------------------- episodes at once
+
+
+class InThisProcess:
+    """Workers that are none: they score what they are handed, the last first."""
+
+    rounds: ClassVar[list[int]] = []
+
+    def __init__(self, materials: Materials, count: int, threads: int | None):
+        self._materials = materials
+
+    @contextmanager
+    def scoring(
+        self, start: Start, repair: str, strategies: Sequence[Removed]
+    ) -> Iterator[Callable[[Removed], float]]:
+        self.rounds.append(len(strategies))
+        bench = Bench(self._materials.scorer())
+        scored = {removed: bench.accuracy(start, repair, removed) for removed in reversed(strategies)}
+        yield scored.__getitem__
+
+    def close(self) -> None:
+        pass
+
+
+AT_ONCE = DDPGAgent(n_envs=4, warmup_episodes=4, warmup="landing", hidden=(16, 16))
+
+
+def test_episodes_at_once_end_the_same_killed_or_with_workers(
+    small_data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("search.judging.Workers", InThisProcess)
+    monkeypatch.setattr(InThisProcess, "rounds", [])
+    alone = small("channel", agent=AT_ONCE, episodes=16, finetune=FinetuneSettings(epochs=0))
+    shared = replace(alone, scoring=ScoringSettings(workers=2))
+    go(tmp_path / "alone", small_data, alone)
+    go(tmp_path / "shared", small_data, shared)
+    assert max(InThisProcess.rounds) == 4
+    killed = tmp_path / "killed"
+    with pytest.raises(Stopped):
+        go(killed, small_data, shared, track=Tracked(stop_at=10))  # in the third round
+    left = (killed / "evaluations.jsonl").read_bytes()
+    go(killed, small_data, shared)
+    for name in ("evaluations.jsonl", "metrics.csv", "strategy.json"):
+        wanted = (tmp_path / "alone" / name).read_bytes()
+        assert (tmp_path / "shared" / name).read_bytes() == (killed / name).read_bytes() == wanted, name
+    whole = (killed / "evaluations.jsonl").read_bytes()
+    assert whole.startswith(left)
+    assert whole != left
+
+
+def test_episodes_that_make_no_whole_rounds_are_refused_before_anything_is_scored(
+    small_data: Data, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"search.episodes=18 .*agent.n_envs=4.*search.episodes=16 or 20"):
+        go(tmp_path, small_data, small("channel", agent=AT_ONCE, episodes=18))
+    assert not (tmp_path / "evaluations.jsonl").exists()
 
 
 # ---------------------------------------------------------------------------------------------- refusals
