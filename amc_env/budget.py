@@ -14,7 +14,7 @@ import numpy as np
 
 from amc_env.costs import Cost
 from amc_env.errors import UserError
-from amc_env.strategy import Grid, Strategy, as_ratios
+from amc_env.strategy import Grid, Grids, Strategy, as_ratios
 
 _BISECTIONS = 48  # halvings of a shift in ratios; far below one unit of any layer
 
@@ -91,6 +91,7 @@ class Problem:
         self.totals = tuple(grid.total for grid in grids)
         self.most = tuple(grid.count(grid.size - 1) for grid in grids)
         self.maxima = np.array([grid.max_ratio for grid in grids])
+        self._together = Grids(grids)
         unreachable = [
             f"budget {b.cost.name} <= {figure(b.limit)} ({b.ratio:.3g} of the original) cannot be reached: "
             f"the least is {figure(b.cost(self.most))} ({self.least_ratio(b.cost):.3g}); "
@@ -127,6 +128,8 @@ class Problem:
         t = len(chosen)
         grid = self.grids[t]
         later = self.most[t + 1 :]
+        if self.met((*chosen, 0, *later)):  # true of most decisions of an episode
+            return 0
         low, high = 0, grid.size - 1
         while low < high:
             middle = (low + high) // 2
@@ -138,11 +141,10 @@ class Problem:
 
     def snap(self, ratios: Sequence[float] | np.ndarray) -> tuple[int, ...]:
         """The nearest feasible counts."""
-        values = as_ratios(ratios, len(self.grids))
-        return tuple(grid.snap(value) for grid, value in zip(self.grids, values, strict=True))
+        return self._counts(self._together.nearest(as_ratios(ratios, len(self.grids))))
 
-    def _shifted(self, values: np.ndarray, shift: float) -> tuple[int, ...]:
-        return self.snap(np.clip(values + shift, 0.0, self.maxima))
+    def _counts(self, index: np.ndarray) -> tuple[int, ...]:
+        return tuple(self._together.counts(index).tolist())
 
     def project(self, ratios: Sequence[float]) -> tuple[int, ...]:
         """Counts within every budget by the least common shift of all ratios.
@@ -161,17 +163,20 @@ class Problem:
         return self._least_shift(values, least=-float(values.max())) if self.budgets else self.snap(values)
 
     def _least_shift(self, values: np.ndarray, *, least: float) -> tuple[int, ...]:
-        best = self._shifted(values, least)
-        if self.met(best):
-            return best
-        low = least
-        high = max(least, float((self.maxima - values).max()))  # everything is at its maximum there
-        best = self._shifted(values, high)
+        def shifted(by: float) -> np.ndarray:
+            return self._together.nearest(np.minimum(values + by, self.maxima))
+
+        low, high = least, max(least, float((self.maxima - values).max()))  # all are at their maximum there
+        under, over = shifted(low), shifted(high)
+        if self.met(self._counts(under)):
+            return self._counts(under)
         for _ in range(_BISECTIONS):
+            if (over - under).sum() <= 1:  # one step of one decision: no shift gives anything in between
+                break
             middle = (low + high) / 2
-            counts = self._shifted(values, middle)
-            if self.met(counts):
-                high, best = middle, counts
+            index = shifted(middle)
+            if self.met(self._counts(index)):
+                high, over = middle, index
             else:
-                low = middle
-        return best
+                low, under = middle, index
+        return self._counts(over)

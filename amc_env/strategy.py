@@ -15,6 +15,8 @@ import numpy as np
 
 from amc_env.errors import UserError
 
+_NEIGHBOURS = np.array([[-1], [0], [1]])
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -95,6 +97,28 @@ class Grid:
         guess = int((target - self._first) // self.step) + 1
         near = {min(max(guess + shift, 0), self.size - 1) for shift in (-1, 0, 1)}
         return min((self.count(i) for i in near), key=lambda count: (abs(count - target), count))
+
+
+class Grids:
+    """`Grid`'s counts and snapping for all decisions of a search at once, as arrays [decisions]."""
+
+    def __init__(self, grids: Sequence[Grid]):
+        first = [grid.count(1) for grid in grids]
+        columns = [grid.step for grid in grids], [grid.size - 1 for grid in grids], [g.total for g in grids]
+        self._first, self._step, self._last, self._totals = np.array([first, *columns], dtype=np.int64)
+        self._decisions = np.arange(len(grids))
+
+    def counts(self, index: np.ndarray) -> np.ndarray:
+        """The feasible counts at these places, as `Grid.count`."""
+        return np.where(index == 0, 0, self._first + (index - 1) * self._step)
+
+    def nearest(self, ratios: np.ndarray) -> np.ndarray:
+        """The places of the counts nearest to ``ratios`` (ties to the smaller), as `Grid.snap`."""
+        target = np.minimum(np.maximum(ratios, 0.0), 1.0) * self._totals
+        guess = ((target - self._first) // self._step).astype(np.int64) + 1
+        near = np.minimum(np.maximum(guess + _NEIGHBOURS, 0), self._last)  # [3, decisions], ascending
+        found: np.ndarray = near[np.abs(self.counts(near) - target).argmin(axis=0), self._decisions]
+        return found
 
 
 @dataclass(frozen=True)

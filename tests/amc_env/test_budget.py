@@ -152,6 +152,54 @@ def test_project_and_land_are_their_definitions(limits: list[tuple[str, float]],
         assert task.met(found)
 
 
+def plainly_shifted(task: Problem, values: np.ndarray, least: float) -> tuple[int, ...]:
+    """The least shift by all of its 48 halvings, decision by decision."""
+    low, high = least, max(least, float((task.maxima - values).max()))
+    best = shifted(task, values, low)
+    if task.met(best):
+        return best
+    best = shifted(task, values, high)
+    for _ in range(48):
+        middle = (low + high) / 2
+        found = shifted(task, values, middle)
+        if task.met(found):
+            high, best = middle, found
+        else:
+            low = middle
+    return best
+
+
+def plainly_least(task: Problem, chosen: Sequence[int]) -> int:
+    grid, later = task.grids[len(chosen)], task.most[len(chosen) + 1 :]
+    met = (count for count in counts(grid) if task.met((*chosen, count, *later)))
+    return next(met, counts(grid)[-1])
+
+
+@pytest.mark.parametrize("multiple", [1, 8])
+@pytest.mark.parametrize("ratio", [0.4, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("name", ["residual", "selection", "concat", "grouped", "flatten", "mlp"])
+def test_the_quick_ways_find_what_the_plain_ones_do(name: str, ratio: float, multiple: int) -> None:
+    candidates, grids = prepared(name, multiple)
+    macs, params = Macs(candidates.graph), Params(candidates.graph)
+    least = Problem(grids, [macs, params])
+    ratios = (max(ratio, 1.01 * least.least_ratio(macs)), max(ratio / 2, 1.01 * least.least_ratio(params)))
+    budgets = [
+        Budget.of(c, len(grids), ratio=min(1.0, r)) for c, r in zip((macs, params), ratios, strict=True)
+    ]
+    task = Problem(grids, [macs, params], budgets)
+    generator = np.random.default_rng(0)
+    drawn = [generator.uniform(-0.2, 1.2, len(grids)) ** power for power in (1, 3, 1, 3)]
+    coarse = [np.round(values, 1) for values in drawn]  # several decisions change at one shift
+    for values in (*drawn, *coarse, np.zeros(len(grids)), np.ones(len(grids)), np.full(len(grids), 0.5)):
+        assert task.project(values) == plainly_shifted(task, values, 0.0)
+        assert task.land(values) == plainly_shifted(task, values, -float(values.max()))
+        assert task.snap(values) == tuple(grid.snap(v) for grid, v in zip(grids, values, strict=True))
+        chosen: list[int] = []
+        for grid, value in zip(grids, values, strict=True):
+            assert task.least(chosen) == plainly_least(task, chosen)
+            chosen.append(max(grid.snap(value), task.least(chosen)))
+
+
 def test_project_leaves_what_meets_the_budget_alone_and_land_does_not() -> None:
     task = problem((Product(), 0.8))
     generous = [0.75, 0.6, 0.8]

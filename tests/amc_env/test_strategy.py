@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from amc_env.errors import UserError
-from amc_env.strategy import Decision, Grid, Strategy, as_ratios
+from amc_env.strategy import Decision, Grid, Grids, Strategy, as_ratios
 
 GRIDS = [
     Grid("g", total, step, most)
@@ -64,6 +64,31 @@ def test_a_first_count_of_its_own(grid: Grid, counts: list[int]) -> None:
             UserError, match=rf"{grid.name}: {removed} removed of {grid.total} is not feasible"
         ):
             grid.index(removed)
+
+
+def test_grids_together_are_each_grid_alone() -> None:
+    """Ratios on counts, half way between two of them, next to both, and anywhere."""
+    grids = [
+        *GRIDS,
+        Grid("own", 10, 2, 8, first=3),
+        Grid("2:4", 4, 4, 2, first=2),
+        Grid("large", 2359296, 1, 2123366),
+    ]
+    together, generator = Grids(grids), np.random.default_rng(0)
+    for draw in range(300):
+        places = [int(generator.integers(grid.size)) for grid in grids]
+        between = [0.0, 0.5][draw % 2] * np.array([grid.step for grid in grids])
+        near = [grid.count(place) for grid, place in zip(grids, places, strict=True)] + between
+        exact = near / np.array([grid.total for grid in grids])
+        for ratios in (
+            exact,
+            np.nextafter(exact, 2),
+            np.nextafter(exact, -2),
+            generator.uniform(-1, 2, len(grids)),
+        ):
+            index = together.nearest(ratios)
+            assert together.counts(index).tolist() == [g.snap(r) for g, r in zip(grids, ratios, strict=True)]
+            assert index.tolist() == [g.index(c) for g, c in zip(grids, together.counts(index), strict=True)]
 
 
 def test_decision() -> None:
