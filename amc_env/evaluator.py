@@ -7,7 +7,6 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -21,6 +20,7 @@ from amc_env.precision import FLOAT32, arithmetic, dtype_of
 from amc_env.pruning.candidate import Builder, Keeps, Masks
 from amc_env.pruning.folding import Folder
 from amc_env.pruning.repair import Repair
+from amc_env.staging import Score, Staged, score
 from amc_env.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ class Outcome:
         met: Whether every budget holds.
         repair: Name of the repair that it was scored with.
         start: Name of the weights that it was cut from.
+        images: How many images the accuracy is of, where they were not all: enough to see that it does not matter.
     """
 
     strategy: Strategy
@@ -54,6 +55,7 @@ class Outcome:
     met: bool
     repair: str
     start: str = ORIGINAL
+    images: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,14 +247,14 @@ class Bench:
         self._start: Start | None = None
         self._repairs: dict[str, Repair] = {}
 
-    def accuracy(self, start: Start, repair: str, removed: Removed) -> float:
-        """What a candidate scores, in [0, 1]."""
+    def score(self, start: Start, repair: str, removed: Removed, floor: float = 0.0) -> Score:
+        """What a candidate scores; fewer images will do where it is below ``floor``."""
         with using_threads(self._threads):
             model, _ = self._mended(start, repair, removed)
-            return self.scorer(model)
+            return score(self.scorer, model, floor)
 
     def pruned(self, start: Start, repair: str, removed: Removed) -> Pruned:
-        """The candidate that `accuracy` scores, as a network of its own."""
+        """The candidate that `score` scores, as a network of its own."""
         with using_threads(self._threads):
             model, keeps = self._mended(start, repair, removed)
         builder = start.candidates
@@ -367,8 +369,18 @@ class Evaluator:
         """The `outcomes` of strategies, all of them."""
         return list(self.outcomes(strategies, start=start, repair=repair))
 
+    @property
+    def staged(self) -> bool:
+        """Whether candidates that do not matter are scored on fewer images."""
+        return isinstance(self._bench.scorer, Staged)
+
     def outcomes(
-        self, strategies: Sequence[Strategy], *, start: str | None = None, repair: str | None = None
+        self,
+        strategies: Sequence[Strategy],
+        *,
+        start: str | None = None,
+        repair: str | None = None,
+        floors: Sequence[float] | None = None,
     ) -> Iterator[Outcome]:
         """Scores strategies and gives each as soon as it and those before it are known; from memory where they are.
 
@@ -376,6 +388,7 @@ class Evaluator:
             strategies: What to score; workers get all of them at once.
             start: Name of the weights that they are cut from; by default those that the search began with.
             repair: Name of the repair; by default the search's.
+            floors: For each the least accuracy that matters; below it, fewer images will do. By default all do.
 
         Raises:
             UserError: A candidate's outputs are not numbers, the repair is unknown, or workers cannot go on.
@@ -383,12 +396,13 @@ class Evaluator:
         """
         begun, mend = self._known_start(start or self.start), repair or self.repair
         keys = [Key(begun.name, mend, strategy.removed) for strategy in strategies]
-        unknown = [key.removed for key in dict.fromkeys(keys) if self._memo.get(key) is None]
-        with self._scoring(begun, mend, unknown) as accuracy_of:
+        least = dict(zip(keys, floors or [0.0] * len(keys), strict=True))
+        unknown = {key.removed: floor for key, floor in least.items() if self._memo.get(key) is None}
+        with self._scoring(begun, mend, unknown) as score_of:
             for key, strategy in zip(keys, strategies, strict=True):
                 outcome = self._memo.get(key)
                 if outcome is None:
-                    outcome = self._outcome(key, strategy, accuracy_of(key.removed))
+                    outcome = self._outcome(key, strategy, score_of(key.removed))
                     self._memo[key] = outcome
                     self.evaluations += 1
                 else:
@@ -396,10 +410,10 @@ class Evaluator:
                 yield outcome
 
     def _scoring(
-        self, start: Start, repair: str, unknown: Sequence[Removed]
-    ) -> AbstractContextManager[Callable[[Removed], float]]:
+        self, start: Start, repair: str, unknown: Mapping[Removed, float]
+    ) -> AbstractContextManager[Callable[[Removed], Score]]:
         if self._workers is None or len(unknown) < 2:  # one alone is as quick here
-            return nullcontext(partial(self._bench.accuracy, start, repair))
+            return nullcontext(lambda removed: self._bench.score(start, repair, removed, unknown[removed]))
         return self._workers.scoring(start, repair, unknown)
 
     def _known_start(self, name: str) -> Start:
@@ -407,9 +421,9 @@ class Evaluator:
             raise ValueError(f"unknown start {name!r}; there are {', '.join(self._starts)}")
         return self._starts[name]
 
-    def _outcome(self, key: Key, strategy: Strategy, value: float) -> Outcome:
+    def _outcome(self, key: Key, strategy: Strategy, found: Score) -> Outcome:
         costs, met = self.problem.cost(strategy.removed), self.problem.met(strategy.removed)
-        return Outcome(strategy, value, costs, met, key.repair, key.start)
+        return Outcome(strategy, found.accuracy, costs, met, key.repair, key.start, found.images)
 
     def apply(self, strategy: Strategy, *, start: str | None = None, repair: str | None = None) -> Pruned:
         """Prunes and mends without scoring.

@@ -15,7 +15,7 @@ import signal
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -31,6 +31,7 @@ from torch import nn
 from amc_env.errors import UserError, first_line
 from amc_env.evaluator import Bench, Removed, Start
 from amc_env.pruning.candidate import Builder
+from amc_env.staging import Score
 
 log = logging.getLogger(__name__)
 
@@ -82,12 +83,17 @@ class Workers:
 
     @contextmanager
     def scoring(
-        self, start: Start, repair: str, strategies: Sequence[Removed]
-    ) -> Iterator[Callable[[Removed], float]]:
+        self, start: Start, repair: str, strategies: Mapping[Removed, float]
+    ) -> Iterator[Callable[[Removed], Score]]:
         """Hands strategies out, all at once and in order; what is not begun at the block's end is taken back.
 
+        Args:
+            start: The weights that they are cut from.
+            repair: Its name.
+            strategies: Each with its floor, see `Bench.score`.
+
         Returns:
-            Gives the accuracy of each, in [0, 1]; it waits for it.
+            Gives the score of each; it waits for it.
 
         Raises:
             UserError: What workers need cannot be brought to them, or they die again and again.
@@ -96,7 +102,7 @@ class Workers:
             self._files = _Files(self._materials)
         batch = _Batch(self, (self._files.materials, self._files.of(start), repair), strategies)
         try:
-            yield batch.accuracy
+            yield batch.score
         finally:
             batch.take_back()
 
@@ -126,19 +132,22 @@ class Workers:
 class _Batch:
     """Strategies handed out together; what is unfinished when a worker dies is handed out again."""
 
-    def __init__(self, workers: Workers, job: tuple[Path, Path, str], strategies: Sequence[Removed]):
+    def __init__(self, workers: Workers, job: tuple[Path, Path, str], strategies: Mapping[Removed, float]):
         self._workers = workers
+        self._floors = strategies
         self._job = job
         self._deaths = 0
         self._finished = 0
-        self._futures: dict[Removed, Future[float]] = {}
+        self._futures: dict[Removed, Future[Score]] = {}
         self._hand_out(strategies)
 
-    def _hand_out(self, strategies: Sequence[Removed]) -> None:
+    def _hand_out(self, strategies: Iterable[Removed]) -> None:
         self._pool = self._workers.pool()
-        self._futures |= {removed: self._pool.submit(*self._job, removed) for removed in strategies}
+        self._futures |= {
+            removed: self._pool.submit(*self._job, removed, self._floors[removed]) for removed in strategies
+        }
 
-    def accuracy(self, removed: Removed) -> float:
+    def score(self, removed: Removed) -> Score:
         while True:
             try:
                 return self._futures[removed].result()
@@ -177,12 +186,12 @@ class _Pool:
         self._line, self._theirs = context.Pipe()
         self._executor = ProcessPoolExecutor(count, context, _begin, (self._theirs, threads))
 
-    def submit(self, *job: Any) -> Future[float]:
+    def submit(self, *job: Any) -> Future[Score]:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for this process:
         try:  # those that begin here inherit the mask
-            return self._executor.submit(_accuracy, *job)
+            return self._executor.submit(_score, *job)
         except BrokenProcessPool as error:
-            failed: Future[float] = Future()
+            failed: Future[Score] = Future()
             failed.set_exception(error)
             return failed
         finally:
@@ -253,9 +262,9 @@ def _end_with(line: Connection) -> None:
         os._exit(0)
 
 
-def _accuracy(materials: Path, start: Path, repair: str, removed: Removed) -> float:
+def _score(materials: Path, start: Path, repair: str, removed: Removed, floor: float) -> Score:
     _, bench = _bench(materials)
-    return bench.accuracy(_start(materials, start), repair, removed)
+    return bench.score(_start(materials, start), repair, removed, floor)
 
 
 @cache

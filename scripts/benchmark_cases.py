@@ -62,6 +62,8 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "batch_norm": ("repair=batch_norm",),
     "sequential": ("repair=sequential",),
     "bfloat16": ("evaluator.precision=bfloat16",),
+    "staged": ("evaluator.first_images=1000",),
+    "fast": ("evaluator.precision=bfloat16", "evaluator.first_images=1000"),
     "random": ("agent=random",),
     "workers1": (*WORKERS, "evaluator.workers=1"),
     "workers2": (*WORKERS, "evaluator.workers=2"),
@@ -225,7 +227,7 @@ def watch_search(watch: Stopwatch, agent: type) -> None:
     for mending in (*mended, masked_repair.MaskedLeastSquares, masked_repair.MaskedSequential):
         watch.wrap("repairing", mending, "__call__")
     watch.wrap("scoring", PrefixScorer, "__call__")
-    watch.wrap("scoring", _Batch, "accuracy")
+    watch.wrap("scoring", _Batch, "score")
 
 
 def episode(job: Job, variant: str = "") -> dict[str, Row]:

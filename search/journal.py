@@ -153,7 +153,13 @@ class Journal:
         strategy = self._problem.strategy(line["removed"])
         key = Key(line["start"], line["repair"], strategy.removed)
         outcome = Outcome(
-            strategy, line["accuracy"], line["costs"], line["met"], repair=line["repair"], start=line["start"]
+            strategy,
+            line["accuracy"],
+            line["costs"],
+            line["met"],
+            repair=line["repair"],
+            start=line["start"],
+            images=line.get("images"),
         )
         return key, outcome
 
@@ -167,6 +173,7 @@ def _line(index: int, outcome: Outcome) -> dict[str, Any]:
         "accuracy": outcome.accuracy,
         "costs": dict(outcome.costs),
         "met": outcome.met,
+        **({} if outcome.images is None else {"images": outcome.images}),
     }
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from amc_env.evaluator import ORIGINAL, Evaluator, Start, accuracy
@@ -18,6 +19,7 @@ from amc_env.pruning.candidate import Builder, Candidates, MaskedCandidates
 from amc_env.pruning.masked_repair import MaskedLeastSquares, MaskedSequential
 from amc_env.pruning.repair import BatchNorm, Both, LeastSquares, NoRepair, Repair, Sequential
 from amc_env.pruning.topology import Topology
+from amc_env.staging import Staged
 from amc_env.workers import Workers
 from search.journal import Journal
 from search.ranking import Prepared, Ranked
@@ -121,20 +123,29 @@ class Materials:
     @classmethod
     def of(cls, prepared: Prepared) -> Materials:
         """Those of a run, without what only the process of the run needs."""
-        data = replace(prepared.data, test=None)
+        search, settings = prepared.data.search, prepared.settings
+        if settings.scoring.first_images:  # a user's may be in the order of their labels
+            draws = torch.Generator().manual_seed(settings.seed)
+            search = search.take(torch.randperm(len(search), generator=draws))
+        data = replace(prepared.data, test=None, search=search)
         if not prepared.settings.short_term_steps:  # nothing is trained but at the end
             data = replace(data, loader=None, stream=None)
         run = Ranked(prepared.model, data, prepared.settings, prepared.graph, prepared.grids)
-        search = prepared.data.search
         return cls(run, prepared.images(search), search.labels.to(prepared.settings.device))
 
-    def scorer(self) -> PrefixScorer:
+    def scorer(self) -> PrefixScorer | Staged:
         """Accuracy on the search split; the processes of a run share the room for values that candidates share."""
+        few, count = self.run.settings.scoring.first_images, len(self.images)
+        if few is None:
+            return self._scorer(slice(count))
+        return Staged(self._scorer(slice(few)), self._scorer(slice(few, count)))
+
+    def _scorer(self, part: slice) -> PrefixScorer:
         scoring = self.run.settings.scoring
         return PrefixScorer(
             self.run.model,
-            self.images,
-            self.labels,
+            self.images[part],
+            self.labels[part],
             batch_size=scoring.batch_size,
             channels_last=scoring.channels_last,
             precision=scoring.precision,

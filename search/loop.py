@@ -13,6 +13,8 @@ from amc_env.evaluator import Evaluator, Outcome, Start
 from amc_env.rewards import RewardFunction
 from amc_env.strategy import Strategy
 
+_ACCURACY = 1e-6  # to which a floor is found: below one image of any split
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -44,6 +46,11 @@ class Episode:
 class Loop:
     """Scores what agents propose and remembers the best.
 
+    Attributes:
+        seconds: Of the search, when it is over.
+        episodes: So far.
+        cut_short: Those of them whose strategies were not scored on all images.
+
     Args:
         evaluator: Judges strategies.
         reward: Turns outcomes into rewards.
@@ -61,6 +68,7 @@ class Loop:
         self.evaluator = evaluator
         self.seconds = 0.0
         self.episodes = 0
+        self.cut_short = 0
         self._reward = reward
         self._on_episode = on_episode
         self._best: Scored | None = None
@@ -87,7 +95,24 @@ class Loop:
 
     def outcomes(self, strategies: Sequence[Strategy]) -> list[Outcome]:
         """Scores the strategies of several environments, in order: one episode each."""
-        return [scored.outcome for scored in self._episodes(strategies)]
+        floors = [self._floor(strategy) for strategy in strategies] if self.evaluator.staged else None
+        return [scored.outcome for scored in self._episodes(strategies, floors)]
+
+    def _floor(self, strategy: Strategy) -> float:
+        """The least accuracy with which a strategy would be the best so far; rewards rise with it."""
+        if self._best is None:
+            return 0.0
+        problem, best = self.evaluator.problem, self._best
+        costs, met = problem.cost(strategy.removed), problem.met(strategy.removed)
+        if met is not best.outcome.met:
+            return 0.0 if met else math.inf
+        low, high = 0.0, 1.0
+        if self._reward(high, costs, met) < best.reward:
+            return math.inf
+        while high - low > _ACCURACY:
+            middle = (low + high) / 2
+            low, high = (low, middle) if self._reward(middle, costs, met) >= best.reward else (middle, high)
+        return high
 
     def score(self, proposals: Sequence[Removed]) -> list[Result]:
         """Scores whole strategies, in order: one episode each."""
@@ -96,8 +121,10 @@ class Loop:
             Result(s.outcome.strategy.removed, s.outcome.accuracy, s.reward, s.outcome.met) for s in scored
         ]
 
-    def _episodes(self, strategies: Sequence[Strategy]) -> list[Scored]:
-        outcomes = self.evaluator.outcomes(strategies)  # shown as they come
+    def _episodes(
+        self, strategies: Sequence[Strategy], floors: Sequence[float] | None = None
+    ) -> list[Scored]:
+        outcomes = self.evaluator.outcomes(strategies, floors=floors)  # shown as they come
         return [self._episode(self._rewarded(outcome)) for outcome in outcomes]
 
     def adopt(self, removed: Removed) -> None:
@@ -124,6 +151,7 @@ class Loop:
     def _episode(self, scored: Scored) -> Scored:
         self.episodes += 1
         self._ranked.setdefault(scored.outcome.strategy.removed, scored)
+        self.cut_short += scored.outcome.images is not None
         if self._best is None or _order(scored) > _order(self._best):
             self._best = scored
         if self._on_episode is not None:

@@ -58,6 +58,7 @@ def prepare(model: nn.Module, data: Data, settings: Settings) -> Prepared:
         raise UserError(f"weights are not finite (NaN or infinity) in {', '.join(bad[:8])}")
     model = model.to(settings.device).eval()
     example = data.normalise(data.search.images[:2].to(settings.device))
+    _check_stages(settings, len(data.search))
     granularity = settings.granularity
     graph = (LayerGraph.layers_of if granularity.masked else LayerGraph.trace)(model, example)
     with torch.no_grad():
@@ -130,6 +131,22 @@ def _with_possible_repairs(settings: Settings, topology: Topology) -> Settings:
         )
         return replace(settings, finalists=FinalistSettings(count=0, repair=settings.repair.name))
     return settings
+
+
+def _check_stages(settings: Settings, images: int) -> None:
+    first = settings.scoring.first_images
+    if first is None:
+        return
+    if first >= images:
+        raise UserError(
+            f"evaluator.first_images={first} must be below the {images} search images; null scores all at once"
+        )
+    if not settings.agent.steps:
+        log.warning(
+            "evaluator.first_images=%d changes nothing: agent=%s compares all its strategies with each other",
+            first,
+            settings.agent.name,
+        )
 
 
 def _check_device(device: str) -> None:

@@ -311,6 +311,8 @@ class ScoringSettings:
         precision: One of `amc_env.precision.PRECISIONS`.
         workers: Processes that score candidates side by side, where an agent asks for several at once; 0: none.
         threads: Of torch for a candidate; None: the run's.
+        first_images: Images that a strategy of the environment is scored on first, and on the others only where it can
+            still become the best; None: on all at once.
     """
 
     batch_size: int | None = None
@@ -318,10 +320,16 @@ class ScoringSettings:
     precision: str = FLOAT32
     workers: int = 0
     threads: int | None = None
+    first_images: int | None = None
 
     def __post_init__(self) -> None:
         require(
             {
+                "evaluator.first_images": (
+                    self.first_images is None or self.first_images >= 1,
+                    self.first_images,
+                    "at least 1, or null to score all images at once",
+                ),
                 "evaluator.batch_size": (
                     self.batch_size is None or self.batch_size >= 1,
                     self.batch_size,

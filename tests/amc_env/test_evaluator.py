@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -31,6 +31,7 @@ from amc_env.prefix import PrefixScorer
 from amc_env.pruning.candidate import Candidates
 from amc_env.pruning.repair import BatchNorm, Both, LeastSquares, NoRepair, Repair, Sequential
 from amc_env.pruning.topology import Topology
+from amc_env.staging import Score
 
 LABELS = torch.arange(60) % 4
 REPAIRS = ("none", "least_squares", "batch_norm", "both", "sequential")
@@ -66,15 +67,15 @@ class Handed:
 
     @contextmanager
     def scoring(
-        self, start: Start, repair: str, strategies: Sequence[Removed]
-    ) -> Iterator[Callable[[Removed], float]]:
+        self, start: Start, repair: str, strategies: Mapping[Removed, float]
+    ) -> Iterator[Callable[[Removed], Score]]:
         self.notes.append((start.name, repair, list(strategies)))
 
-        def accuracy(removed: Removed) -> float:
+        def score(removed: Removed) -> Score:
             self.notes.append(removed)
-            return sum(removed) / 1000
+            return Score(sum(removed) / 1000)
 
-        yield accuracy
+        yield score
         self.notes.append("back")
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from amc_env.prefix import PrefixScorer
 from amc_env.pruning.candidate import Builder, Candidates, Keeps
 from amc_env.pruning.repair import LeastSquares, NoRepair
 from amc_env.pruning.topology import Topology
+from amc_env.staging import Score
 from amc_env.strategy import Grid, Strategy
 from amc_env.workers import Workers, _end_with, _read, _write, check_guard
 
@@ -216,11 +218,11 @@ class Pool:
         type(self).made += 1
         self.left = self.finishes
 
-    def submit(self, *job: object) -> Future[float]:
-        future: Future[float] = Future()
+    def submit(self, *job: Any) -> Future[Score]:
+        future: Future[Score] = Future()
         if self.left:
             self.left -= 1
-            future.set_result(float(sum(job[-1])))
+            future.set_result(Score(float(sum(job[-2]))))
         else:
             future.set_exception(BrokenProcessPool("killed"))
         return future
@@ -260,13 +262,13 @@ def test_two_batches_survive_the_death_of_the_processes_that_they_share(
     pool.finishes = 4
     workers = Workers(kit(tmp_path), 2)
     start = kit(tmp_path).start(ORIGINAL, prepared("residual")[0], ())
-    removed = [(0,) * place + (1,) for place in range(3)]
+    removed = {(0,) * place + (1,): 0.0 for place in range(3)}
     with (
         workers.scoring(start, "none", removed) as one,
         workers.scoring(start, "none", removed) as other,
     ):
-        assert [other(counts) for counts in removed] == [1.0] * 3
-        assert [one(counts) for counts in removed] == [1.0] * 3
+        assert [other(counts).accuracy for counts in removed] == [1.0] * 3
+        assert [one(counts).accuracy for counts in removed] == [1.0] * 3
     assert pool.made == 2
 
 

@@ -1,6 +1,6 @@
 """What worker processes score a run's candidates with: the same as in the run's own process."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from small_runs import go, small
 
 from amc_env.evaluator import Bench, Removed, Start
 from amc_env.prefix import ROOM
+from amc_env.staging import Score, Staged
 from amc_env.workers import _read, _write
 from search.data import Data
 from search.judging import Materials, start_of
@@ -42,7 +43,7 @@ def test_what_was_written_and_read_makes_the_same_networks(
     for seed in range(2):
         job = repair, random_removed(prepared.grids, seed)
         assert same_state(there.pruned(again, *job).network, here.pruned(start, *job).network)
-        assert there.accuracy(again, *job) == here.accuracy(start, *job)
+        assert there.score(again, *job) == here.score(start, *job)
 
 
 def test_what_only_the_run_s_own_process_needs_stays_there(small_data: Data) -> None:
@@ -62,6 +63,21 @@ def test_processes_share_the_room_for_what_candidates_share(small_data: Data) ->
     assert crowded._shared._room == ROOM // 4
 
 
+def test_stages_take_images_by_lot_and_all_of_them(small_data: Data) -> None:
+    prepared = ready(small_data)
+    search = prepared.data.search
+    settings = replace(prepared.settings, scoring=ScoringSettings(first_images=10), seed=3)
+    materials = Materials.of(replace(prepared, settings=settings))
+    scorer = materials.scorer()
+    assert isinstance(scorer, Staged)
+    order = torch.randperm(len(search), generator=torch.Generator().manual_seed(3))
+    assert torch.equal(materials.labels, search.labels[order])
+    assert torch.equal(scorer.images, prepared.images(search)[order])
+    assert scorer(prepared.model) == Materials.of(prepared).scorer()(prepared.model)
+    again = replace(materials, images=scorer.images).scorer()  # as in a worker
+    assert torch.equal(again.images, scorer.images)
+
+
 def test_workers_score_finalists_too_and_end_with_the_search(
     small_data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,10 +91,10 @@ def test_workers_score_finalists_too_and_end_with_the_search(
 
         @contextmanager
         def scoring(
-            self, start: Start, repair: str, strategies: Sequence[Removed]
-        ) -> Iterator[Callable[[Removed], float]]:
+            self, start: Start, repair: str, strategies: Mapping[Removed, float]
+        ) -> Iterator[Callable[[Removed], Score]]:
             notes.append(repair)
-            yield lambda removed: sum(removed) / 1000
+            yield lambda removed: Score(sum(removed) / 1000)
 
         def close(self) -> None:
             notes.append("closed")

@@ -1,7 +1,7 @@
 """Masked networks from the search to the files: what is reported is what is delivered."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from amc_env.errors import UserError
 from amc_env.evaluator import Bench, Removed, Start
 from amc_env.layers import LayerGraph
 from amc_env.pruning.activations import APoZ
+from amc_env.staging import Score
 from search import load_pruned
 from search.data import Data
 from search.judging import Materials
@@ -32,6 +33,7 @@ from search.settings import (
     REPAIRS,
     BudgetSettings,
     CyclesBudget,
+    FinalistSettings,
     FinetuneSettings,
     MemoryBudget,
     RepairSettings,
@@ -183,11 +185,12 @@ class InThisProcess:
 
     @contextmanager
     def scoring(
-        self, start: Start, repair: str, strategies: Sequence[Removed]
-    ) -> Iterator[Callable[[Removed], float]]:
+        self, start: Start, repair: str, strategies: Mapping[Removed, float]
+    ) -> Iterator[Callable[[Removed], Score]]:
         self.rounds.append(len(strategies))
         bench = Bench(self._materials.scorer())
-        scored = {removed: bench.accuracy(start, repair, removed) for removed in reversed(strategies)}
+        jobs = reversed(list(strategies.items()))
+        scored = {removed: bench.score(start, repair, removed, floor) for removed, floor in jobs}
         yield scored.__getitem__
 
     def close(self) -> None:
@@ -197,13 +200,16 @@ class InThisProcess:
 AT_ONCE = DDPGAgent(n_envs=4, warmup_episodes=4, warmup="landing", hidden=(16, 16))
 
 
+@pytest.mark.parametrize("first_images", [None, 12])
 def test_episodes_at_once_end_the_same_killed_or_with_workers(
-    small_data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    first_images: int | None, small_data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("search.judging.Workers", InThisProcess)
     monkeypatch.setattr(InThisProcess, "rounds", [])
-    alone = small("channel", agent=AT_ONCE, episodes=16, finetune=FinetuneSettings(epochs=0))
-    shared = replace(alone, scoring=ScoringSettings(workers=2))
+    monkeypatch.setattr("amc_env.staging._ERRORS", -1)  # an untrained network: errors are all that differs
+    scoring = ScoringSettings(first_images=first_images)
+    alone = small("channel", agent=AT_ONCE, episodes=16, finetune=FinetuneSettings(epochs=0), scoring=scoring)
+    shared = replace(alone, scoring=replace(scoring, workers=2))
     go(tmp_path / "alone", small_data, alone)
     go(tmp_path / "shared", small_data, shared)
     assert max(InThisProcess.rounds) == 4
@@ -218,6 +224,45 @@ def test_episodes_at_once_end_the_same_killed_or_with_workers(
     whole = (killed / "evaluations.jsonl").read_bytes()
     assert whole.startswith(left)
     assert whole != left
+    assert (b'"images": 12' in whole) == (first_images is not None)
+
+
+def test_what_is_cut_short_is_counted_and_finalists_never_are(
+    small_data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("amc_env.staging._ERRORS", -1)  # an untrained network: errors are all that differs
+    agent = DDPGAgent(warmup_episodes=4, hidden=(16, 16))
+    more = {"episodes": 12, "scoring": ScoringSettings(first_images=12)}
+    more["finalists"] = FinalistSettings(12, "none")
+    finished = go(
+        tmp_path, small_data, small("channel", agent=agent, finetune=FinetuneSettings(epochs=0), **more)
+    )
+    lines = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()[1:]]
+    searched = [line for line in lines if line["repair"] == "batch_norm"]
+    finalists = [line for line in lines if line["repair"] == "none"]
+    short = [line for line in searched if "images" in line]
+    assert 0 < len(short) < len(searched)
+    assert all(line["accuracy"] * 12 == pytest.approx(round(line["accuracy"] * 12)) for line in short)
+    assert finalists
+    assert not any("images" in line for line in finalists)
+    assert finished.result["search"]["cut_short"] >= len(short)
+
+
+def test_stages_of_scoring_must_leave_images_for_the_second(small_data: Data, tmp_path: Path) -> None:
+    count = len(small_data.search)
+    settings = small("channel", scoring=ScoringSettings(first_images=count))
+    with pytest.raises(
+        UserError, match=rf"evaluator.first_images={count} must be below the {count} search images"
+    ):
+        go(tmp_path, small_data, settings)
+
+
+def test_stages_of_scoring_mean_nothing_to_an_agent_that_compares_all(
+    small_data: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    go(tmp_path, small_data, small("channel", scoring=ScoringSettings(first_images=12)))
+    assert "evaluator.first_images=12 changes nothing: agent=random" in caplog.text
+    assert '"images"' not in (tmp_path / "evaluations.jsonl").read_text()
 
 
 def test_episodes_that_make_no_whole_rounds_are_refused_before_anything_is_scored(

@@ -1,0 +1,52 @@
+"""Scoring in stages: who is cut short, and by how many images."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from amc_env.staging import Score, Staged, score
+
+
+class Part:
+    """A scorer of known accuracy that counts how often it is asked."""
+
+    def __init__(self, images: Tensor, accuracy: float):
+        self.images, self.accuracy, self.asked = images, accuracy, 0
+
+    def __call__(self, model: nn.Module) -> float:
+        self.asked += 1
+        return self.accuracy
+
+
+def staged(first: float, rest: float) -> tuple[Staged, Part]:
+    others = Part(torch.ones(300, 1), rest)
+    return Staged(Part(torch.zeros(100, 1), first), others), others
+
+
+# the standard error of 0.8 on 100 images is 0.04
+@pytest.mark.parametrize(
+    ("floor", "images"), [(0.0, None), (0.9, None), (0.919, None), (0.921, 100), (math.inf, 100)]
+)
+def test_three_standard_errors_below_the_floor_are_enough(floor: float, images: int | None) -> None:
+    scorer, others = staged(0.8, 0.6)
+    found = scorer.score(nn.Identity(), floor)
+    assert found == Score(pytest.approx(0.65 if images is None else 0.8), images)
+    assert others.asked == (images is None)
+
+
+def test_accuracy_on_all_images_is_that_of_all_hits() -> None:
+    scorer, _ = staged(0.57, 71 / 300)
+    assert scorer(nn.Identity()) == 128 / 400
+    assert torch.equal(scorer.images, torch.cat([torch.zeros(100, 1), torch.ones(300, 1)]))
+
+
+def test_what_has_no_hit_at_all_is_too_bad_for_any_floor() -> None:
+    scorer, others = staged(0.0, 0.9)
+    assert scorer.score(nn.Identity(), 0.01) == Score(0.0, 100)
+    assert others.asked == 0
+
+
+def test_a_scorer_without_stages_ignores_the_floor() -> None:
+    assert score(lambda model: 0.25, nn.Identity(), floor=0.9) == Score(0.25, None)
