@@ -1,15 +1,17 @@
 """Scoring that computes once what candidates share: everything before the first module that differs.
 
 A sensitivity scan, or a round of NetAdapt before it tunes, cuts one decision at a time: most of what is in front of
-the cut is the same for all candidates of that decision. What the rest of the network reads of it is kept for all
-images, and moves on from front to back with the scan. What differs is found by comparing tensors, never by
-assumption: a repair may have changed anything.
+the cut is the same for all candidates of that decision. A policy that has found its way takes the same first decisions
+again and again. Where a candidate leaves the way of an earlier one, what the rest of the network reads there is kept
+for all images, as far as there is room. What differs is found by digests of the tensors, never by assumption: a
+repair may have changed anything.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,17 +26,20 @@ log = logging.getLogger(__name__)
 ROOM = 2**30
 """Bytes of kept values."""
 
-_State = Mapping[fx.Node, tuple[Tensor, ...]]
-"""What each operation reads from the network itself: parameters, buffers, sizes."""
+_SEEN = 2**16  # operations of earlier candidates that are remembered: some hundred candidates
+_WORTH = 0.02  # of the network's work: values that spare less are not kept
+
+_Token = bytes
+"""A digest of all that an operation's result depends on but the images."""
 _Values = dict[fx.Node, Any]
 """What operations gave for one batch."""
 
 
 class PrefixScorer(Scorer):
-    """`Scorer`, with what a candidate shares with the uncut network or with the last candidate computed once.
+    """`Scorer`, with what a candidate shares with earlier ones or the uncut network computed once.
 
     The same operations run on the same batches, so accuracies are those of `Scorer`. A candidate costs at most what
-    it costs there and the comparison of its tensors. A network that cannot be traced is scored as there.
+    it costs there and the digests of its tensors. A network that cannot be traced is scored as there.
 
     Args:
         model: The uncut network, in eval mode.
@@ -94,7 +99,7 @@ def _obstacle(graph: fx.Graph) -> str:
 
 
 class _Shared:
-    """Runs a network whose tensors change between calls, and keeps what the next call may share.
+    """Runs a network whose tensors change between calls, and keeps what calls have in common.
 
     Args:
         network: The traced network; its tensors are the original's now.
@@ -104,103 +109,141 @@ class _Shared:
 
     def __init__(self, network: fx.GraphModule, batches: Sequence[Tensor], room: int):
         self._network = network
-        self._lane = fx.Interpreter(network, garbage_collect_values=False)
         self._nodes: list[fx.Node] = list(network.graph.nodes)
+        self._lane = fx.Interpreter(network, garbage_collect_values=False)
         self._batches = batches
-        self._room = room
+        self._work = _work(network, batches[0][:1])
+        self._kept = _Kept(room)
+        self._seen: dict[_Token, None] = {}
+        self._remember(_tokens(network))
         self._told = False
-        self._original = _copied(_state(network))
-        self._last: _State | None = None
-        self._kept_of = self._original
-        self._kept: list[_Values] = [{} for _ in batches]
 
     @torch.no_grad()
     def __call__(self) -> Tensor | None:
         """Logits of all images for the network as it is now; None where kept values were overwritten."""
-        state = _state(self._network)
-        changed, base = self._difference(state)
-        front = self._front(changed)
-        if base is not self._original or not front:  # the next candidate may be more like this one
-            self._last = _copied(state)
-        if not front:
+        tokens = _tokens(self._network)
+        kept = {node: self._kept.batches(token) for node, token in tokens.items() if token in self._kept}
+        front = self._front(tokens, kept)
+        self._remember(tokens)
+        if not front and not kept:
             return torch.cat([self._network(batch) for batch in self._batches])
-        self._forget(self._changed(state, self._kept_of))
-        self._kept_of = base
-        plans = _Plans(self._nodes, front, changed)
-        outputs = [self._one(index, plans) for index in range(len(self._batches))]
+        plans = _Plans(self._nodes, front)
+        known = [[node for node, those in kept.items() if i in those] for i in self._indices]
+        self._kept.use(tokens[node] for there in known for node in plans.given(there).start)
+        outputs = [self._one(i, plans, known[i], tokens) for i in self._indices]
         logits = [output for output in outputs if output is not None]
         return torch.cat(logits) if len(logits) == len(outputs) else None
 
-    def _difference(self, state: _State) -> tuple[set[fx.Node], _State]:
-        """What depends on tensors that differ from the original's, or from the last candidate's if that is less."""
-        bases = [self._original] if self._last is None else [self._original, self._last]
-        return min(((self._changed(state, base), base) for base in bases), key=lambda found: len(found[0]))
+    @property
+    def _indices(self) -> range:
+        return range(len(self._batches))
 
-    def _changed(self, state: _State, base: _State) -> set[fx.Node]:
-        changed: set[fx.Node] = set()
-        for node in self._nodes:
-            reads_changed = any(need in changed for need in node.all_input_nodes)
-            if reads_changed or node.op == "output" or not _same(state[node], base[node]):
-                changed.add(node)
-        return changed
+    def _remember(self, tokens: Mapping[fx.Node, _Token]) -> None:
+        for token in tokens.values():
+            self._seen.pop(token, None)
+            self._seen[token] = None
+        for token in list(self._seen)[: max(0, len(self._seen) - _SEEN)]:
+            del self._seen[token]
 
-    def _front(self, changed: set[fx.Node]) -> list[fx.Node]:
-        """The unchanged operations whose values changed ones read; the images themselves are there anyway."""
-        unchanged = [node for node in self._nodes if node not in changed and node.op != "placeholder"]
-        return [node for node in unchanged if any(user in changed for user in node.users)]
+    def _front(self, tokens: Mapping[fx.Node, _Token], kept: Iterable[fx.Node]) -> list[fx.Node]:
+        """Where this candidate leaves the way of earlier ones, if it is worth keeping; the images are there anyway."""
+        old = {node for node in self._nodes if tokens[node] in self._seen and node.op != "placeholder"}
+        front = [node for node in self._nodes if node in old and any(user not in old for user in node.users)]
+        spared = sum(self._work.get(node, 0) for node in _needed(front, set(kept)))
+        return front if spared >= _WORTH * sum(self._work.values()) else []
 
-    def _forget(self, stale: set[fx.Node]) -> None:
-        self._kept = [{n: v for n, v in values.items() if n not in stale} for values in self._kept]
-
-    def _one(self, index: int, plans: _Plans) -> Tensor | None:
+    def _one(
+        self, index: int, plans: _Plans, known: Sequence[fx.Node], tokens: Mapping[fx.Node, _Token]
+    ) -> Tensor | None:
         """Logits of one batch; what its front gave is kept where there is room."""
-        lane, kept = self._lane, self._kept[index]
-        written = {node: _writes(value) for node, value in kept.items()}
-        plan = plans.given(kept)
+        lane, plan = self._lane, plans.given(known)
+        held = {node: self._kept.value(tokens[node], index) for node in plan.start}
+        written = {node: _writes(value) for node, value in held.items()}
         lane.args_iter = iter([self._batches[index]])
-        lane.env = dict(kept)
+        lane.env = dict(held)
         output = None
         for node in plan.nodes:
             output = lane.env[node] = lane.run_node(node)
             if node in plans.front:
-                kept[node], written[node] = output, _writes(output)
+                held[node], written[node] = output, _writes(output)
             for done in plan.over[node]:
                 lane.env.pop(done, None)
         lane.env = {}
-        kept = {node: kept[node] for node in plans.front}
-        self._keep(index, kept)
-        overwritten = any(_writes(value) != written[node] for node, value in kept.items())
+        for node in plans.front:
+            if node not in plan.start:
+                self._keep(tokens[node], index, held[node])
+        overwritten = any(_writes(value) != written[node] for node, value in held.items())
         return None if overwritten else output
 
-    def _keep(self, index: int, values: _Values) -> None:
-        self._kept[index] = values
-        if sum(tensor.nbytes for kept in self._kept for tensor in _tensors(kept)) <= self._room:
-            return
-        self._kept[index] = {}
-        if not self._told:
+    def _keep(self, token: _Token, index: int, value: Any) -> None:
+        if not self._kept.add(token, index, value) and not self._told:
             self._told = True
             log.info(
                 "what candidates share fills %d MiB: some of the %d search images are run from the first layer on",
-                self._room // 2**20,
+                self._kept.room // 2**20,
                 sum(len(batch) for batch in self._batches),
             )
 
 
+class _Kept:
+    """Values of operations, by token and batch; the longest unused go first, those of this call never.
+
+    Args:
+        room: Bytes for them.
+    """
+
+    def __init__(self, room: int):
+        self.room = room
+        self._filled = 0
+        self._values: dict[_Token, dict[int, Any]] = {}  # the latest used last
+        self._in_use: set[_Token] = set()
+
+    def __contains__(self, token: _Token) -> bool:
+        return token in self._values
+
+    def batches(self, token: _Token) -> frozenset[int]:
+        """The batches for which a value is kept."""
+        return frozenset(self._values[token])
+
+    def value(self, token: _Token, index: int) -> Any:
+        """What an operation gave for a batch."""
+        return self._values[token][index]
+
+    def use(self, tokens: Iterable[_Token]) -> None:
+        """Begins a call, which starts from these."""
+        self._in_use = set(tokens)
+        for token in self._in_use:
+            self._values[token] = self._values.pop(token)
+
+    def add(self, token: _Token, index: int, value: Any) -> bool:
+        """Keeps a value if there is room, or can be made."""
+        size = _bytes(value)
+        while self._filled + size > self.room:
+            oldest = next(iter(self._values), None)
+            if oldest is None or oldest in self._in_use:
+                return False
+            self._filled -= sum(_bytes(held) for held in self._values.pop(oldest).values())
+        self._values.setdefault(token, {})[index] = value
+        self._in_use.add(token)
+        self._filled += size
+        return True
+
+
 @dataclass(frozen=True)
 class _Plan:
-    """Operations in the network's order, and after each of them what nothing reads any more."""
+    """What is known and read, operations in the network's order, and after each what nothing reads any more."""
 
+    start: list[fx.Node]
     nodes: list[fx.Node]
     over: dict[fx.Node, list[fx.Node]]
 
 
 class _Plans:
-    """What to run on a batch for the front's values and all that changed, by what is known of it already."""
+    """What to run on a batch for the front's values and the output, by what is known of it already."""
 
-    def __init__(self, nodes: Sequence[fx.Node], front: Iterable[fx.Node], changed: Iterable[fx.Node]):
+    def __init__(self, nodes: Sequence[fx.Node], front: Iterable[fx.Node]):
         self.front = dict.fromkeys(front)
         self._nodes = nodes
-        self._changed = changed
         self._made: dict[frozenset[fx.Node], _Plan] = {}
 
     def given(self, known: Iterable[fx.Node]) -> _Plan:
@@ -211,23 +254,56 @@ class _Plans:
         return self._made[key]
 
     def _plan(self, known: frozenset[fx.Node]) -> _Plan:
-        wanted: set[fx.Node] = set()
-        stack = [*self.front, *self._changed]
-        while stack:
-            node = stack.pop()
-            if node not in wanted and node not in known:
-                wanted.add(node)
-                stack.extend(node.all_input_nodes)
+        wanted = _needed([*self.front, self._nodes[-1]], known)
         nodes = [node for node in self._nodes if node in wanted or node.op == "placeholder"]
         last = {need: node for node in nodes for need in node.all_input_nodes}
         over: dict[fx.Node, list[fx.Node]] = {node: [] for node in nodes}
         for need, node in last.items():
             over[node].append(need)
-        return _Plan(nodes, over)
+        return _Plan([node for node in self._nodes if node in known and node in last], nodes, over)
 
 
-def _state(network: fx.GraphModule) -> _State:
-    return {node: tuple(_read(network, node)) for node in network.graph.nodes}
+def _needed(nodes: Iterable[fx.Node], known: Collection[fx.Node]) -> set[fx.Node]:
+    """The operations that give these values, down to those that are known."""
+    wanted: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in wanted and node not in known:
+            wanted.add(node)
+            stack.extend(node.all_input_nodes)
+    return wanted
+
+
+def _work(network: fx.GraphModule, image: Tensor) -> dict[fx.Node, int]:
+    """Multiply-accumulates of the layers, roughly: for telling what is worth keeping."""
+    lane = fx.Interpreter(network, garbage_collect_values=False)
+    with torch.no_grad():
+        lane.run(image)
+    found = {}
+    for node in network.graph.nodes:
+        weight = (
+            getattr(network.get_submodule(str(node.target)), "weight", None)
+            if node.op == "call_module"
+            else None
+        )
+        if isinstance(weight, Tensor) and weight.ndim > 1:
+            found[node] = weight[0].numel() * lane.env[node].numel()
+    return found
+
+
+def _tokens(network: fx.GraphModule) -> dict[fx.Node, _Token]:
+    """Of all operations, as the network is now."""
+    tokens: dict[fx.Node, _Token] = {}
+    for number, node in enumerate(network.graph.nodes):
+        digest = hashlib.sha256(str(number).encode())
+        for need in node.all_input_nodes:
+            digest.update(tokens[need])
+        for tensor in _read(network, node):
+            digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        tokens[node] = digest.digest()
+    return tokens
 
 
 def _read(network: fx.GraphModule, node: fx.Node) -> Iterator[Tensor]:
@@ -242,17 +318,6 @@ def _read(network: fx.GraphModule, node: fx.Node) -> Iterator[Tensor]:
         yield from _tensors(getattr(network.get_submodule(owner), name))
 
 
-def _copied(state: _State) -> _State:
-    """A state that changes in place do not reach."""
-    return {node: tuple(tensor.detach().clone() for tensor in tensors) for node, tensors in state.items()}
-
-
-def _same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
-    return len(ours) == len(theirs) and all(
-        a.shape == b.shape and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True)
-    )
-
-
 def _tensors(value: Any) -> Iterator[Tensor]:
     """The tensors in what an operation gave, which may be a tuple or hold none."""
     if isinstance(value, Tensor):
@@ -260,6 +325,10 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Mapping | list | tuple):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(item)
+
+
+def _bytes(value: Any) -> int:
+    return sum(tensor.nbytes for tensor in _tensors(value))
 
 
 def _writes(value: Any) -> list[int]:

@@ -137,10 +137,10 @@ class Materials:
         """Accuracy on the search split; the processes of a run share the room for values that candidates share."""
         few, count = self.run.settings.scoring.first_images, len(self.images)
         if few is None:
-            return self._scorer(slice(count))
-        return Staged(self._scorer(slice(few)), self._scorer(slice(few, count)))
+            return self._scorer(slice(count), ROOM)
+        return Staged(self._scorer(slice(few), ROOM // 2), self._scorer(slice(few, count), ROOM // 2))
 
-    def _scorer(self, part: slice) -> PrefixScorer:
+    def _scorer(self, part: slice, room: int) -> PrefixScorer:
         scoring = self.run.settings.scoring
         return PrefixScorer(
             self.run.model,
@@ -149,7 +149,7 @@ class Materials:
             batch_size=scoring.batch_size,
             channels_last=scoring.channels_last,
             precision=scoring.precision,
-            room=ROOM // (1 + scoring.workers),
+            room=room // (1 + scoring.workers),
         )
 
     def start(self, name: str, candidates: Builder, removed: tuple[int, ...]) -> Start:

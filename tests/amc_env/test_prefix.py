@@ -158,6 +158,40 @@ def test_batch_norms_that_are_all_re_estimated_are_shared_by_the_candidates_of_o
     assert counted == [BATCHES, 2 * BATCHES, 2 * BATCHES]
 
 
+def of_a_policy(grids: tuple[Grid, ...]) -> list[tuple[int, ...]]:
+    """Ways that part from one another early and late, and come back to those of long before."""
+    last, most = len(grids) - 1, [grid.count(grid.size - 1) for grid in grids]
+    a, b = [grid.count(1) for grid in grids], [grid.count(2) for grid in grids]
+    late = [(*a[:last], most[last]), (*b[:last], most[last]), (*a[:last], 0), (*b[:last], 0)]
+    return [tuple(a), tuple(b), *late, (*a[:2], *[0] * (last - 1))]
+
+
+def test_a_way_is_gone_on_from_where_any_earlier_candidate_left_it() -> None:
+    candidates, grids = prepared("residual")
+    plain, judge = scorer(candidates.original, Scorer), scorer(candidates.original)
+    runs = count_runs(judge, candidates, "layer1.0.conv1")
+    counted = []
+    for removed in of_a_policy(grids):
+        assert judge(candidates.cut(removed)) == plain(candidates.cut(removed))
+        counted.append(len(runs) // BATCHES)
+    # Two ways; each is met again and kept; both are gone on from; the last leaves before what is kept.
+    assert counted == [1, 2, 3, 4, 4, 4, 5]
+
+
+def test_the_longest_unused_goes_first_where_there_is_no_room_for_two() -> None:
+    candidates, grids = prepared("residual")
+    plain = scorer(candidates.original, Scorer)
+    way = (32 * 4 * 4 + 62 * 2 * 2) * 4 * 60  # bytes that the last decision's layers read, of all images
+    judge = scorer(candidates.original, room=way + way // 2)
+    runs = count_runs(judge, candidates, "layer1.0.conv1")
+    counted = []
+    a1, b1, a2, b2, a3, b3, _ = of_a_policy(grids)
+    for removed in (a1, b1, a2, a3, b2, b3, a3):
+        assert judge(candidates.cut(removed)) == plain(candidates.cut(removed))
+        counted.append(len(runs) // BATCHES)
+    assert counted == [1, 2, 3, 3, 4, 4, 5]
+
+
 def test_what_has_no_room_is_run_again(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     candidates, grids = prepared("residual")

@@ -59,8 +59,8 @@ def test_processes_share_the_room_for_what_candidates_share(small_data: Data) ->
     prepared = ready(small_data)
     settings = replace(prepared.settings, scoring=ScoringSettings(workers=3))
     crowded = Materials.of(replace(prepared, settings=settings)).scorer()
-    assert Materials.of(prepared).scorer()._shared._room == ROOM
-    assert crowded._shared._room == ROOM // 4
+    assert Materials.of(prepared).scorer()._shared._kept.room == ROOM
+    assert crowded._shared._kept.room == ROOM // 4
 
 
 def test_stages_take_images_by_lot_and_all_of_them(small_data: Data) -> None:
