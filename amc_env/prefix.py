@@ -27,7 +27,7 @@ ROOM = 2**30
 """Bytes of kept values."""
 
 _SEEN = 2**16  # operations of earlier candidates that are remembered: some hundred candidates
-_WORTH = 0.02  # of the network's work: values that spare less are not kept
+_WORTH = 128  # multiply-accumulates that a number must spare to be kept: writing it down takes about as long as half
 
 _Token = bytes
 """A digest of all that an operation's result depends on but the images."""
@@ -112,7 +112,7 @@ class _Shared:
         self._nodes: list[fx.Node] = list(network.graph.nodes)
         self._lane = fx.Interpreter(network, garbage_collect_values=False)
         self._batches = batches
-        self._work = _work(network, batches[0][:1])
+        self._work, self._sizes = _measured(network, batches[0][:1])
         self._kept = _Kept(room)
         self._seen: dict[_Token, None] = {}
         self._remember(_tokens(network))
@@ -145,12 +145,14 @@ class _Shared:
         for token in list(self._seen)[: max(0, len(self._seen) - _SEEN)]:
             del self._seen[token]
 
-    def _front(self, tokens: Mapping[fx.Node, _Token], kept: Iterable[fx.Node]) -> list[fx.Node]:
+    def _front(self, tokens: Mapping[fx.Node, _Token], kept: Collection[fx.Node]) -> list[fx.Node]:
         """Where this candidate leaves the way of earlier ones, if it is worth keeping; the images are there anyway."""
         old = {node for node in self._nodes if tokens[node] in self._seen and node.op != "placeholder"}
         front = [node for node in self._nodes if node in old and any(user not in old for user in node.users)]
-        spared = sum(self._work.get(node, 0) for node in _needed(front, set(kept)))
-        return front if spared >= _WORTH * sum(self._work.values()) else []
+        spared = sum(self._work[node] for node in _needed(front, kept))
+        return (
+            front if spared >= _WORTH * sum(self._sizes[node] for node in front if node not in kept) else []
+        )
 
     def _one(
         self, index: int, plans: _Plans, known: Sequence[fx.Node], tokens: Mapping[fx.Node, _Token]
@@ -275,21 +277,19 @@ def _needed(nodes: Iterable[fx.Node], known: Collection[fx.Node]) -> set[fx.Node
     return wanted
 
 
-def _work(network: fx.GraphModule, image: Tensor) -> dict[fx.Node, int]:
-    """Multiply-accumulates of the layers, roughly: for telling what is worth keeping."""
+def _measured(network: fx.GraphModule, image: Tensor) -> tuple[dict[fx.Node, int], dict[fx.Node, int]]:
+    """Multiply-accumulates of each operation and numbers that it gives, for one image; layers alone count as work."""
     lane = fx.Interpreter(network, garbage_collect_values=False)
     with torch.no_grad():
         lane.run(image)
-    found = {}
-    for node in network.graph.nodes:
-        weight = (
-            getattr(network.get_submodule(str(node.target)), "weight", None)
-            if node.op == "call_module"
-            else None
-        )
-        if isinstance(weight, Tensor) and weight.ndim > 1:
-            found[node] = weight[0].numel() * lane.env[node].numel()
-    return found
+    sizes = {node: sum(tensor.numel() for tensor in _tensors(value)) for node, value in lane.env.items()}
+    work = dict.fromkeys(sizes, 0)
+    for node in sizes:
+        if node.op == "call_module":
+            weight = getattr(network.get_submodule(str(node.target)), "weight", None)
+            if isinstance(weight, Tensor) and weight.ndim > 1:
+                work[node] = weight[0].numel() * sizes[node]
+    return work, sizes
 
 
 def _tokens(network: fx.GraphModule) -> dict[fx.Node, _Token]:

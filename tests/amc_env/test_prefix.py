@@ -23,6 +23,12 @@ LABELS = torch.arange(60) % 4
 BATCHES = 3  # of 25, 25 and 10 images
 
 
+@pytest.fixture(autouse=True)
+def _small_networks_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their layers do little for the numbers that they give."""
+    monkeypatch.setattr("amc_env.prefix._WORTH", 0)
+
+
 def scorer(model: nn.Module, kind: type[Scorer] = PrefixScorer, **more: int) -> Scorer:
     return kind(model, images(60), LABELS, batch_size=25, **more)
 
@@ -176,6 +182,21 @@ def test_a_way_is_gone_on_from_where_any_earlier_candidate_left_it() -> None:
         counted.append(len(runs) // BATCHES)
     # Two ways; each is met again and kept; both are gone on from; the last leaves before what is kept.
     assert counted == [1, 2, 3, 4, 4, 4, 5]
+
+
+def test_what_spares_little_for_its_size_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    candidates, grids = prepared("residual")
+    a, _, again, *_ = of_a_policy(grids)
+    # For an image, as uncut: all before the last decision is 3 x 9 x 1024 multiply-accumulates, 16 x 9 x 2 x 1024 and so on
+    # for what is 32 x 4 x 4 numbers of the stream and 64 x 2 x 2 of the layer beside it.
+    work = 3 * 9 * 1024 + 2 * 16 * 9 * 1024 + (16 + 32) * 9 * 512 + 16 * 512 + 32 * 9 * 256
+    for least, runs in ((work // 768, 2), (work // 768 + 1, 3)):
+        monkeypatch.setattr("amc_env.prefix._WORTH", least)
+        judge = scorer(candidates.original)
+        counted = count_runs(judge, candidates, "layer1.0.conv1")
+        for removed in (a, again, again):
+            judge(candidates.cut(removed))
+        assert len(counted) == runs * BATCHES
 
 
 def test_the_longest_unused_goes_first_where_there_is_no_room_for_two() -> None:
