@@ -9,6 +9,7 @@ Cases (`--cases`), all at half the MACs with repair=least_squares and the defaul
     baseline:NETWORK            the AMC release's way, as a plain baseline: channels masked, least squares anew each time by
                                 scikit-learn on recorded inputs and outputs, validation at full size in batches of 50
     scoring:NETWORK             the scorer alone, in every precision, batch size and memory layout
+    profile:NETWORK             torch.profiler's dearest operators in scoring, without and with what the scorer does
     growth:layers               episodes of ResNet-20, 56 and 110
     growth:images               of ResNet-56 on 1,000, 2,000 and all search images
     growth:workers              of ResNet-56: random strategies and DDPG, with and without workers
@@ -101,10 +102,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 def _check(cases: list[str]) -> None:
     """Refuses cases that there are not, before the first is run."""
     variant = rf"(:({'|'.join(VARIANTS)}))?"
-    known = re.compile(rf"episode:\w+{variant}|baseline:\w+|scoring:\w+|search:\w+:\d+{variant}")
+    known = re.compile(rf"episode:\w+{variant}|baseline:\w+|(scoring|profile):\w+|search:\w+:\d+{variant}")
     unknown = [case for case in cases if not known.fullmatch(case)]
     if unknown:
-        there = f"episode:NETWORK[:VARIANT], baseline:NETWORK, scoring:NETWORK, {', '.join(GROWTH)}, "
+        there = f"episode:NETWORK[:VARIANT], baseline:NETWORK, scoring:NETWORK, profile:NETWORK, {', '.join(GROWTH)}, "
         there += f"search:NETWORK:EPISODES[:VARIANT], with the variants {', '.join(VARIANTS)}"
         sys.exit(f"unknown case {', '.join(unknown)}; there are {there}")
 

@@ -32,7 +32,7 @@ from omegaconf import DictConfig
 from safetensors.torch import save_file
 
 from agents.ddpg import AMCDDPG
-from amc_env.evaluator import ORIGINAL, Bench, Evaluator
+from amc_env.evaluator import ORIGINAL, Bench, Evaluator, Scorer, accuracy
 from amc_env.precision import BFLOAT16, FLOAT32
 from amc_env.prefix import PrefixScorer
 from amc_env.pruning import masked_repair, repair
@@ -75,6 +75,8 @@ WHOLE_STRATEGIES = 3  # times as many evaluations where workers have some in han
 GEMM_SIZES = (512, 1024, 2048)
 SLOW_S = 0.2  # a product that takes so long is not tried at a larger size
 BATCHES = (25, 50, 100, 250)
+PROFILED = 1000  # images
+OPERATORS = 6  # of a profile, the dearest
 
 
 @dataclass(frozen=True)
@@ -321,6 +323,30 @@ def scoring(job: Job) -> dict[str, Row]:
     return rows
 
 
+def profile(job: Job) -> dict[str, Row]:
+    """Where the processor's time goes in scoring a network of half the MACs: as it is, and as the scorer runs it."""
+    prepared = prepared_of(job.config())
+    images = prepared.images(prepared.data.search, PROFILED)
+    network = prepared.builder.cut(prepared.problem.project([0.0] * len(prepared.grids)))
+    labels = prepared.data.search.labels[:PROFILED]
+    scorer = Scorer(prepared.model, images, labels)
+    ways = {
+        "as it is, batches of 250": partial(accuracy, network, images, labels, 250),
+        "as it is scored": partial(scorer, network),
+    }
+    rows: dict[str, Row] = {}
+    for way, call in ways.items():
+        call()
+        with torch.profiler.profile() as found:
+            call()
+        averages = sorted(found.key_averages(), key=lambda entry: -entry.self_cpu_time_total)
+        whole = sum(entry.self_cpu_time_total for entry in averages)
+        for entry in averages[:OPERATORS]:
+            share = 100 * entry.self_cpu_time_total / whole
+            rows[f"{way}: {entry.key}"] = {"own time ms": entry.self_cpu_time_total / 1e3, "% of all": share}
+    return rows
+
+
 def search(job: Job, episodes: str, variant: str = "") -> dict[str, Row]:
     """A whole search by amc-search, without what comes after."""
     folder = Path(job.folder) / "run"
@@ -340,6 +366,7 @@ KINDS: dict[str, Callable[..., dict[str, Row]]] = {
     "episode": episode,
     "baseline": baseline,
     "scoring": scoring,
+    "profile": profile,
     "search": search,
 }
 

@@ -131,7 +131,7 @@ def test_the_scorer_is_measured_in_every_setting(tmp_path: Path, monkeypatch: py
     def watched(scorer: PrefixScorer, model: nn.Module) -> float:
         value = plain(scorer, model)
         assert scorer._shared is not None
-        scored.append(any(scorer._shared._kept))
+        scored.append(scorer._shared._kept._filled > 0)
         return value
 
     monkeypatch.setattr(cases.PrefixScorer, "__call__", watched)
@@ -140,6 +140,19 @@ def test_the_scorer_is_measured_in_every_setting(tmp_path: Path, monkeypatch: py
     assert all(row["GFLOP/s"] > 0 for row in rows.values())
     assert len(scored) == len(rows)
     assert not any(scored)  # nothing was shared
+
+
+def test_a_profile_says_what_folding_took_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "PROFILED", 60)
+    monkeypatch.setattr(cases, "OPERATORS", 99)
+    rows = cases.profile(job("profile:digits_cnn", tmp_path))
+    plain, scored = (
+        {name for name in rows if name.startswith(way)} for way in ("as it is, ", "as it is scored")
+    )
+    assert any("batch_norm" in name for name in plain)
+    assert not any("batch_norm" in name for name in scored)
+    for way in (plain, scored):
+        assert sum(rows[name]["% of all"] for name in way) == pytest.approx(100)
 
 
 def test_a_whole_search_is_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,90 @@
+"""How coarser scoring ranks the strategies of a search: evaluator.precision=bfloat16 and evaluator.first_images.
+
+    python scripts/compare_scoring.py model=resnet20 data=cifar10 model.weights=FILE data.path=DIR search.episodes=100
+    python scripts/compare_scoring.py ... +first=[500,1000,2000]
+
+Takes the options of amc-search. The agent searches once, every strategy scored in float32 on all search images; the same
+strategies are then scored again, in the same order, in every coarser way. Differences are in points of accuracy.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from functools import partial
+
+import hydra
+import numpy as np
+from omegaconf import DictConfig
+from scipy.stats import spearmanr
+
+from agents.base import SearchTask
+from amc_env.env import PruningVectorEnv
+from amc_env.evaluator import Outcome
+from amc_env.precision import BFLOAT16
+from search import wiring
+from search.commands import application, run_command
+from search.judging import make_evaluator
+from search.loop import Episode, Loop
+from search.pipeline import env_handle
+from search.preparation import prepare
+from search.ranking import Prepared
+from search.settings import ScoringSettings
+
+
+@hydra.main(version_base="1.3", config_path="pkg://conf", config_name="search")
+@application
+def compare(cfg: DictConfig) -> None:
+    """Prints one row for each way of scoring."""
+    source = wiring.model_source(cfg)
+    data = wiring.data_of(cfg)
+    prepared = prepare(source.load(data), data, wiring.settings_of(cfg, source.original_lr))
+    exact = searched(prepared)
+    ways = {"bfloat16": ScoringSettings(precision=BFLOAT16)}
+    ways |= {
+        f"first {count} images": ScoringSettings(first_images=count) for count in cfg.get("first", [1000])
+    }
+    print(f"{source.name}: {len(exact)} strategies, {len(data.search)} search images")
+    print(
+        "| way | images scored | mean difference | its spread | largest | rank correlation | best is the same |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for name, scoring in ways.items():
+        settings = replace(prepared.settings, scoring=scoring)
+        print(
+            row(name, exact, again(replace(prepared, settings=settings), exact), len(data.search)), flush=True
+        )
+
+
+def searched(prepared: Prepared) -> list[Outcome]:
+    """Different strategies of the agent's search, in order."""
+    found: dict[tuple[int, ...], Outcome] = {}
+
+    def note(episode: Episode) -> None:
+        outcome = episode.scored.outcome
+        found.setdefault(outcome.strategy.removed, outcome)
+
+    settings = prepared.settings
+    loop = Loop(make_evaluator(prepared), settings.reward, note)
+    envs = partial(PruningVectorEnv, env_handle(prepared, loop))
+    settings.agent.search(SearchTask(prepared.problem, envs, loop.score, settings.episodes, settings.seed))
+    return list(found.values())
+
+
+def again(prepared: Prepared, exact: list[Outcome]) -> list[Outcome]:
+    """The same strategies, one after the other, as a search would have them scored."""
+    loop = Loop(make_evaluator(prepared), prepared.settings.reward)
+    return [loop.outcome(outcome.strategy) for outcome in exact]
+
+
+def row(name: str, exact: list[Outcome], coarse: list[Outcome], images: int) -> str:
+    """A line of the table."""
+    a, b = (np.array([outcome.accuracy for outcome in outcomes]) for outcomes in (exact, coarse))
+    scored = np.mean([outcome.images or images for outcome in coarse]) / images
+    off = 100 * (b - a)
+    figures = f"{off.mean():+.2f} | {off.std():.2f} | {abs(off).max():.2f} | {spearmanr(a, b).statistic:.4f}"
+    return f"| {name} | {scored:.0%} | {figures} | {'yes' if a.argmax() == b.argmax() else 'no'} |"
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(compare))

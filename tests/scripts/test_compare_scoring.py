@@ -1,0 +1,41 @@
+"""scripts/compare_scoring.py: a row says how far a coarser way of scoring is off, and in what order."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+
+import compare_scoring
+
+from amc_env.evaluator import Outcome
+from amc_env.strategy import Strategy
+
+
+def outcomes(accuracies: list[float], images: list[int | None]) -> list[Outcome]:
+    strategy = Strategy(("a",), (8,), (2,))
+    return [
+        Outcome(strategy, accuracy, {}, True, "none", images=count)
+        for accuracy, count in zip(accuracies, images, strict=True)
+    ]
+
+
+def test_a_row_by_hand() -> None:
+    exact = outcomes([0.5, 0.7, 0.9, 0.6], [None] * 4)
+    coarse = outcomes([0.5, 0.72, 0.88, 0.48], [None, None, None, 20])
+    # differences 0, 2, -2, -12; ranks 1 3 4 2 against 2 3 4 1: 1 - 6 x 2 / 60
+    line = compare_scoring.row("way", exact, coarse, 100)
+    assert line == "| way | 80% | -3.00 | 5.39 | 12.00 | 0.8000 | yes |"
+    assert compare_scoring.row("way", exact, exact[::-1], 100).endswith("| no |")
+
+
+def test_the_same_strategies_are_scored_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    small = ["search.images=60", "repair.images=60", "agent.hidden=[8,8]", "agent.warmup_episodes=2"]
+    sys.argv = ["compare_scoring.py", *small, "search.episodes=4", "+first=[20]", f"hydra.run.dir={tmp_path}"]
+    compare_scoring.compare()
+    printed = capsys.readouterr().out.splitlines()
+    titles = [line for line in printed if line.startswith("digits_cnn: ")]
+    assert titles[0].endswith("strategies, 60 search images")
+    rows = [line.split(" | ")[0] for line in printed if line.startswith("| ")]
+    assert rows == ["| way", "| bfloat16", "| first 20 images"]
