@@ -341,8 +341,9 @@ class DDPGAgent(Agent):
         self.check(task.problem, task.episodes)
         if task.episodes <= self.warmup_whole:
             log.warning(
-                "search.episodes=%d ends within the warm-up of agent.warmup_episodes=%d: nothing is learnt",
+                "search.episodes=%d ends within the warm-up of %d (agent.warmup_episodes=%d): nothing is learnt",
                 task.episodes,
+                self.warmup_whole,
                 self.warmup_episodes,
             )
         steps = len(task.problem.names)

@@ -84,17 +84,17 @@ class Key:
     removed: tuple[int, ...]
 
 
-_BATCH_PIXELS = {"cpu": 2**16, "cuda": 2**22}
+_BATCH_PIXELS = {"cpu": 2**16, "cuda": 2**20}
 _SMALLEST_BATCH = 4
 
 
-def batch_size_for(images: Tensor) -> int:
+def batch_size_for(images: Tensor, device: torch.device) -> int:
     """How many images [N, ...] to score at a time: on a processor what its caches hold, else what fills the device.
 
     It depends on the size of an image and the kind of device alone, and not on a timing: two runs of one seed must
     round alike. docs/performance.md has the measurements.
     """
-    room = _BATCH_PIXELS.get(images.device.type, _BATCH_PIXELS["cuda"])
+    room = _BATCH_PIXELS.get(device.type, _BATCH_PIXELS["cuda"])
     pixels = images[0, 0].numel() if images.ndim > 2 else images[0].numel()
     return max(_SMALLEST_BATCH, room // pixels)
 
@@ -121,7 +121,7 @@ def accuracy(
     Raises:
         UserError: A logit is not a number.
     """
-    batch_size = batch_size or batch_size_for(images)
+    batch_size = batch_size or batch_size_for(images, labels.device)
     with torch.inference_mode(), arithmetic(precision):
         hits = torch.zeros((), dtype=torch.int64, device=labels.device)
         broken = torch.zeros((), dtype=torch.bool, device=labels.device)
@@ -169,7 +169,7 @@ class Scorer:
         dtype = dtype_of(precision)
         self.images = images.to(dtype).contiguous(memory_format=layout)
         self._labels = labels
-        self._batch_size = batch_size or batch_size_for(images)
+        self._batch_size = batch_size or batch_size_for(images, labels.device)
         self._precision = precision
         self.channels_last = channels_last
         few = few.contiguous(memory_format=layout)
@@ -289,8 +289,8 @@ def _own(model: nn.Module) -> nn.Module:
 class Evaluator:
     """Turns strategies into outcomes; the same one is never scored twice.
 
-    Scoring is a pure function of (start, repair, strategy): it draws nothing, and leaves the global random
-    state alone.
+    Scoring is a pure function of (start, repair, strategy), and in stages of the floor that was given: it draws
+    nothing, and leaves the global random state alone. What was scored on few images is remembered so.
 
     Args:
         start: The weights that a search begins with.

@@ -112,7 +112,7 @@ class _Shared:
         self._nodes: list[fx.Node] = list(network.graph.nodes)
         self._lane = fx.Interpreter(network, garbage_collect_values=False)
         self._batches = batches
-        self._work, self._sizes = _measured(network, batches[0][:1])
+        self._work, self._sizes = _measured(network, batches[0][:2])
         self._kept = _Kept(room)
         self._seen: dict[_Token, None] = {}
         self._remember(_tokens(network))
@@ -172,7 +172,9 @@ class _Shared:
                 lane.env.pop(done, None)
         lane.env = {}
         for node in plans.front:
-            if node not in plan.start:
+            if (
+                node in held and node not in plan.start
+            ):  # where later values are kept, it may not have been run
                 self._keep(tokens[node], index, held[node])
         overwritten = any(_writes(value) != written[node] for node, value in held.items())
         return None if overwritten else output
@@ -198,7 +200,7 @@ class _Kept:
         self.room = room
         self._filled = 0
         self._values: dict[_Token, dict[int, Any]] = {}  # the latest used last
-        self._in_use: set[_Token] = set()
+        self._in_use: dict[_Token, None] = {}
 
     def __contains__(self, token: _Token) -> bool:
         return token in self._values
@@ -213,22 +215,26 @@ class _Kept:
 
     def use(self, tokens: Iterable[_Token]) -> None:
         """Begins a call, which starts from these."""
-        self._in_use = set(tokens)
+        self._in_use = dict.fromkeys(tokens)
         for token in self._in_use:
             self._values[token] = self._values.pop(token)
 
     def add(self, token: _Token, index: int, value: Any) -> bool:
         """Keeps a value if there is room, or can be made."""
         size = _bytes(value)
+        if size + sum(map(self._size, self._in_use)) > self.room:
+            return False
         while self._filled + size > self.room:
-            oldest = next(iter(self._values), None)
-            if oldest is None or oldest in self._in_use:
-                return False
-            self._filled -= sum(_bytes(held) for held in self._values.pop(oldest).values())
+            oldest = next(token for token in self._values if token not in self._in_use)
+            self._filled -= self._size(oldest)
+            del self._values[oldest]
         self._values.setdefault(token, {})[index] = value
-        self._in_use.add(token)
+        self._in_use[token] = None
         self._filled += size
         return True
+
+    def _size(self, token: _Token) -> int:
+        return sum(_bytes(value) for value in self._values[token].values())
 
 
 @dataclass(frozen=True)
@@ -277,11 +283,11 @@ def _needed(nodes: Iterable[fx.Node], known: Collection[fx.Node]) -> set[fx.Node
     return wanted
 
 
-def _measured(network: fx.GraphModule, image: Tensor) -> tuple[dict[fx.Node, int], dict[fx.Node, int]]:
-    """Multiply-accumulates of each operation and numbers that it gives, for one image; layers alone count as work."""
+def _measured(network: fx.GraphModule, images: Tensor) -> tuple[dict[fx.Node, int], dict[fx.Node, int]]:
+    """Multiply-accumulates of each operation and numbers that it gives, for some images; layers alone count as work."""
     lane = fx.Interpreter(network, garbage_collect_values=False)
     with torch.no_grad():
-        lane.run(image)
+        lane.run(images)
     sizes = {node: sum(tensor.numel() for tensor in _tensors(value)) for node, value in lane.env.items()}
     work = dict.fromkeys(sizes, 0)
     for node in sizes:
@@ -328,7 +334,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _bytes(value: Any) -> int:
-    return sum(tensor.nbytes for tensor in _tensors(value))
+    return sum(tensor.untyped_storage().nbytes() for tensor in _tensors(value))  # a view holds all of it
 
 
 def _writes(value: Any) -> list[int]:

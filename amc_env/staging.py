@@ -37,8 +37,8 @@ class _Part(Protocol):
 class Staged:
     """Scores a candidate on the first images; on the others as well unless those say that it is too bad to matter.
 
-    Too bad is an accuracy that lies three standard errors below what would matter: one candidate in a thousand is
-    wronged. Called without such a floor it scores all images.
+    Too bad is an accuracy that lies three standard errors below what would matter (the larger of its own error and that
+    of what would matter): about one candidate in a thousand is wronged. Called without such a floor it scores all images.
 
     Args:
         first: Accuracy on the first images.
@@ -67,7 +67,9 @@ class Staged:
         """
         few, more = len(self._first.images), len(self._rest.images)
         found = self._first(model)
-        if found + _ERRORS * math.sqrt(found * (1 - found) / few) < floor:
+        chance = min(floor, 1.0)
+        error = math.sqrt(max(found * (1 - found), chance * (1 - chance)) / few)
+        if found + _ERRORS * error < floor:
             return Score(found, few)
         hits = round(found * few) + round(self._rest(model) * more)
         return Score(hits / (few + more))

@@ -245,27 +245,21 @@ def episode(job: Job, variant: str = "") -> dict[str, Row]:
         measured *= WHOLE_STRATEGIES
     cfg.search.episodes, cfg.finalists.count = lead + measured, 0
     prepared = prepared_of(cfg)
-    readings: list[tuple[dict[str, float], int, float]] = []
+    readings: list[tuple[dict[str, float], int]] = []
 
     def track(metrics: Mapping[str, float], step: int) -> None:
-        readings.append((watch.seconds(), watch.calls["Evaluator._outcome"], metrics["episode/macs_ratio"]))
+        readings.append((watch.seconds(), watch.calls["Evaluator._outcome"]))
 
     with Stopwatch() as watch:
         watch_search(watch, type(prepared.settings.agent))
         _search(prepared, Context(Path(job.folder), track))
-    (before, known, _), (after, all_known, _) = readings[lead - 1], readings[-1]
+    (before, known), (after, all_known) = readings[lead - 1], readings[-1]
     spent = {part: seconds - before.get(part, 0.0) for part, seconds in after.items()}
     spent["other"] += spent.pop("calibrating", 0.0)  # looking it up, once it is there
     count, evaluations = len(readings) - lead, all_known - known
     row = {"episode s": sum(spent.values()) / count}
     row |= {f"{part} s": spent.get(part, 0.0) / count for part in PARTS}
-    share = float(np.mean([ratio for *_, ratio in readings[lead:]]))
-    work = share * prepared.problem.cost([0] * len(prepared.grids))["macs"] * evaluations
-    row |= {
-        "episodes": count,
-        "repeats": count - evaluations,
-        "GFLOP/s": gflops(work * len(prepared.data.search), spent.get("scoring", 0.0)),
-    }
+    row |= {"episodes": count, "repeats": count - evaluations}
     return {"": row | {"calibrating once s": after.get("calibrating", 0.0), "decisions": len(prepared.grids)}}
 
 
@@ -385,7 +379,7 @@ def run(job: Job) -> dict[str, Any]:
     rows = KINDS[kind](job, *more)
     after = matrix_peak()
     for label, row in rows.items():
-        precision = BFLOAT16 if BFLOAT16 in f"{job.case} {label}" else FLOAT32
+        precision = BFLOAT16 if BFLOAT16 in label else FLOAT32
         if "GFLOP/s" in row:
             row["of the peak %"] = 200 * row["GFLOP/s"] / (before[precision] + after[precision])
     facts = {"threads": torch.get_num_threads(), "process MiB": peak_mib()}

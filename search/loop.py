@@ -49,7 +49,7 @@ class Loop:
     Attributes:
         seconds: Of the search, when it is over.
         episodes: So far.
-        cut_short: Those of them whose strategies were not scored on all images.
+        cut_short: Different strategies so far that were not scored on all images.
 
     Args:
         evaluator: Judges strategies.
@@ -150,8 +150,9 @@ class Loop:
 
     def _episode(self, scored: Scored) -> Scored:
         self.episodes += 1
+        new = scored.outcome.strategy.removed not in self._ranked
+        self.cut_short += new and scored.outcome.images is not None
         self._ranked.setdefault(scored.outcome.strategy.removed, scored)
-        self.cut_short += scored.outcome.images is not None
         if self._best is None or _order(scored) > _order(self._best):
             self._best = scored
         if self._on_episode is not None:
@@ -163,8 +164,8 @@ class Loop:
         """The strategy to deliver.
 
         Args:
-            finalists: The best so many are scored once more with ``repair``, and the best of those is
-                delivered as it was scored; 0 delivers the best as the search scored it.
+            finalists: The best so many, none that was cut short, are scored once more with ``repair``, and the best of
+                those is delivered as it was scored; 0 delivers the best as the search scored it.
             repair: Name of that repair.
 
         Raises:
@@ -179,7 +180,8 @@ class Loop:
                 "(enforce_budget=true)"
             )
         if finalists > 0 and repair != self.evaluator.repair and not self._rounds:
-            strategies = [scored.outcome.strategy for scored in ranked[:finalists] if scored.outcome.met]
+            whole = [scored.outcome for scored in ranked if scored.outcome.images is None]
+            strategies = [outcome.strategy for outcome in whole[:finalists] if outcome.met]
             self._finalists = len(strategies)
             again = self.evaluator.evaluate(strategies, repair=repair)
             ranked = sorted((self._rewarded(outcome) for outcome in again), key=_order, reverse=True)

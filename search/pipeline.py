@@ -199,6 +199,12 @@ def refuse_early(prepared: Prepared) -> None:
             does not fit the network.
     """
     settings = prepared.settings
+    if settings.scoring.first_images is not None and not settings.agent.steps:
+        log.warning(
+            "evaluator.first_images=%d changes nothing: agent=%s compares all its strategies with each other",
+            settings.scoring.first_images,
+            settings.agent.name,
+        )
     try:
         settings.agent.check(prepared.problem, settings.episodes)
     except TaskError as error:  # agents know no UserError

@@ -135,17 +135,9 @@ def _with_possible_repairs(settings: Settings, topology: Topology) -> Settings:
 
 def _check_stages(settings: Settings, images: int) -> None:
     first = settings.scoring.first_images
-    if first is None:
-        return
-    if first >= images:
+    if first is not None and first >= images:
         raise UserError(
             f"evaluator.first_images={first} must be below the {images} search images; null scores all at once"
-        )
-    if not settings.agent.steps:
-        log.warning(
-            "evaluator.first_images=%d changes nothing: agent=%s compares all its strategies with each other",
-            first,
-            settings.agent.name,
         )
 
 

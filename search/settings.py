@@ -303,7 +303,7 @@ class ShortTermSettings:
 
 @dataclass(frozen=True)
 class ScoringSettings:
-    """How candidates are run for scoring; may move logits by rounding only.
+    """How candidates are run for scoring; batch size and memory layout move logits by rounding only.
 
     Attributes:
         batch_size: Images of a batch; None: see `amc_env.evaluator.batch_size_for`.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from amc_env.precision import FLOAT32, arithmetic
 from amc_env.pruning.topology import Topology
 
 _TOLERANCE = 1e-3  # of the largest logit: far above rounding, far below a wrong fold
@@ -49,7 +50,7 @@ class Folder:
         self._dtype = torch.float32  # to compare in
         self._folded = self._without_norms(topology)
         if self._folded is not None:
-            with torch.no_grad():
+            with torch.no_grad(), arithmetic(FLOAT32):
                 want, got = model(example), self(model)(example)
             if not (want - got).abs().max() <= _TOLERANCE * want.abs().max():  # NaN compares false
                 self._folded, self.reason = None, "its outputs change when batch norms are folded"

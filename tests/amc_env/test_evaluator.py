@@ -150,10 +150,11 @@ def test_a_network_that_does_not_run_in_bfloat16_is_refused() -> None:
 
 
 def test_batches_suit_the_size_of_an_image_and_the_device() -> None:
-    assert batch_size_for(torch.empty(1, 3, 32, 32)) == 64
-    assert batch_size_for(torch.empty(1, 3, 224, 224)) == 4
-    assert batch_size_for(torch.empty(1, 128)) == 512
-    assert batch_size_for(torch.empty(1, 3, 32, 32, device="meta")) == 4096  # neither the CPU
+    cpu, cuda = torch.device("cpu"), torch.device("cuda:1")
+    assert batch_size_for(torch.empty(1, 3, 32, 32), cpu) == 64
+    assert batch_size_for(torch.empty(1, 3, 224, 224), cpu) == 4
+    assert batch_size_for(torch.empty(1, 128), cpu) == 512
+    assert batch_size_for(torch.empty(1, 3, 32, 32), cuda) == 1024  # wherever the images are as yet
 
 
 def test_the_same_strategy_is_never_scored_twice() -> None:

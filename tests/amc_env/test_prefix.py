@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import random
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from amc_env.errors import UserError
 from amc_env.evaluator import Scorer
 from amc_env.precision import FLOAT32
-from amc_env.prefix import PrefixScorer
+from amc_env.prefix import PrefixScorer, _Kept
 from amc_env.pruning.candidate import Candidates
 from amc_env.pruning.repair import BatchNorm, LeastSquares, NoRepair, Repair, Sequential
 from amc_env.pruning.topology import Topology
@@ -99,8 +100,8 @@ def test_logits_are_those_of_plain_scoring_to_the_bit_in_any_order(
     plain = scorer(candidates.original, Scorer, channels_last=channels_last)
     shared = scorer(candidates.original, channels_last=channels_last)
     strategies = scan(grids)
-    random = [random_removed(grids, seed) for seed in range(2)]
-    for removed in [*strategies, *random, *strategies[::-3], random[0], strategies[-1], *strategies[:3]]:
+    drawn = [random_removed(grids, seed) for seed in range(2)]
+    for removed in [*strategies, *drawn, *strategies[::-3], drawn[0], strategies[-1], *strategies[:3]]:
         plain(candidates.cut(removed))
         shared(candidates.cut(removed))
         assert torch.equal(logits[-2], logits[-1]), removed
@@ -182,6 +183,34 @@ def test_a_way_is_gone_on_from_where_any_earlier_candidate_left_it() -> None:
         counted.append(len(runs) // BATCHES)
     # Two ways; each is met again and kept; both are gone on from; the last leaves before what is kept.
     assert counted == [1, 2, 3, 4, 4, 4, 5]
+
+
+@pytest.mark.parametrize("remembered", [2, 3, 5])
+def test_what_is_forgotten_bit_by_bit_changes_nothing(
+    remembered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    candidates, grids = prepared("residual")
+    plain, judge = scorer(candidates.original, Scorer), scorer(candidates.original)
+    assert judge._shared is not None
+    monkeypatch.setattr("amc_env.prefix._SEEN", remembered * len(judge._shared._nodes))
+    draw = random.Random(0)
+    for _ in range(80):
+        removed = tuple(grid.count(draw.choice((1, 2)) if t > 1 else 1) for t, grid in enumerate(grids))
+        assert judge(candidates.cut(removed)) == plain(candidates.cut(removed))
+
+
+def test_what_can_have_no_room_drives_nothing_out() -> None:
+    kept = _Kept(room=1000)
+    for number in range(4):
+        assert kept.add(bytes([number]), 0, torch.zeros(50))
+    kept.use([])
+    assert not kept.add(b"large", 0, torch.zeros(500))
+    assert all(bytes([number]) in kept for number in range(4))
+    assert kept.add(b"fits", 0, torch.zeros(100))
+    assert [bytes([number]) in kept for number in range(4)] == [False, True, True, True]
+    kept.use([])
+    assert kept.add(b"view", 0, torch.zeros(200)[:1])  # holds all 800 bytes
+    assert [bytes([number]) in kept for number in range(4)] == [False] * 4
 
 
 def test_what_spares_little_for_its_size_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

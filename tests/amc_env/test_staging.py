@@ -42,10 +42,11 @@ def test_accuracy_on_all_images_is_that_of_all_hits() -> None:
     assert torch.equal(scorer.images, torch.cat([torch.zeros(100, 1), torch.ones(300, 1)]))
 
 
-def test_what_has_no_hit_at_all_is_too_bad_for_any_floor() -> None:
+def test_no_hit_at_all_is_judged_by_the_error_of_what_would_matter() -> None:
     scorer, others = staged(0.0, 0.9)
-    assert scorer.score(nn.Identity(), 0.01) == Score(0.0, 100)
-    assert others.asked == 0
+    assert scorer.score(nn.Identity(), 0.05).images is None  # 5 hits are expected, but none is no rarity
+    assert scorer.score(nn.Identity(), 0.2) == Score(0.0, 100)
+    assert others.asked == 1
 
 
 def test_a_scorer_without_stages_ignores_the_floor() -> None:

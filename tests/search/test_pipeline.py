@@ -245,7 +245,8 @@ def test_what_is_cut_short_is_counted_and_finalists_never_are(
     assert all(line["accuracy"] * 12 == pytest.approx(round(line["accuracy"] * 12)) for line in short)
     assert finalists
     assert not any("images" in line for line in finalists)
-    assert finished.result["search"]["cut_short"] >= len(short)
+    assert finished.result["search"]["cut_short"] == len(short)
+    assert not {tuple(line["removed"]) for line in short} & {tuple(line["removed"]) for line in finalists}
 
 
 def test_stages_of_scoring_must_leave_images_for_the_second(small_data: Data, tmp_path: Path) -> None:
