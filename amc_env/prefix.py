@@ -23,8 +23,8 @@ from amc_env.precision import FLOAT32, arithmetic
 
 log = logging.getLogger(__name__)
 
-ROOM = 2**30
-"""Bytes of kept values."""
+ROOM = 3 * 2**28
+"""Bytes of kept values: with the calibration of a sequential repair beside them, a search stays below 3 GB."""
 
 _SEEN = 2**16  # operations of earlier candidates that are remembered: some hundred candidates
 _WORTH = 128  # multiply-accumulates that a number must spare to be kept: writing it down takes about as long as half
