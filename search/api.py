@@ -167,8 +167,8 @@ def make_vec_env(
 ) -> gymnasium.vector.VectorEnv[Any, Any, Any]:
     """`make_env`'s environment several times side by side, as one; see `PruningVectorEnv`.
 
-    The strategies of all are scored together: ``settings.scoring.workers`` processes share them out; they end once
-    nothing refers to the environment.
+    The strategies of all are scored together: ``settings.scoring.workers`` processes share them out; they end with the
+    environment's ``close``.
 
     Args:
         module: As for `compress`.
@@ -197,7 +197,8 @@ def _env_handle(
     base = replace(settings or _defaults(Random(), budgets), agent=Random(), budgets=budgets)
     network = copy.deepcopy(module).cpu().eval()
     prepared = prepare(network, _data(network, train_loader, val_loader, None, base), base)
-    return env_handle(prepared, Loop(make_evaluator(prepared), base.reward))
+    evaluator = make_evaluator(prepared)
+    return replace(env_handle(prepared, Loop(evaluator, base.reward)), close=evaluator.close)
 
 
 def _data(
