@@ -180,6 +180,9 @@ class Scorer:
         """Accuracy of a cut network, in [0, 1]."""
         return self._accuracy(self.folder(model))
 
+    def forget(self) -> None:
+        """Lets go of what is kept for candidates to come, where anything is."""
+
     def _accuracy(self, network: nn.Module) -> float:
         return accuracy(network, self.images, self._labels, self._batch_size, self._precision)
 
@@ -274,6 +277,8 @@ class Bench:
         if start is not self._start:
             self._start, self._repairs = start, {}
         if name not in self._repairs:
+            if isinstance(self.scorer, Scorer | Staged):  # a calibration needs the room
+                self.scorer.forget()
             self._repairs[name] = start.repairs[name]()
         return self._repairs[name]
 

@@ -24,7 +24,7 @@ from amc_env.precision import FLOAT32, arithmetic
 log = logging.getLogger(__name__)
 
 ROOM = 3 * 2**28
-"""Bytes of kept values: with the calibration of a sequential repair beside them, a search stays below 3 GB."""
+"""Bytes of kept values: a search of a CIFAR network stays below 3 GB."""
 
 _SEEN = 2**16  # operations of earlier candidates that are remembered: some hundred candidates
 _WORTH = 128  # multiply-accumulates that a number must spare to be kept: writing it down takes about as long as half
@@ -87,6 +87,11 @@ class PrefixScorer(Scorer):
             _say_that_nothing_is_shared("values that are read again are overwritten in place")
         return self._accuracy(network)
 
+    def forget(self) -> None:
+        """Lets go of what is kept for candidates to come."""
+        if self._shared is not None:
+            self._shared.forget()
+
 
 def _say_that_nothing_is_shared(reason: str) -> None:
     log.info("every candidate is run from the first layer on: %s", reason)
@@ -133,6 +138,10 @@ class _Shared:
         outputs = [self._one(i, plans, known[i], tokens) for i in self._indices]
         logits = [output for output in outputs if output is not None]
         return torch.cat(logits) if len(logits) == len(outputs) else None
+
+    def forget(self) -> None:
+        """Lets go of the values kept."""
+        self._kept = _Kept(self._kept.room)
 
     @property
     def _indices(self) -> range:

@@ -33,6 +33,10 @@ class _Part(Protocol):
         """Accuracy on them, in [0, 1]."""
         ...
 
+    def forget(self) -> None:
+        """Lets go of what is kept for candidates to come."""
+        ...
+
 
 class Staged:
     """Scores a candidate on the first images; on the others as well unless those say that it is too bad to matter.
@@ -57,6 +61,11 @@ class Staged:
     def __call__(self, model: nn.Module) -> float:
         """Accuracy on all images, in [0, 1]."""
         return self.score(model, 0.0).accuracy
+
+    def forget(self) -> None:
+        """Lets go of what is kept for candidates to come."""
+        self._first.forget()
+        self._rest.forget()
 
     def score(self, model: nn.Module, floor: float) -> Score:
         """Accuracy on as many images as it takes.

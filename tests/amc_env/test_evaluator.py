@@ -172,6 +172,21 @@ def test_the_same_strategy_is_never_scored_twice() -> None:
     assert (len(scored), judge.evaluations) == (4, 4)
 
 
+def test_a_calibration_takes_the_room_of_what_is_kept_between_candidates() -> None:
+    judge = evaluator()
+    candidates, _ = prepared("residual")
+    scorer = PrefixScorer(candidates.original, images(60), LABELS)
+    forgot: list[str] = []
+    scorer.forget = lambda: forgot.append("forgot")  # type: ignore[method-assign]
+    judge._bench.scorer = scorer
+    strategies = some(judge)
+    judge.evaluate(strategies)
+    assert len(forgot) == 1
+    judge.evaluate(strategies[:1], repair="batch_norm")
+    judge.evaluate(strategies, repair="batch_norm")
+    assert len(forgot) == 2
+
+
 def test_a_memo_from_before_is_believed() -> None:
     judge = evaluator()
     strategy = some(judge)[0]

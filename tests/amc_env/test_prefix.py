@@ -183,6 +183,10 @@ def test_a_way_is_gone_on_from_where_any_earlier_candidate_left_it() -> None:
         counted.append(len(runs) // BATCHES)
     # Two ways; each is met again and kept; both are gone on from; the last leaves before what is kept.
     assert counted == [1, 2, 3, 4, 4, 4, 5]
+    again = candidates.cut(of_a_policy(grids)[2])
+    judge.forget()
+    assert judge(again) == plain(again)
+    assert len(runs) // BATCHES == 6
 
 
 @pytest.mark.parametrize("remembered", [2, 3, 5])

@@ -13,11 +13,14 @@ class Part:
     """A scorer of known accuracy that counts how often it is asked."""
 
     def __init__(self, images: Tensor, accuracy: float):
-        self.images, self.accuracy, self.asked = images, accuracy, 0
+        self.images, self.accuracy, self.asked, self.forgotten = images, accuracy, 0, False
 
     def __call__(self, model: nn.Module) -> float:
         self.asked += 1
         return self.accuracy
+
+    def forget(self) -> None:
+        self.forgotten = True
 
 
 def staged(first: float, rest: float) -> tuple[Staged, Part]:
@@ -51,3 +54,9 @@ def test_no_hit_at_all_is_judged_by_the_error_of_what_would_matter() -> None:
 
 def test_a_scorer_without_stages_ignores_the_floor() -> None:
     assert score(lambda model: 0.25, nn.Identity(), floor=0.9) == Score(0.25, None)
+
+
+def test_both_parts_forget() -> None:
+    parts = [Part(torch.zeros(1, 1), 0.5) for _ in range(2)]
+    Staged(*parts).forget()
+    assert all(part.forgotten for part in parts)
