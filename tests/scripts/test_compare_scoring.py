@@ -1,11 +1,11 @@
 """scripts/compare_scoring.py: a row says how far a coarser way of scoring is off, and in what order."""
 
+import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
 
 import compare_scoring
 
@@ -30,11 +30,11 @@ def test_a_row_by_hand() -> None:
     assert compare_scoring.row("way", exact, exact[::-1], 100).endswith("| no |")
 
 
-def test_the_same_strategies_are_scored_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_same_strategies_are_scored_again(tmp_path: Path) -> None:
     small = ["search.images=60", "repair.images=60", "agent.hidden=[8,8]", "agent.warmup_episodes=2"]
-    sys.argv = ["compare_scoring.py", *small, "search.episodes=4", "+first=[20]", f"hydra.run.dir={tmp_path}"]
-    compare_scoring.compare()
-    printed = capsys.readouterr().out.splitlines()
+    told = [*small, "search.episodes=4", "+first=[20]", f"hydra.run.dir={tmp_path}"]
+    command = [sys.executable, str(SCRIPTS / "compare_scoring.py"), *told]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     titles = [line for line in printed if line.startswith("digits_cnn: ")]
     assert titles[0].endswith("strategies, 60 search images")
     rows = [line.split(" | ")[0] for line in printed if line.startswith("| ")]

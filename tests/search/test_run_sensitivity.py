@@ -92,7 +92,7 @@ def test_a_scan_that_was_stopped_goes_on_with_the_command_it_printed(
     amc_sensitivity: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert amc_sensitivity(*QUICK, "hydra.run.dir=whole").code == 0
-    one, asked = Bench.accuracy, itertools.count(1)
+    one, asked = Bench.score, itertools.count(1)
 
     def stopped(self: Bench, *arguments: Any) -> Any:
         if next(asked) > 4:
@@ -100,7 +100,7 @@ def test_a_scan_that_was_stopped_goes_on_with_the_command_it_printed(
         return one(self, *arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Bench, "accuracy", stopped)
+        patched.setattr(Bench, "score", stopped)
         ended = amc_sensitivity(*QUICK)
     assert ended.code == 130
     assert len(journal_of(tmp_path / "run")) == 4
