@@ -7,10 +7,10 @@ from pathlib import Path
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-import compare_scoring
+import compare_scoring  # noqa: E402 -- scripts are no package
 
-from amc_env.evaluator import Outcome
-from amc_env.strategy import Strategy
+from amc_env.evaluator import Outcome  # noqa: E402
+from amc_env.strategy import Strategy  # noqa: E402
 
 
 def outcomes(accuracies: list[float], images: list[int | None]) -> list[Outcome]:
