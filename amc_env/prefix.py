@@ -13,6 +13,7 @@ import hashlib
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -151,7 +152,7 @@ class _Shared:
         for token in tokens.values():
             self._seen.pop(token, None)
             self._seen[token] = None
-        for token in list(self._seen)[: max(0, len(self._seen) - _SEEN)]:
+        for token in list(islice(self._seen, max(0, len(self._seen) - _SEEN))):
             del self._seen[token]
 
     def _front(self, tokens: Mapping[fx.Node, _Token], kept: Collection[fx.Node]) -> list[fx.Node]:
@@ -159,9 +160,8 @@ class _Shared:
         old = {node for node in self._nodes if tokens[node] in self._seen and node.op != "placeholder"}
         front = [node for node in self._nodes if node in old and any(user not in old for user in node.users)]
         spared = sum(self._work[node] for node in _needed(front, kept))
-        return (
-            front if spared >= _WORTH * sum(self._sizes[node] for node in front if node not in kept) else []
-        )
+        held = sum(self._sizes[node] for node in front if node not in kept)
+        return front if spared >= _WORTH * held else []
 
     def _one(
         self, index: int, plans: _Plans, known: Sequence[fx.Node], tokens: Mapping[fx.Node, _Token]
@@ -180,11 +180,9 @@ class _Shared:
             for done in plan.over[node]:
                 lane.env.pop(done, None)
         lane.env = {}
-        for node in plans.front:
-            if (
-                node in held and node not in plan.start
-            ):  # where later values are kept, it may not have been run
-                self._keep(tokens[node], index, held[node])
+        for node, value in held.items():
+            if node not in plan.start:
+                self._keep(tokens[node], index, value)
         overwritten = any(_writes(value) != written[node] for node, value in held.items())
         return None if overwritten else output
 
@@ -207,8 +205,8 @@ class _Kept:
 
     def __init__(self, room: int):
         self.room = room
-        self._filled = 0
         self._values: dict[_Token, dict[int, Any]] = {}  # the latest used last
+        self._sizes: dict[_Token, int] = {}
         self._in_use: dict[_Token, None] = {}
 
     def __contains__(self, token: _Token) -> bool:
@@ -231,19 +229,20 @@ class _Kept:
     def add(self, token: _Token, index: int, value: Any) -> bool:
         """Keeps a value if there is room, or can be made."""
         size = _bytes(value)
-        if size + sum(map(self._size, self._in_use)) > self.room:
+        if size + sum(self._sizes[used] for used in self._in_use) > self.room:
             return False
-        while self._filled + size > self.room:
+        while self.filled + size > self.room:
             oldest = next(token for token in self._values if token not in self._in_use)
-            self._filled -= self._size(oldest)
-            del self._values[oldest]
+            del self._values[oldest], self._sizes[oldest]
         self._values.setdefault(token, {})[index] = value
+        self._sizes[token] = self._sizes.get(token, 0) + size
         self._in_use[token] = None
-        self._filled += size
         return True
 
-    def _size(self, token: _Token) -> int:
-        return sum(_bytes(value) for value in self._values[token].values())
+    @property
+    def filled(self) -> int:
+        """Bytes kept."""
+        return sum(self._sizes.values())
 
 
 @dataclass(frozen=True)

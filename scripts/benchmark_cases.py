@@ -41,12 +41,12 @@ from amc_env.pruning.folding import Folder
 from amc_env.workers import _Batch
 from search import wiring
 from search.data import seeded
+from search.job import prepared_of
 from search.journal import Journal
 from search.judging import Materials, start_of
 from search.loop import Loop
 from search.pipeline import Context, header
 from search.pipeline import search as searched
-from search.preparation import prepare
 from search.progress import Progress
 from search.ranking import Prepared
 from search.short_term import ShortTerm
@@ -125,12 +125,6 @@ class Job:
         file = Path(self.folder) / "random.safetensors"
         save_file(network.state_dict(), file)
         return str(file)
-
-
-def prepared_of(cfg: DictConfig) -> Prepared:
-    """The run, made ready."""
-    source, data = wiring.model_source(cfg), wiring.data_of(cfg)
-    return prepare(source.load(data), data, wiring.settings_of(cfg, source.original_lr))
 
 
 def matrix_peak() -> dict[str, float]:

@@ -17,10 +17,9 @@ from omegaconf import DictConfig
 
 from amc_env.budget import Budget, Problem
 from amc_env.evaluator import accuracy
-from search import wiring
 from search.commands import application, run_command
+from search.job import prepared_of
 from search.judging import make_evaluator
-from search.preparation import prepare
 from search.settings import REPAIRS
 
 
@@ -28,9 +27,8 @@ from search.settings import REPAIRS
 @application
 def compare(cfg: DictConfig) -> None:
     """Prints one row a repair: accuracy in percent and seconds a candidate, for each ratio."""
-    source = wiring.model_source(cfg)
-    data = wiring.data_of(cfg)
-    prepared = prepare(source.load(data), data, wiring.settings_of(cfg, source.original_lr))
+    prepared = prepared_of(cfg)
+    data = prepared.data
     evaluator = make_evaluator(prepared)
     macs, grids = prepared.problem.costs[0], prepared.problem.grids
     with_test = cfg.get("test", False)

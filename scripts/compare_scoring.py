@@ -22,12 +22,11 @@ from agents.base import SearchTask
 from amc_env.env import PruningVectorEnv
 from amc_env.evaluator import Outcome
 from amc_env.precision import BFLOAT16
-from search import wiring
 from search.commands import application, run_command
+from search.job import prepared_of
 from search.judging import make_evaluator
 from search.loop import Episode, Loop
 from search.pipeline import env_handle
-from search.preparation import prepare
 from search.ranking import Prepared
 from search.settings import ScoringSettings
 
@@ -36,24 +35,21 @@ from search.settings import ScoringSettings
 @application
 def compare(cfg: DictConfig) -> None:
     """Prints one row for each way of scoring."""
-    source = wiring.model_source(cfg)
-    data = wiring.data_of(cfg)
-    prepared = prepare(source.load(data), data, wiring.settings_of(cfg, source.original_lr))
+    prepared = prepared_of(cfg)
+    images = len(prepared.data.search)
     exact = searched(prepared)
     ways = {"bfloat16": ScoringSettings(precision=BFLOAT16)}
     ways |= {
         f"first {count} images": ScoringSettings(first_images=count) for count in cfg.get("first", [1000])
     }
-    print(f"{source.name}: {len(exact)} strategies, {len(data.search)} search images")
+    print(f"{len(exact)} strategies, {images} search images")
     print(
         "| way | images scored | mean difference | its spread | largest | rank correlation | best is the same |"
     )
     print("|---|---|---|---|---|---|---|")
     for name, scoring in ways.items():
         settings = replace(prepared.settings, scoring=scoring)
-        print(
-            row(name, exact, again(replace(prepared, settings=settings), exact), len(data.search)), flush=True
-        )
+        print(row(name, exact, again(replace(prepared, settings=settings), exact), images), flush=True)
 
 
 def searched(prepared: Prepared) -> list[Outcome]:

@@ -13,11 +13,18 @@ from omegaconf import DictConfig
 from search import wiring
 from search.commands import command_line, run_folder
 from search.pipeline import Context, run
-from search.preparation import check
+from search.preparation import check, prepare
 from search.progress import final_table
+from search.ranking import Prepared
 from search.report import write_report
 
 log = logging.getLogger(__name__)
+
+
+def prepared_of(cfg: DictConfig) -> Prepared:
+    """A run of amc-search made ready, outside any folder: for scripts that measure its parts."""
+    source, data = wiring.model_source(cfg), wiring.data_of(cfg)
+    return prepare(source.load(data), data, wiring.settings_of(cfg, source.original_lr))
 
 
 def run_job(cfg: DictConfig, program: str, header: Callable[[], Mapping[str, Any]]) -> float:

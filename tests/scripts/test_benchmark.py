@@ -130,7 +130,7 @@ def test_the_scorer_is_measured_in_every_setting(tmp_path: Path, monkeypatch: py
     def watched(scorer: PrefixScorer, model: nn.Module) -> float:
         value = plain(scorer, model)
         assert scorer._shared is not None
-        scored.append(scorer._shared._kept._filled > 0)
+        scored.append(scorer._shared._kept.filled > 0)
         return value
 
     monkeypatch.setattr(cases.PrefixScorer, "__call__", watched)
