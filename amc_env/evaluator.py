@@ -11,10 +11,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from amc_env.budget import Problem
 from amc_env.errors import UserError, first_line
+from amc_env.lanes import in_lanes
 from amc_env.latency.runtimes import using_threads
 from amc_env.precision import FLOAT32, arithmetic, dtype_of
 from amc_env.pruning.candidate import Builder, Keeps, Masks
@@ -99,6 +100,11 @@ def batch_size_for(images: Tensor, device: torch.device) -> int:
     return max(_SMALLEST_BATCH, room // pixels)
 
 
+def _batch_size_in_lanes(images: Tensor) -> int:
+    """How many images, as they are scored, each of several batches side by side may have."""
+    return max(_SMALLEST_BATCH, 2 * batch_size_for(images, images.device) // images.element_size())
+
+
 def accuracy(
     model: Callable[[Tensor], Tensor],
     images: Tensor,
@@ -140,17 +146,20 @@ def accuracy(
 class Scorer:
     """Scores cut networks on fixed images: batch norms folded, in one memory layout, batch size and precision.
 
+    On a processor batches of a network that can be traced are run side by side, one by each of torch's threads.
+
     Args:
         model: The uncut network, in eval mode.
         images: Normalised images of the search split, [N, C, H, W].
         labels: Their labels, int64 [N].
-        batch_size: Images of a batch; by default that of `batch_size_for`.
+        batch_size: Images of a batch; by default that of `batch_size_for`, and half as many where float32 batches
+            run side by side.
         channels_last: Memory format of images and weights, where the network runs in it. It may move logits by
             rounding only.
         precision: One of PRECISIONS.
 
     Raises:
-        UserError: The network does not run in that precision.
+        UserError: The network does not run in that precision; an image holds NaN.
     """
 
     def __init__(
@@ -163,18 +172,28 @@ class Scorer:
         channels_last: bool = True,
         precision: str = FLOAT32,
     ):
+        if images.isnan().any():
+            raise UserError(
+                "the search images hold values that are not numbers (NaN): look for them in the data, and for "
+                "zeros in the standard deviations that it is normalised by"
+            )
         few = images[:4].float()  # a worker is given them as they are scored
         channels_last = channels_last and images.ndim == 4 and _runs_channels_last(model, few)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         dtype = dtype_of(precision)
         self.images = images.to(dtype).contiguous(memory_format=layout)
         self._labels = labels
-        self._batch_size = batch_size or batch_size_for(images, labels.device)
         self._precision = precision
         self.channels_last = channels_last
+        size_in_lanes = batch_size or _batch_size_in_lanes(self.images)
         few = few.contiguous(memory_format=layout)
-        self.folder = Folder(model, few, channels_last=channels_last, dtype=dtype)
-        _check_runs(self.folder(model), self.images[:2], precision)
+        self.folder = Folder(model, few, channels_last=channels_last, dtype=dtype, batch_size=size_in_lanes)
+        network = self.folder(model)
+        _check_runs(network, self.images[:2], precision)
+        # a network that cannot be traced may keep things between its layers: one batch at a time
+        self._side_by_side = labels.device.type == "cpu" and isinstance(network, fx.GraphModule)
+        alone = batch_size or batch_size_for(images, labels.device)
+        self._batches = torch.split(self.images, size_in_lanes if self._side_by_side else alone)
 
     def __call__(self, model: nn.Module) -> float:
         """Accuracy of a cut network, in [0, 1]."""
@@ -184,7 +203,20 @@ class Scorer:
         """Lets go of what is kept for candidates to come, where anything is."""
 
     def _accuracy(self, network: nn.Module) -> float:
-        return accuracy(network, self.images, self._labels, self._batch_size, self._precision)
+        if not self._side_by_side:
+            return accuracy(network, self.images, self._labels, len(self._batches[0]), self._precision)
+
+        @torch.no_grad()
+        def outputs(index: int) -> Tensor:
+            result: Tensor = network(self._batches[index])
+            return result
+
+        with arithmetic(self._precision):
+            logits = torch.cat(list(in_lanes(outputs, len(self._batches))))
+        return self._share_right(logits)
+
+    def _share_right(self, logits: Tensor) -> float:
+        return accuracy(nn.Identity(), logits, self._labels, len(logits))
 
 
 def _check_runs(network: nn.Module, images: Tensor, precision: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -19,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from amc_env.evaluator import Scorer, accuracy
+from amc_env.evaluator import Scorer
+from amc_env.lanes import in_lanes, in_turn
 from amc_env.precision import FLOAT32, arithmetic
 
 log = logging.getLogger(__name__)
@@ -72,7 +74,7 @@ class PrefixScorer(Scorer):
             reason = _obstacle(network.graph)
         self._shared: _Shared | None = None
         if isinstance(network, fx.GraphModule) and not reason:
-            self._shared = _Shared(network, torch.split(self.images, self._batch_size), room)
+            self._shared = _Shared(network, self._batches, room, side_by_side=self._side_by_side)
         else:
             _say_that_nothing_is_shared(reason)
 
@@ -82,7 +84,7 @@ class PrefixScorer(Scorer):
         with arithmetic(self._precision):
             logits = None if self._shared is None else self._shared()
         if logits is not None:
-            return accuracy(nn.Identity(), logits, self._labels, len(logits))
+            return self._share_right(logits)
         if self._shared is not None:
             self._shared = None
             _say_that_nothing_is_shared("values that are read again are overwritten in place")
@@ -111,13 +113,15 @@ class _Shared:
         network: The traced network; its tensors are the original's now.
         batches: Its inputs.
         room: Bytes for kept values.
+        side_by_side: Whether to run batches in lanes.
     """
 
-    def __init__(self, network: fx.GraphModule, batches: Sequence[Tensor], room: int):
+    def __init__(self, network: fx.GraphModule, batches: Sequence[Tensor], room: int, *, side_by_side: bool):
         self._network = network
         self._nodes: list[fx.Node] = list(network.graph.nodes)
-        self._lane = fx.Interpreter(network, garbage_collect_values=False)
+        self._idle: list[fx.Interpreter] = []
         self._batches = batches
+        self._run = in_lanes if side_by_side else in_turn
         self._work, self._sizes = _measured(network, batches[0][:2])
         self._kept = _Kept(room)
         self._seen: dict[_Token, None] = {}
@@ -131,22 +135,22 @@ class _Shared:
         kept = {node: self._kept.batches(token) for node, token in tokens.items() if token in self._kept}
         front = self._front(tokens, kept)
         self._remember(tokens)
-        if not front and not kept:
-            return torch.cat([self._network(batch) for batch in self._batches])
         plans = _Plans(self._nodes, front)
-        known = [[node for node, those in kept.items() if i in those] for i in self._indices]
+        known = [[node for node, those in kept.items() if i in those] for i in range(len(self._batches))]
         self._kept.use(tokens[node] for there in known for node in plans.given(there).start)
-        outputs = [self._one(i, plans, known[i], tokens) for i in self._indices]
-        logits = [output for output in outputs if output is not None]
-        return torch.cat(logits) if len(logits) == len(outputs) else None
+        logits = []
+        with closing(self._run(lambda i: self._one(i, plans.given(known[i]), tokens), len(known))) as results:
+            for index, (output, values) in enumerate(results):
+                if output is None:
+                    return None
+                logits.append(output)
+                for token, value in values.items():
+                    self._keep(token, index, value)
+        return torch.cat(logits)
 
     def forget(self) -> None:
         """Lets go of the values kept."""
         self._kept = _Kept(self._kept.room)
-
-    @property
-    def _indices(self) -> range:
-        return range(len(self._batches))
 
     def _remember(self, tokens: Mapping[fx.Node, _Token]) -> None:
         for token in tokens.values():
@@ -163,28 +167,30 @@ class _Shared:
         held = sum(self._sizes[node] for node in front if node not in kept)
         return front if spared >= _WORTH * held else []
 
+    @torch.no_grad()
     def _one(
-        self, index: int, plans: _Plans, known: Sequence[fx.Node], tokens: Mapping[fx.Node, _Token]
-    ) -> Tensor | None:
-        """Logits of one batch; what its front gave is kept where there is room."""
-        lane, plan = self._lane, plans.given(known)
+        self, index: int, plan: _Plan, tokens: Mapping[fx.Node, _Token]
+    ) -> tuple[Tensor | None, dict[_Token, Any]]:
+        """Logits of one batch, None where values were overwritten, and what its front gave anew."""
+        if not plan.start and not plan.front:
+            return self._network(self._batches[index]), {}
         held = {node: self._kept.value(tokens[node], index) for node in plan.start}
         written = {node: _writes(value) for node, value in held.items()}
+        lane = self._idle.pop() if self._idle else fx.Interpreter(self._network, garbage_collect_values=False)
         lane.args_iter = iter([self._batches[index]])
         lane.env = dict(held)
         output = None
         for node in plan.nodes:
             output = lane.env[node] = lane.run_node(node)
-            if node in plans.front:
+            if node in plan.front:
                 held[node], written[node] = output, _writes(output)
             for done in plan.over[node]:
                 lane.env.pop(done, None)
         lane.env = {}
-        for node, value in held.items():
-            if node not in plan.start:
-                self._keep(tokens[node], index, value)
-        overwritten = any(_writes(value) != written[node] for node, value in held.items())
-        return None if overwritten else output
+        self._idle.append(lane)
+        if any(_writes(value) != written[node] for node, value in held.items()):
+            return None, {}
+        return output, {tokens[node]: value for node, value in held.items() if node not in plan.start}
 
     def _keep(self, token: _Token, index: int, value: Any) -> None:
         if not self._kept.add(token, index, value) and not self._told:
@@ -247,9 +253,10 @@ class _Kept:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What is known and read, operations in the network's order, and after each what nothing reads any more."""
+    """What is known and read, operations in the network's order, those to keep, and what nothing reads after each."""
 
     start: list[fx.Node]
+    front: Collection[fx.Node]
     nodes: list[fx.Node]
     over: dict[fx.Node, list[fx.Node]]
 
@@ -258,7 +265,7 @@ class _Plans:
     """What to run on a batch for the front's values and the output, by what is known of it already."""
 
     def __init__(self, nodes: Sequence[fx.Node], front: Iterable[fx.Node]):
-        self.front = dict.fromkeys(front)
+        self._front = dict.fromkeys(front)
         self._nodes = nodes
         self._made: dict[frozenset[fx.Node], _Plan] = {}
 
@@ -270,13 +277,14 @@ class _Plans:
         return self._made[key]
 
     def _plan(self, known: frozenset[fx.Node]) -> _Plan:
-        wanted = _needed([*self.front, self._nodes[-1]], known)
+        wanted = _needed([*self._front, self._nodes[-1]], known)
         nodes = [node for node in self._nodes if node in wanted or node.op == "placeholder"]
         last = {need: node for node in nodes for need in node.all_input_nodes}
         over: dict[fx.Node, list[fx.Node]] = {node: [] for node in nodes}
         for need, node in last.items():
             over[node].append(need)
-        return _Plan([node for node in self._nodes if node in known and node in last], nodes, over)
+        start = [node for node in self._nodes if node in known and node in last]
+        return _Plan(start, self._front, nodes, over)
 
 
 def _needed(nodes: Iterable[fx.Node], known: Collection[fx.Node]) -> set[fx.Node]:

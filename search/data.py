@@ -156,7 +156,8 @@ def cifar10(
     """
     check_scaling(mean, std)
     tables = _hub_tables() if path is None else _local_tables(Path(path))
-    train, test = (_decoded(f"cifar10 {part}", table) for part, table in tables.items())
+    train, test = (_decoded(f"cifar10 {part}", tables.pop(part)) for part in ("train", "test"))
+    _release_arrow()
     train, search = split_off("cifar10", train, _default(search_images, CIFAR10_DEFAULT_SEARCH), split_seed)
     return Data(
         name="cifar10",
@@ -350,6 +351,13 @@ def _hub_tables() -> dict[str, Any]:
         _check_columns(f"{CIFAR10_HUB} {part}", parts[part].column_names)
         tables[part] = parts[part].cast_column("img", hub.Image(decode=False)).with_format("arrow")[:]
     return tables
+
+
+def _release_arrow() -> None:
+    """Gives back what Arrow holds of tables that are gone: as much again as the pixels."""
+    import pyarrow as arrow
+
+    arrow.default_memory_pool().release_unused()
 
 
 def _check_columns(source: str, found: Sequence[str]) -> None:

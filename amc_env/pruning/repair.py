@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from amc_env.errors import UserError
+from amc_env.heap import release_heap
 from amc_env.layers import Layer
 from amc_env.pruning.calibration import Moments, Spots, record, repairable
 from amc_env.pruning.candidate import Candidates
@@ -330,15 +331,16 @@ class FrontToBack:
 
     @torch.no_grad()
     def _record(self, original: nn.Module) -> None:
-        def visit(name: str, module: nn.Module, xs: Batches, shortcuts: Batches | None) -> Batches:
-            ys = [module(x) for x in xs]
+        def before(name: str, module: nn.Module, xs: Batches, shortcuts: Batches | None) -> None:
+            if name in self._layers and shortcuts is not None:
+                self._shortcuts[name] = self._sampled(name, shortcuts)
+
+        def after(name: str, ys: Batches) -> None:
             if name in self._layers:
                 self._targets[name] = self._sampled(name, ys)
-                if shortcuts is not None:
-                    self._shortcuts[name] = self._sampled(name, shortcuts)
-            return ys
 
-        Run(original, self._topology)(self._batches, visit)
+        Run(original, self._topology)(self._batches, before, after)
+        release_heap()
 
     def _sampled(self, name: str, values: Batches) -> Tensor:
         """Samples [images * positions, channels] of a layer's outputs, or of what is added to them."""
@@ -352,12 +354,12 @@ class FrontToBack:
         if not names:
             return
 
-        def visit(name: str, module: nn.Module, xs: Batches, shortcuts: Batches | None) -> Batches:
+        def before(name: str, module: nn.Module, xs: Batches, shortcuts: Batches | None) -> None:
             if name in names:
                 self._mend(model, name, xs, shortcuts, keeps.get(name, {}).get("out"))
-            return [module(x) for x in xs]
 
-        Run(model, self._topology)(self._batches, visit)
+        Run(model, self._topology)(self._batches, before)
+        release_heap()
 
     def _mend(
         self, model: nn.Module, name: str, xs: Batches, shortcuts: Batches | None, out: Tensor | None

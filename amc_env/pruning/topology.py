@@ -124,15 +124,17 @@ def _ancestors(node: fx.Node, partner: dict[str, fx.Node]) -> set[fx.Node]:
 
 
 Batches = list[Tensor]
-Visit = Callable[[str, nn.Module, Batches, Batches | None], Batches]
-"""Runs a layer: (name, module, its inputs, the shortcuts that will be added to its outputs or None) -> outputs."""
+Before = Callable[[str, nn.Module, Batches, Batches | None], None]
+"""Is told of a layer that is about to run: (name, module, its inputs, the shortcuts added to its outputs or None)."""
+After = Callable[[str, Batches], None]
+"""Is told of a layer that has run: (name, its outputs)."""
 
 
 class Run:
     """Executes a traced network operation by operation, so that layers can be changed as their turn comes.
 
     Every operation is run for all batches before the next one is: a layer sees all of its inputs at once, in pieces
-    small enough for the processor's caches.
+    small enough for the processor's caches. A batch's inputs are let go of as soon as its outputs are there.
 
     Args:
         model: The network, or a skeleton of it, that the topology was taken from.
@@ -144,26 +146,27 @@ class Run:
         self._model = model
         self._topology = topology
         self._order = topology.order()
-        self._last: dict[fx.Node, int] = {}
-        for step, node in enumerate(self._order):
-            for need in _needs(node, topology.partner):
-                self._last[need] = step
+        last = {need: node for node in self._order for need in _needs(node, topology.partner)}
+        self._over: dict[fx.Node, list[fx.Node]] = {node: [] for node in self._order}
+        for need, node in last.items():
+            self._over[node].append(need)
 
-    def __call__(self, inputs: Batches, visit: Visit) -> Batches:
-        """The network's outputs on batches [N, ...], every layer run by ``visit``."""
+    def __call__(self, inputs: Batches, before: Before, after: After | None = None) -> Batches:
+        """The network's outputs on batches [N, ...]."""
         lanes = [self._lane(batch) for batch in inputs]
         outputs: Batches = []
-        for step, node in enumerate(self._order):
-            module = self._model.get_submodule(str(node.target)) if node.op == "call_module" else None
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                outputs = self._layer(node, module, lanes, visit)
-            else:
-                outputs = [lane.run_node(node) for lane in lanes]
-            for lane, output in zip(lanes, outputs, strict=True):
-                lane.env[node] = output
-                for need in _needs(node, self._topology.partner):
-                    if self._last[need] == step:
-                        lane.env.pop(need, None)
+        for node in self._order:
+            layer = self._layer(node)
+            if layer is not None:
+                before(str(node.target), layer, *self._read(node, lanes))
+            outputs = []
+            for lane in lanes:
+                lane.env[node] = lane.run_node(node)
+                outputs.append(lane.env[node])
+                for need in self._over[node]:
+                    lane.env.pop(need, None)
+            if layer is not None and after is not None:
+                after(str(node.target), outputs)
         return outputs
 
     def _lane(self, batch: Tensor) -> fx.Interpreter:
@@ -171,8 +174,12 @@ class Run:
         lane.args_iter = iter([batch])
         return lane
 
-    def _layer(self, node: fx.Node, module: nn.Module, lanes: list[fx.Interpreter], visit: Visit) -> Batches:
-        name = str(node.target)
-        partner = self._topology.partner.get(name)
+    def _layer(self, node: fx.Node) -> nn.Module | None:
+        module = self._model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return module if isinstance(module, nn.Conv2d | nn.Linear) else None
+
+    def _read(self, node: fx.Node, lanes: list[fx.Interpreter]) -> tuple[Batches, Batches | None]:
+        """A layer's inputs and shortcuts."""
+        partner = self._topology.partner.get(str(node.target))
         shortcuts = None if partner is None else [lane.env[partner] for lane in lanes]
-        return visit(name, module, [lane.env[node.all_input_nodes[0]] for lane in lanes], shortcuts)
+        return [lane.env[node.all_input_nodes[0]] for lane in lanes], shortcuts

@@ -1,9 +1,11 @@
 """Batch norms behind layers, shortcuts, and running a network layer by layer."""
 
+import weakref
+
 import pytest
 import torch
 from networks import NETWORKS, images, network
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from amc_env.pruning.topology import Run, Topology
 
@@ -45,20 +47,46 @@ def test_running_layer_by_layer_is_running(name: str) -> None:
     topology = Topology.of(model)
     ran: list[str] = []
 
-    def visit(
-        layer: str, module: nn.Module, xs: list[Tensor], shortcuts: list[Tensor] | None
-    ) -> list[Tensor]:
+    gave: dict[str, list[Tensor]] = {}
+
+    def before(layer: str, module: nn.Module, xs: list[Tensor], shortcuts: list[Tensor] | None) -> None:
         ran.append(layer)
         assert (shortcuts is not None) == (layer in topology.partner)
-        return [module(x) for x in xs]
+        gave[layer] = [module(x) for x in xs]
+
+    def after(layer: str, ys: list[Tensor]) -> None:
+        assert all(torch.equal(got, want) for got, want in zip(ys, gave[layer], strict=True))
 
     batches = list(images().split(3))
     with torch.no_grad():
-        outputs = Run(model, topology)(batches, visit)
+        outputs = Run(model, topology)(batches, before, after)
         wanted = [model(batch) for batch in batches]
     assert all(torch.equal(got, want) for got, want in zip(outputs, wanted, strict=True))
     layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     assert sorted(ran) == sorted(layers)
+
+
+def test_a_batch_s_inputs_are_let_go_of_as_its_outputs_come() -> None:
+    alive: list[int] = []
+
+    class Watched(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            references.append(weakref.ref(x))
+            alive.append(sum(reference() is not None for reference in references))
+            return x * 1
+
+    references: list[weakref.ref[Tensor]] = []
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Watched(), Watched())
+
+    class Whole(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return True
+
+    topology = Topology(Whole().trace(model))
+    with torch.no_grad():
+        Run(model, topology)(list(images().split(1)), lambda *_: None)
+    # the first module's inputs go as they are read; those of the second are there, less those that were read
+    assert max(alive) == 1
 
 
 def test_a_layer_runs_after_the_shortcut_that_is_added_to_it() -> None:
