@@ -100,11 +100,6 @@ def batch_size_for(images: Tensor, device: torch.device) -> int:
     return max(_SMALLEST_BATCH, room // pixels)
 
 
-def _batch_size_in_lanes(images: Tensor) -> int:
-    """How many images, as they are scored, each of several batches side by side may have."""
-    return max(_SMALLEST_BATCH, 2 * batch_size_for(images, images.device) // images.element_size())
-
-
 def accuracy(
     model: Callable[[Tensor], Tensor],
     images: Tensor,
@@ -152,8 +147,7 @@ class Scorer:
         model: The uncut network, in eval mode.
         images: Normalised images of the search split, [N, C, H, W].
         labels: Their labels, int64 [N].
-        batch_size: Images of a batch; by default that of `batch_size_for`, and half as many where float32 batches
-            run side by side.
+        batch_size: Images of a batch; by default that of `batch_size_for`.
         channels_last: Memory format of images and weights, where the network runs in it. It may move logits by
             rounding only.
         precision: One of PRECISIONS.
@@ -185,15 +179,14 @@ class Scorer:
         self._labels = labels
         self._precision = precision
         self.channels_last = channels_last
-        size_in_lanes = batch_size or _batch_size_in_lanes(self.images)
+        batch_size = batch_size or batch_size_for(images, labels.device)
         few = few.contiguous(memory_format=layout)
-        self.folder = Folder(model, few, channels_last=channels_last, dtype=dtype, batch_size=size_in_lanes)
+        self.folder = Folder(model, few, channels_last=channels_last, dtype=dtype, batch_size=batch_size)
         network = self.folder(model)
         _check_runs(network, self.images[:2], precision)
         # a network that cannot be traced may keep things between its layers: one batch at a time
         self._side_by_side = labels.device.type == "cpu" and isinstance(network, fx.GraphModule)
-        alone = batch_size or batch_size_for(images, labels.device)
-        self._batches = torch.split(self.images, size_in_lanes if self._side_by_side else alone)
+        self._batches = torch.split(self.images, batch_size)
 
     def __call__(self, model: nn.Module) -> float:
         """Accuracy of a cut network, in [0, 1]."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from amc_env.evaluator import ORIGINAL, Evaluator, Start, accuracy
 from amc_env.layers import LayerGraph
-from amc_env.precision import FLOAT32
+from amc_env.precision import FLOAT32, pays
 from amc_env.prefix import ROOM, PrefixScorer
 from amc_env.pruning.candidate import Builder, Candidates, MaskedCandidates
 from amc_env.pruning.masked_repair import MaskedLeastSquares, MaskedSequential
@@ -187,6 +187,8 @@ def make_evaluator(prepared: Prepared, memo: Journal | None = None, start: Start
     )
     if original < 2 / len(prepared.data.classes):
         log.warning("that is near chance: are the images scaled and normalised as in the network's training?")
+    if torch.device(settings.device).type == "cpu" and not pays(precision):
+        log.warning("this processor computes no faster in %s than in %s", precision, FLOAT32)
     workers, threads = settings.scoring.workers, settings.scoring.threads
     pool = Workers(replace(materials, images=scorer.images), workers, threads) if workers else None
     return Evaluator(start, prepared.problem, scorer, settings.scored_by, memo, workers=pool, threads=threads)

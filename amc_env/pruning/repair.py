@@ -237,7 +237,8 @@ class LeastSquares:
         key = columns.layer.name, len(kept)
         if key in self._solved:
             return self._solved[key]
-        solved = self._leading(columns, kept)
+        weight, intercept = self._leading(columns, kept)
+        solved = weight.float(), intercept  # as it will be written
         self._solved_bytes += solved[0].nbytes
         if self._solved_bytes <= _SOLVED_BYTES:
             self._solved[key] = solved

@@ -26,6 +26,7 @@ from amc_env.evaluator import (
     accuracy,
     batch_size_for,
 )
+from amc_env.latency.runtimes import using_threads
 from amc_env.precision import BFLOAT16
 from amc_env.prefix import PrefixScorer
 from amc_env.pruning.candidate import Candidates
@@ -266,6 +267,47 @@ def test_a_candidate_with_broken_weights_is_refused() -> None:
         judge._starts[ORIGINAL].candidates.original.conv1.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="not numbers"):
         judge.evaluate(some(judge, 1))
+
+
+def test_an_image_that_is_no_number_is_refused() -> None:
+    candidates, _ = prepared("residual")
+    broken = images(8)
+    broken[3, 0, 0, 0] = float("nan")
+    with pytest.raises(UserError, match="search images hold values that are not numbers"):
+        Scorer(candidates.original, broken, torch.zeros(8, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_batches_side_by_side_give_the_accuracy_of_one_after_another(threads: int) -> None:
+    candidates, _ = prepared("residual")
+    labels = torch.arange(len(images())) % 4
+    scorer = Scorer(candidates.original, images(), labels, batch_size=3)
+    with using_threads(threads):
+        assert scorer(candidates.original) == accuracy(candidates.original, images(), labels)
+
+
+def test_a_network_that_cannot_be_traced_is_run_one_batch_at_a_time() -> None:
+    class Remembers(nn.Module):
+        """Keeps what its first half gave: two batches at once would get into each other's way."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(3, 8, 1), nn.Linear(8, 4)
+            self.running = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.running += 1
+            assert self.running == 1
+            x = self.conv(x).relu()
+            x = x.mean((2, 3)) if x.sum() > 0 else x.amax((2, 3))
+            self.running -= 1
+            return self.last(x)
+
+    model = Remembers().eval()
+    scorer = Scorer(model, images(), torch.arange(len(images())) % 4, batch_size=1)
+    with using_threads(4):
+        assert 0 <= scorer(model) <= 1
+    assert model.running == 0
 
 
 def test_starts_are_scored_and_remembered_apart() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from amc_env.errors import UserError
-from amc_env.precision import BFLOAT16, FLOAT32, TF32, arithmetic, check_precision
+from amc_env.precision import BFLOAT16, FLOAT32, TF32, arithmetic, check_precision, pays
 
 
 @pytest.mark.parametrize(("precision", "switch"), [(FLOAT32, "ieee"), (BFLOAT16, "ieee"), (TF32, "tf32")])
@@ -24,3 +24,22 @@ def test_tf32_is_for_cuda_alone() -> None:
         check_precision(TF32, "cpu")
     check_precision(TF32, "cuda:1")
     check_precision(BFLOAT16, "cpu")
+
+
+def test_a_precision_pays_where_its_products_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000))
+    steps = {torch.bfloat16: 1, torch.float32: 2}
+
+    class Timed(torch.Tensor):
+        def __matmul__(self, other: torch.Tensor) -> torch.Tensor:
+            for _ in range(steps[self.dtype]):
+                next(clock)
+            return other
+
+    ones = torch.ones
+    monkeypatch.setattr("torch.ones", lambda *size: ones(*size).as_subclass(Timed))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
+    assert pays(BFLOAT16)
+    steps[torch.bfloat16] = 3
+    assert not pays(BFLOAT16)
+    assert pays(FLOAT32)
