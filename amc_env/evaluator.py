@@ -141,7 +141,7 @@ def accuracy(
 class Scorer:
     """Scores cut networks on fixed images: batch norms folded, in one memory layout, batch size and precision.
 
-    On a processor batches of a network that can be traced are run side by side, one by each of torch's threads.
+    On a processor batches of a network that can be traced are run side by side, see `amc_env.lanes`.
 
     Args:
         model: The uncut network, in eval mode.
@@ -153,7 +153,7 @@ class Scorer:
         precision: One of PRECISIONS.
 
     Raises:
-        UserError: The network does not run in that precision; an image holds NaN.
+        UserError: The network does not run in that precision; an image holds NaN or infinity.
     """
 
     def __init__(
@@ -166,10 +166,10 @@ class Scorer:
         channels_last: bool = True,
         precision: str = FLOAT32,
     ):
-        if images.isnan().any():
+        if not images.isfinite().all():
             raise UserError(
-                "the search images hold values that are not numbers (NaN): look for them in the data, and for "
-                "zeros in the standard deviations that it is normalised by"
+                "the search images hold values that are infinite or not numbers (NaN): look for them in the data, and "
+                "for zeros in the standard deviations that it is normalised by"
             )
         few = images[:4].float()  # a worker is given them as they are scored
         channels_last = channels_last and images.ndim == 4 and _runs_channels_last(model, few)

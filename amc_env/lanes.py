@@ -1,7 +1,7 @@
 """Calls shared out to threads, each of which computes with its part of torch's threads.
 
 Batches side by side keep the cores busier than the parts of one batch do, which wait for each other after every
-operation; and what one thread computes does not depend on how many there are.
+operation; and lanes of one thread round alike however many there are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 T = TypeVar("T")
 
-_MOST = 8  # Python itself runs in one thread at a time
+_MOST = 8  # lanes: Python itself runs in one thread at a time
 
 
 def in_turn(call: Callable[[int], T], count: int) -> Generator[T]:
@@ -24,12 +24,13 @@ def in_turn(call: Callable[[int], T], count: int) -> Generator[T]:
 
 
 def in_lanes(call: Callable[[int], T], count: int) -> Generator[T]:
-    """The same, in order, as many at once as torch has threads; close it where it may not be read to its end.
+    """The same, in order, as many at once as torch has threads, but no more than eight.
 
-    Gradients and inference are modes of a thread: ``call`` sets those that it needs.
+    Close it where it may not be read to its end. Gradients and inference are modes of a thread: ``call`` sets those
+    that it needs.
     """
     threads = torch.get_num_threads()
-    lanes = min(threads, count, _MOST)
+    lanes = min(threads // -(-threads // _MOST), count)
     if lanes < 2:
         yield from in_turn(call, count)
         return
@@ -37,5 +38,7 @@ def in_lanes(call: Callable[[int], T], count: int) -> Generator[T]:
     try:
         yield from pool.map(call, range(count))
     finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # the lanes' number is that of libraries in all threads
+        try:
+            pool.shutdown(cancel_futures=True)
+        finally:  # the lanes' number is that of libraries in all threads
+            torch.set_num_threads(threads)

@@ -34,7 +34,7 @@ def check_precision(precision: str, device: str) -> None:
 
 
 def pays(precision: str) -> bool:
-    """Whether this processor multiplies faster in a precision than in float32: one product of each tells it."""
+    """Whether this processor multiplies faster in a precision than in float32: by the quickest of a few products."""
     a, b = torch.ones(2, _SIZE, _SIZE)
 
     def seconds(dtype: torch.dtype) -> float:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -298,6 +298,7 @@ def scoring(job: Job, variant: str = "") -> dict[str, Row]:
     first = prepared.graph.layers[0].name
     sizes = {"full": (0,) * len(prepared.grids), "half": problem.project([0.0] * len(prepared.grids))}
     rows: dict[str, Row] = {}
+    number = count(1)
     for precision, batch, last in product((FLOAT32, BFLOAT16), BATCHES, (True, False)):
         how = replace(prepared.settings.scoring, precision=precision, batch_size=batch, channels_last=last)
         scorer = Materials.of(replace(prepared, settings=replace(prepared.settings, scoring=how))).scorer()
@@ -305,7 +306,7 @@ def scoring(job: Job, variant: str = "") -> dict[str, Row]:
             network, times = prepared.builder.cut(removed), []
             for _ in range(1 + SCORED):  # the first makes things warm
                 # no two networks have the same first layer: nothing can be shared
-                network.get_submodule(first).weight.data.mul_(1.001)
+                network.get_submodule(first).weight.data.mul_(1 + 1e-3 * next(number))
                 times.append(timed(lambda scorer=scorer, network=network: scorer(network)))
             seconds = float(np.median(times[1:]))
             speed = gflops(problem.cost(removed)["macs"] * images, seconds)

@@ -73,6 +73,7 @@ class Folder:
             self._folded = packed(plain, example.to(self._dtype))
             if _alike(self._outputs(model, example), want):
                 return self._folded
+            log.info("convolutions are not packed: the network's outputs change")
         except (AttributeError, RuntimeError) as error:  # not there, or not for these sizes
             log.info("convolutions are not packed: %s", first_line(error))
         return plain

@@ -75,9 +75,10 @@ class PackedConv2d(nn.Conv2d):
 def pack(network: nn.Module, images: int) -> None:
     """Packs the convolutions of a network as their weights are now, for batches of so many images.
 
-    All stay plain where a weight is not finite: oneDNN's activations make numbers of NaN, which would hide it.
+    All stay plain where a parameter or buffer is not finite: oneDNN's activations make numbers of NaN, which would hide
+    it. They hide NaN as well that comes up on the way, where finite values overflow.
     """
-    finite = all(parameter.isfinite().all() for parameter in network.parameters())
+    finite = all(tensor.isfinite().all() for tensor in (*network.parameters(), *network.buffers()))
     for module in network.modules():
         if isinstance(module, PackedConv2d):
             module.pack(images) if finite else module.unpack()

@@ -30,7 +30,7 @@ _RIDGE = 1e-6
 # Of the mean square of the inputs: what centring in float64 may get wrong, with room to spare.
 _ROUNDING = 1e-11
 # Solutions kept for later: solving again from the factor is cheap, memory is not.
-_SOLVED_BYTES = 256 * 2**20
+_SOLVED_BYTES = 128 * 2**20
 # Images of a batch: activations of wide layers should fit the processor's caches.
 _SMALL = 100
 

@@ -269,11 +269,12 @@ def test_a_candidate_with_broken_weights_is_refused() -> None:
         judge.evaluate(some(judge, 1))
 
 
-def test_an_image_that_is_no_number_is_refused() -> None:
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_an_image_that_is_no_number_is_refused(value: str) -> None:
     candidates, _ = prepared("residual")
     broken = images(8)
-    broken[3, 0, 0, 0] = float("nan")
-    with pytest.raises(UserError, match="search images hold values that are not numbers"):
+    broken[3, 0, 0, 0] = float(value)
+    with pytest.raises(UserError, match="search images hold values that are infinite or not numbers"):
         Scorer(candidates.original, broken, torch.zeros(8, dtype=torch.int64))
 
 

@@ -3,7 +3,7 @@
 import copy
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from amc_env.errors import UserError
 from amc_env.evaluator import Scorer
+from amc_env.latency.runtimes import using_threads
 from amc_env.precision import FLOAT32
 from amc_env.prefix import PrefixScorer, _Kept
 from amc_env.pruning.candidate import Candidates
@@ -28,6 +29,13 @@ BATCHES = 3  # of 25, 25 and 10 images
 def _small_networks_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their layers do little for the numbers that they give."""
     monkeypatch.setattr("amc_env.prefix._WORTH", 0)
+
+
+@pytest.fixture(autouse=True, params=[1, 3])
+def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """One lane, and as many as there are batches."""
+    with using_threads(request.param):
+        yield
 
 
 def scorer(model: nn.Module, kind: type[Scorer] = PrefixScorer, **more: int) -> Scorer:

@@ -85,7 +85,7 @@ def test_a_batch_s_inputs_are_let_go_of_as_its_outputs_come() -> None:
     topology = Topology(Whole().trace(model))
     with torch.no_grad():
         Run(model, topology)(list(images().split(1)), lambda *_: None)
-    # the first module's inputs go as they are read; those of the second are there, less those that were read
+    # an input is gone before the next batch's is read
     assert max(alive) == 1
 
 
