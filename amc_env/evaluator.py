@@ -206,9 +206,9 @@ class Scorer:
 
         with arithmetic(self._precision):
             logits = torch.cat(list(in_lanes(outputs, len(self._batches))))
-        return self._share_right(logits)
+        return self._accuracy_of(logits)
 
-    def _share_right(self, logits: Tensor) -> float:
+    def _accuracy_of(self, logits: Tensor) -> float:
         return accuracy(nn.Identity(), logits, self._labels, len(logits))
 
 

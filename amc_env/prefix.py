@@ -84,7 +84,7 @@ class PrefixScorer(Scorer):
         with arithmetic(self._precision):
             logits = None if self._shared is None else self._shared()
         if logits is not None:
-            return self._share_right(logits)
+            return self._accuracy_of(logits)
         if self._shared is not None:
             self._shared = None
             _say_that_nothing_is_shared("values that are read again are overwritten in place")

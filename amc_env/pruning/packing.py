@@ -78,10 +78,12 @@ def pack(network: nn.Module, images: int) -> None:
     All stay plain where a parameter or buffer is not finite: oneDNN's activations make numbers of NaN, which would hide
     it. They hide NaN as well that comes up on the way, where finite values overflow.
     """
+    convolutions = [module for module in network.modules() if isinstance(module, PackedConv2d)]
+    if not convolutions:  # on a graphics processor every look at a value is waited for
+        return
     finite = all(tensor.isfinite().all() for tensor in (*network.parameters(), *network.buffers()))
-    for module in network.modules():
-        if isinstance(module, PackedConv2d):
-            module.pack(images) if finite else module.unpack()
+    for module in convolutions:
+        module.pack(images) if finite else module.unpack()
 
 
 def packed(network: fx.GraphModule, example: Tensor) -> fx.GraphModule:
