@@ -189,7 +189,7 @@ class _Shared:
         return output, {tokens[node]: value for node, value in held.items() if node not in plan.start}
 
     def _value(self, node: fx.Node, values: _Values, index: int) -> Any:
-        """What an operation gives: a fifth of the time that fx.Interpreter takes to come to it."""
+        """What an operation gives; fx.Interpreter takes several times as long to come to it."""
         args: Any = fx.map_arg(node.args, values.__getitem__)
         options: Any = fx.map_arg(node.kwargs, values.__getitem__)
         match node.op:
