@@ -17,7 +17,7 @@ from amc_env.budget import Problem
 from amc_env.errors import UserError, first_line
 from amc_env.lanes import in_lanes
 from amc_env.latency.runtimes import using_threads
-from amc_env.precision import FLOAT32, arithmetic, dtype_of
+from amc_env.precision import FLOAT32, INT8, arithmetic, dtype_of
 from amc_env.pruning.candidate import Builder, Keeps, Masks
 from amc_env.pruning.folding import Folder
 from amc_env.pruning.repair import Repair
@@ -87,15 +87,16 @@ class Key:
 
 _BATCH_PIXELS = {"cpu": 2**16, "cuda": 2**20}
 _SMALLEST_BATCH = 4
+_RANGED = 32  # images that the ranges of a candidate's values in eight bits are found on
 
 
-def batch_size_for(images: Tensor, device: torch.device) -> int:
+def batch_size_for(images: Tensor, device: torch.device, precision: str = FLOAT32) -> int:
     """How many images [N, ...] to score at a time: on a processor what its caches hold, else what fills the device.
 
-    It depends on the size of an image and the kind of device alone, and not on a timing: two runs of one seed must
-    round alike. docs/performance.md has the measurements.
+    It depends on the size of an image, the kind of device and the precision alone, and not on a timing: two runs of one
+    seed must round alike. docs/performance.md has the measurements.
     """
-    room = _BATCH_PIXELS.get(device.type, _BATCH_PIXELS["cuda"])
+    room = _BATCH_PIXELS.get(device.type, _BATCH_PIXELS["cuda"]) * (2 if precision == INT8 else 1)
     pixels = images[0, 0].numel() if images.ndim > 2 else images[0].numel()
     return max(_SMALLEST_BATCH, room // pixels)
 
@@ -153,7 +154,7 @@ class Scorer:
         precision: One of PRECISIONS.
 
     Raises:
-        UserError: The network does not run in that precision; an image holds NaN or infinity.
+        UserError: The network, or this processor, does not run in that precision; an image holds NaN or infinity.
     """
 
     def __init__(
@@ -179,9 +180,12 @@ class Scorer:
         self._labels = labels
         self._precision = precision
         self.channels_last = channels_last
-        batch_size = batch_size or batch_size_for(images, labels.device)
+        batch_size = batch_size or batch_size_for(images, labels.device, precision)
         few = few.contiguous(memory_format=layout)
-        self.folder = Folder(model, few, channels_last=channels_last, dtype=dtype, batch_size=batch_size)
+        ranging = self.images[:_RANGED] if precision == INT8 else None
+        self.folder = Folder(
+            model, few, channels_last=channels_last, dtype=dtype, batch_size=batch_size, ranging=ranging
+        )
         network = self.folder(model)
         _check_runs(network, self.images[:2], precision)
         # a network that cannot be traced may keep things between its layers: one batch at a time

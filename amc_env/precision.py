@@ -13,10 +13,10 @@ import torch
 
 from amc_env.errors import UserError
 
-FLOAT32, TF32, BFLOAT16 = "float32", "tf32", "bfloat16"
-PRECISIONS = (FLOAT32, TF32, BFLOAT16)
+FLOAT32, TF32, BFLOAT16, INT8 = "float32", "tf32", "bfloat16", "int8"
+PRECISIONS = (FLOAT32, TF32, BFLOAT16, INT8)
 """float32; its matrix products and convolutions rounded to 10 bits of mantissa (NVIDIA, from Ampere on); everything in
-8 bits of mantissa."""
+8 bits of mantissa; convolutions in whole numbers of 8 bits (processors)."""
 _SIZE, _TRIES = 512, 5  # of matrices, and products
 
 
@@ -31,22 +31,30 @@ def check_precision(precision: str, device: str) -> None:
             f"evaluator.precision=tf32 is arithmetic of NVIDIA's graphics processors, and the device is {device}; use "
             "bfloat16 or float32"
         )
+    if precision == INT8 and torch.device(device).type != "cpu":
+        raise UserError(
+            f"evaluator.precision=int8 is computed by processors, and the device is {device}; use bfloat16, tf32 or "
+            "float32, or device=cpu"
+        )
 
 
 def pays(precision: str) -> bool:
     """Whether this processor multiplies faster in a precision than in float32: by the quickest of a few products."""
+    if precision == FLOAT32:
+        return True
     a, b = torch.ones(2, _SIZE, _SIZE)
 
     def seconds(dtype: torch.dtype) -> float:
         left, right = a.to(dtype), b.to(dtype)
+        product = torch._int_mm if dtype == torch.int8 else torch.mm
         times = []
         for _ in range(_TRIES):
             started = time.perf_counter()
-            left @ right
+            product(left, right)
             times.append(time.perf_counter() - started)
         return min(times)
 
-    return precision == FLOAT32 or seconds(dtype_of(precision)) < seconds(torch.float32)
+    return seconds(torch.int8 if precision == INT8 else dtype_of(precision)) < seconds(torch.float32)
 
 
 def dtype_of(precision: str) -> torch.dtype:

@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 
 from agents.ddpg import AMCDDPG
 from amc_env.evaluator import ORIGINAL, Bench, Evaluator, Scorer, accuracy
-from amc_env.precision import BFLOAT16, FLOAT32
+from amc_env.precision import BFLOAT16, FLOAT32, INT8
 from amc_env.prefix import PrefixScorer
 from amc_env.pruning import masked_repair, repair
 from amc_env.pruning.candidate import Candidates, MaskedCandidates
@@ -62,6 +62,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "batch_norm": ("repair=batch_norm",),
     "sequential": ("repair=sequential",),
     "bfloat16": ("evaluator.precision=bfloat16",),
+    "int8": ("evaluator.precision=int8",),
     "staged": ("evaluator.first_images=1000",),
     "fast": ("evaluator.precision=bfloat16", "evaluator.first_images=1000"),
     "random": ("agent=random",),
@@ -129,14 +130,15 @@ class Job:
 
 
 def matrix_peak() -> dict[str, float]:
-    """GFLOP/s of the fastest square matrix product found, by precision."""
+    """GFLOP/s of the fastest square matrix product found, by precision; of int8 on processors alone."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    products = {torch.float32: torch.mm, torch.bfloat16: torch.mm, torch.int8: torch._int_mm}
     found = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, multiply in list(products.items())[: 2 if device == "cuda" else 3]:
         best = 0.0
         for size in GEMM_SIZES:
             a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-            seconds = min(timed(lambda a=a, b=b: a @ b) for _ in range(5))
+            seconds = min(timed(lambda a=a, b=b, multiply=multiply: multiply(a, b)) for _ in range(5))
             best = max(best, 2e-9 * size**3 / seconds)
             if seconds > SLOW_S:
                 break
@@ -299,7 +301,9 @@ def scoring(job: Job, variant: str = "") -> dict[str, Row]:
     sizes = {"full": (0,) * len(prepared.grids), "half": problem.project([0.0] * len(prepared.grids))}
     rows: dict[str, Row] = {}
     number = count(1)
-    for precision, batch, last in product((FLOAT32, BFLOAT16), BATCHES, (True, False)):
+    for precision, batch, last in product((FLOAT32, BFLOAT16, INT8), BATCHES, (True, False)):
+        if precision == INT8 and (not last or prepared.settings.device != "cpu"):
+            continue  # there is no such thing
         how = replace(prepared.settings.scoring, precision=precision, batch_size=batch, channels_last=last)
         scorer = Materials.of(replace(prepared, settings=replace(prepared.settings, scoring=how))).scorer()
         for size, removed in sizes.items():
@@ -377,7 +381,7 @@ def run(job: Job) -> dict[str, Any]:
     rows = KINDS[kind](job, *more)
     after = matrix_peak()
     for label, row in rows.items():
-        precision = BFLOAT16 if BFLOAT16 in label else FLOAT32
+        precision = next((coarse for coarse in (BFLOAT16, INT8) if coarse in label), FLOAT32)
         if "GFLOP/s" in row:
             row["of the peak %"] = 200 * row["GFLOP/s"] / (before[precision] + after[precision])
     facts = {"threads": torch.get_num_threads(), "process MiB": peak_mib()}

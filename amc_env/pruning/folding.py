@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from amc_env.errors import first_line
-from amc_env.precision import FLOAT32, arithmetic
+from amc_env.errors import UserError, first_line
+from amc_env.precision import FLOAT32, INT8, arithmetic
 from amc_env.pruning.packing import pack, packed
+from amc_env.pruning.quantization import QuantizedConv2d, obstacle, quantized, settle
 from amc_env.pruning.topology import Topology
 
 _TOLERANCE = 1e-3  # of the largest logit: far above rounding, far below a wrong fold
@@ -36,6 +37,10 @@ class Folder:
         channels_last: Whether weights are laid out for inputs in channels-last memory format.
         dtype: What weights become, after folding.
         batch_size: Images of the batches that the network will be given.
+        ranging: Inputs to find the ranges of values on, where convolutions are to be computed in eight bits.
+
+    Raises:
+        UserError: Convolutions cannot be computed in eight bits.
     """
 
     def __init__(
@@ -46,7 +51,9 @@ class Folder:
         channels_last: bool,
         dtype: torch.dtype = torch.float32,
         batch_size: int = 1,
+        ranging: Tensor | None = None,
     ):
+        self._ranging: Tensor | None = None
         self._format = torch.channels_last if channels_last else torch.contiguous_format
         self._twin = copy.deepcopy(model).eval()
         topology = Topology.of(self._twin)
@@ -60,7 +67,9 @@ class Folder:
         if self.reason:
             log.info("candidates are scored with their batch norms in place: %s", self.reason)
         self._dtype = dtype
-        if self._folded is not None and channels_last and example.device.type == "cpu":
+        if ranging is not None:
+            self._quantize(example, ranging)
+        elif self._folded is not None and channels_last and example.device.type == "cpu":
             self._folded = self._packed(self._folded, model, example)
 
     def _outputs(self, model: nn.Module, images: Tensor) -> Tensor:
@@ -77,6 +86,20 @@ class Folder:
         except (AttributeError, RuntimeError) as error:  # not there, or not for these sizes
             log.info("convolutions are not packed: %s", first_line(error))
         return plain
+
+    def _quantize(self, example: Tensor, ranging: Tensor) -> None:
+        reason = self.reason or obstacle()
+        if not reason and self._format == torch.contiguous_format:
+            reason = "it needs images in channels-last memory format"
+        if not reason:
+            assert self._folded is not None
+            self._folded, self._ranging = quantized(self._folded, example), ranging
+            if not any(isinstance(module, QuantizedConv2d) for module in self._folded.modules()):
+                reason = "it has no convolution of the plain kind"
+        if reason:
+            raise UserError(
+                f"evaluator.precision={INT8} does not work for this network ({reason}); use {FLOAT32}"
+            )
 
     def _without_norms(self, topology: Topology) -> fx.GraphModule | None:
         if topology.graph is None:
@@ -102,7 +125,10 @@ class Folder:
                 self._copy(source[name], module)
         for layer, norm in self._norms.items():
             self._fold(source[layer], source[norm], self._folded.get_submodule(layer))
-        pack(self._folded, self._batch_size)
+        if self._ranging is None:
+            pack(self._folded, self._batch_size)
+        else:
+            settle(self._folded, self._ranging, self._batch_size)
         return self._folded
 
     def _copy(self, source: nn.Module, target: nn.Module) -> None:

@@ -1,13 +1,14 @@
-"""Convolutions whose weights are in the blocks that oneDNN computes with, and the activation behind in the same operation.
+"""Convolutions whose weights are in the blocks that oneDNN computes with; what is behind them in the same operation.
 
-PyTorch's convolution brings its weights into blocks for every batch. Here that is done once for a candidate. The
-operators are those that torch.compile emits for a processor; they are not public, so they are used only where they are
-there and give what the plain network gives.
+PyTorch's convolution brings its weights into blocks for every batch. Here that is done once for a candidate, and the
+addition of a shortcut and an activation are no passes of their own. The operators are those that torch.compile emits
+for a processor; they are not public, so they are used only where they are there and give what the plain network gives.
 """
 
 from __future__ import annotations
 
 import copy
+import operator
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -16,55 +17,88 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from amc_env.pruning.topology import added
 
-def _identity(x: Tensor) -> Tensor:
+
+def identity(x: Tensor) -> Tensor:
+    """No activation."""
     return x
 
 
-_Activation = Callable[[Tensor], Tensor]
-_FUSED: dict[Any, tuple[str, list[float], str]] = {
-    _identity: ("none", [], ""),
+Activation = Callable[[Tensor], Tensor]
+FUSED: dict[Any, tuple[str, list[float], str]] = {
+    identity: ("none", [], ""),
     functional.relu: ("relu", [], ""),
     functional.relu6: ("hardtanh", [0.0, 6.0], ""),
 }
 """What oneDNN calls activations: name, scalars and algorithm."""
+_BEHIND_ADDITIONS = (functional.relu,)
+_IN_PLACE = (operator.iadd, "add_")
 
 
 class PackedConv2d(nn.Conv2d):
-    """A convolution and its activation; plain ones until their weights are packed.
+    """A convolution, an addition and an activation; plain ones until the weights are packed.
 
     Args:
         conv: The convolution; its parameters are taken over.
         size: Height and width of its inputs.
-        activation: What follows it.
+        activation: What follows it, or the addition.
+        adds: Whether a shortcut is added to its outputs.
     """
 
-    def __init__(self, conv: nn.Conv2d, size: tuple[int, int], activation: _Activation):
+    def __init__(self, conv: nn.Conv2d, size: tuple[int, int], activation: Activation, adds: bool):
         shape = conv.in_channels, conv.out_channels, conv.kernel_size
         options: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
         super().__init__(*shape, **options, groups=conv.groups, device="meta")  # type: ignore[arg-type]
         self._parameters = dict(conv._parameters)
         self._size = size
         self._activation = activation
+        self._adds = adds
         self._packed: Tensor | None = None
 
     def pack(self, images: int) -> None:
         """Brings the weights into blocks for batches of so many images; others give the same, slower."""
-        size = [images, self.weight.shape[1] * self.groups, *self._size]
-        self._packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self._how, size)
+        if self._pointwise:
+            rows = images * self._size[0] * self._size[1]
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.flatten(1), rows)
+        else:
+            shape = self._shape(images)
+            self._packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self._how, shape)
 
     def unpack(self) -> None:
         """Makes it plain again."""
         self._packed = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Outputs [N, out, H, W] for inputs [N, in, H, W], activated."""
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """Outputs [N, out, H, W] for inputs [N, in, H, W], the shortcut [N, out, H, W] added, activated."""
         if self._packed is None:
-            return self._activation(super().forward(x))
-        result: Tensor = torch.ops.mkldnn._convolution_pointwise(
-            x, self._packed, self.bias, *self._how, *_FUSED[self._activation]
-        )
+            return self._plain(x, shortcut)
+        fused = FUSED[self._activation]
+        result: Tensor
+        if self._pointwise:
+            rows = torch.ops.mkldnn._linear_pointwise(x.permute(0, 2, 3, 1), self._packed, self.bias, *fused)
+            result = rows.permute(0, 3, 1, 2)
+        elif shortcut is None:
+            result = torch.ops.mkldnn._convolution_pointwise(x, self._packed, self.bias, *self._how, *fused)
+        else:
+            name = None if self._activation is identity else fused[0]
+            result = torch.ops.mkldnn._convolution_pointwise.binary(
+                x, shortcut, self._packed, self.bias, *self._how, "add", 1.0, name, [], None
+            )
         return result
+
+    def _plain(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
+        outputs = super().forward(x)
+        return self._activation(outputs if shortcut is None else outputs + shortcut)
+
+    @property
+    def _pointwise(self) -> bool:
+        """Whether it is a product of the channels at every position: oneDNN does that faster as a linear layer."""
+        whole = self.kernel_size == self.stride == (1, 1) and self.groups == 1
+        return whole and not any(int(side) for side in self.padding) and not self._adds
+
+    def _shape(self, images: int) -> list[int]:
+        return [images, self.weight.shape[1] * self.groups, *self._size]
 
     @property
     def _how(self) -> tuple[list[int], list[int], list[int], int]:
@@ -86,21 +120,27 @@ def pack(network: nn.Module, images: int) -> None:
         module.pack(images) if finite else module.unpack()
 
 
-def packed(network: fx.GraphModule, example: Tensor) -> fx.GraphModule:
+def packed(
+    network: fx.GraphModule, example: Tensor, kind: Callable[..., PackedConv2d] = PackedConv2d
+) -> fx.GraphModule:
     """A network that gives the same by packed convolutions, once they are packed.
 
     Args:
         network: A traced network on a processor, its activations in `torch.nn.functional`.
         example: A few of its inputs.
+        kind: What makes packed convolutions.
     """
     twin = copy.deepcopy(network)
-    modules, sizes = dict(twin.named_modules()), _sizes(twin, example)
+    modules, shapes = dict(twin.named_modules()), _shapes(twin, example)
     calls = Counter(str(node.target) for node in twin.graph.nodes if node.op == "call_module")
     for node in list(twin.graph.nodes):
         name = str(node.target)
-        if node.op == "call_module" and calls[name] == 1 and _packable(modules[name]):
-            size = sizes[node.all_input_nodes[0]]
-            twin.set_submodule(name, PackedConv2d(modules[name], size, _absorbed(node)))
+        if node.op == "call_module" and calls[name] == len(node.args) == 1 and _packable(modules[name]):
+            height, width = shapes[node.all_input_nodes[0]][2:]
+            node = _with_addition(node, shapes)
+            adds = len(node.args) == 2
+            twin.set_submodule(name, kind(modules[name], (height, width), _absorbed(node, adds), adds))
+    twin.graph.lint()
     twin.recompile()
     return twin
 
@@ -111,23 +151,38 @@ def _packable(module: nn.Module) -> bool:
     return plain and not isinstance(module.padding, str)
 
 
-def _sizes(network: fx.GraphModule, example: Tensor) -> dict[fx.Node, tuple[int, int]]:
-    """Height and width of what operations give, where it is images."""
+def _shapes(network: fx.GraphModule, example: Tensor) -> dict[fx.Node, torch.Size]:
+    """Shapes of the tensors that operations give."""
     lane = fx.Interpreter(network, garbage_collect_values=False)
     with torch.no_grad():
         lane.run(example)
-    values = {
-        node: value for node, value in lane.env.items() if isinstance(value, Tensor) and value.ndim == 4
-    }
-    return {node: (value.shape[2], value.shape[3]) for node, value in values.items()}
+    return {node: value.shape for node, value in lane.env.items() if isinstance(value, Tensor)}
 
 
-def _absorbed(node: fx.Node) -> _Activation:
+def _with_addition(node: fx.Node, shapes: dict[fx.Node, torch.Size]) -> fx.Node:
+    """The convolution that takes the shortcut to be added as a second argument, if there is one, else as it was."""
+    shortcut = added(node)
+    if shortcut is None or shapes.get(shortcut) != shapes[node]:
+        return node
+    addition = next(iter(node.users))
+    if addition.target in _IN_PLACE and addition.args[0] is not node:  # others may read what it overwrites
+        return node
+    with node.graph.inserting_before(addition):
+        whole = node.graph.call_module(str(node.target), (node.args[0], shortcut))
+    shapes[whole] = shapes[node]
+    addition.replace_all_uses_with(whole)
+    node.graph.erase_node(addition)
+    node.graph.erase_node(node)
+    return whole
+
+
+def _absorbed(node: fx.Node, adds: bool) -> Activation:
     """The activation that alone reads a convolution's outputs, taken out of the graph."""
     users = list(node.users)
-    if len(users) != 1 or users[0].target not in _FUSED:
-        return _identity
+    known = _BEHIND_ADDITIONS if adds else FUSED
+    if len(users) != 1 or users[0].target not in known:
+        return identity
     users[0].replace_all_uses_with(node)
     node.graph.erase_node(users[0])
-    activation: _Activation = users[0].target  # type: ignore[assignment]
+    activation: Activation = users[0].target  # type: ignore[assignment]
     return activation

@@ -61,7 +61,7 @@ class Topology:
             if norm is not None:
                 norm_after[name] = str(norm.target)
                 last = norm
-            other = _added(last)
+            other = added(last)
             # Two layers that are added to each other (a projection shortcut): the first in forward order is
             # mended.
             if other is not None and nodes[0] not in _ancestors(other, partner):
@@ -100,7 +100,8 @@ def _norm(node: fx.Node, modules: dict[str, nn.Module], calls: dict[str, list[fx
     return users[0] if tracked and len(calls[str(users[0].target)]) == 1 else None
 
 
-def _added(node: fx.Node) -> fx.Node | None:
+def added(node: fx.Node) -> fx.Node | None:
+    """What alone is done with an operation's result is an addition: its other operand; None where it is not so."""
     users = list(node.users)
     if len(users) != 1:
         return None

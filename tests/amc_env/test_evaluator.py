@@ -27,14 +27,16 @@ from amc_env.evaluator import (
     batch_size_for,
 )
 from amc_env.latency.runtimes import using_threads
-from amc_env.precision import BFLOAT16
+from amc_env.precision import BFLOAT16, INT8
 from amc_env.prefix import PrefixScorer
 from amc_env.pruning.candidate import Candidates
+from amc_env.pruning.quantization import obstacle
 from amc_env.pruning.repair import BatchNorm, Both, LeastSquares, NoRepair, Repair, Sequential
 from amc_env.pruning.topology import Topology
 from amc_env.staging import Score
 
 LABELS = torch.arange(60) % 4
+NO_BYTES = obstacle()
 REPAIRS = ("none", "least_squares", "batch_norm", "both", "sequential")
 
 
@@ -134,6 +136,23 @@ def test_bfloat16_scores_the_network_with_rounded_weights_on_rounded_images(
         assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 
 
+@pytest.mark.skipif(bool(NO_BYTES), reason=f"no convolutions in eight bits here: {NO_BYTES}")
+@pytest.mark.parametrize("kind", [Scorer, PrefixScorer])
+@pytest.mark.parametrize("name", ["residual", "depthwise", "gated"])
+def test_int8_scores_nearly_what_float32_does(name: str, kind: type[Scorer]) -> None:
+    candidates, grids = prepared(name)
+    labels = candidates.original(images(60)).argmax(1)
+    exact = kind(candidates.original, images(60), labels)
+    coarse = kind(candidates.original, images(60), labels, precision=INT8)
+    assert torch.equal(coarse.images, exact.images)
+    assert coarse(candidates.original) >= 0.9
+    for seed in range(3):
+        model = candidates.cut(random_removed(grids, seed))
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        assert abs(coarse(model) - exact(model)) <= 0.1
+        assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
 class Float32Only(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -153,6 +172,7 @@ def test_a_network_that_does_not_run_in_bfloat16_is_refused() -> None:
 def test_batches_suit_the_size_of_an_image_and_the_device() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda:1")
     assert batch_size_for(torch.empty(1, 3, 32, 32), cpu) == 64
+    assert batch_size_for(torch.empty(1, 3, 32, 32), cpu, INT8) == 128
     assert batch_size_for(torch.empty(1, 3, 224, 224), cpu) == 4
     assert batch_size_for(torch.empty(1, 128), cpu) == 512
     assert batch_size_for(torch.empty(1, 3, 32, 32), cuda) == 1024  # wherever the images are as yet

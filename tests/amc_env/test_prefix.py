@@ -4,6 +4,7 @@ import copy
 import logging
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,14 +15,17 @@ from torch.nn import functional as F
 from amc_env.errors import UserError
 from amc_env.evaluator import Scorer
 from amc_env.latency.runtimes import using_threads
-from amc_env.precision import FLOAT32
+from amc_env.precision import FLOAT32, INT8
 from amc_env.prefix import PrefixScorer, _Kept
 from amc_env.pruning.candidate import Candidates
+from amc_env.pruning.quantization import obstacle
 from amc_env.pruning.repair import BatchNorm, LeastSquares, NoRepair, Repair, Sequential
 from amc_env.pruning.topology import Topology
 from amc_env.strategy import Grid
 
 LABELS = torch.arange(60) % 4
+NO_BYTES = obstacle()
+EIGHT_BITS = pytest.mark.skipif(bool(NO_BYTES), reason=f"no convolutions in eight bits here: {NO_BYTES}")
 BATCHES = 3  # of 25, 25 and 10 images
 
 
@@ -38,7 +42,7 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-def scorer(model: nn.Module, kind: type[Scorer] = PrefixScorer, **more: int) -> Scorer:
+def scorer(model: nn.Module, kind: type[Scorer] = PrefixScorer, **more: Any) -> Scorer:
     return kind(model, images(60), LABELS, batch_size=25, **more)
 
 
@@ -113,6 +117,35 @@ def test_logits_are_those_of_plain_scoring_to_the_bit_in_any_order(
         shared(candidates.cut(removed))
         assert torch.equal(logits[-2], logits[-1]), removed
     assert not torch.equal(logits[0], logits[-1])
+
+
+@EIGHT_BITS
+@pytest.mark.parametrize("name", ["residual", "selection", "concat", "gated"])
+def test_logits_in_eight_bits_are_those_of_plain_scoring_too(name: str, logits: list[Tensor]) -> None:
+    candidates, grids = prepared(name)
+    plain, shared = (scorer(candidates.original, kind, precision=INT8) for kind in (Scorer, PrefixScorer))
+    strategies = scan(grids)
+    for removed in [*strategies, random_removed(grids, 0), *strategies[::-3]]:
+        plain(candidates.cut(removed))
+        shared(candidates.cut(removed))
+        assert torch.equal(logits[-2], logits[-1]), removed
+    assert shared._shared._kept.filled > 0
+
+
+@EIGHT_BITS
+def test_bytes_that_are_kept_are_not_for_a_candidate_that_is_computed_in_floats(logits: list[Tensor]) -> None:
+    candidates, grids = prepared("residual")
+    plain, shared = (scorer(candidates.original, kind, precision=INT8) for kind in (Scorer, PrefixScorer))
+    for broken in (False, False, True, False):  # kept by the first two
+        for judge in (plain, shared):
+            model = candidates.cut((0,) * (len(grids) - 1) + (grids[-1].count(1),))
+            if broken:
+                [module for module in model.modules() if isinstance(module, nn.Conv2d)][-1].weight.data[0] = (
+                    torch.nan
+                )
+            judge(model)
+        assert torch.equal(logits[-2], logits[-1]) or broken
+        assert logits[-2].isnan().any() == logits[-1].isnan().any() == broken
 
 
 @pytest.mark.parametrize("name", ["residual", "selection", "flatten", "mlp"])

@@ -37,4 +37,4 @@ def test_the_same_strategies_are_scored_again(tmp_path: Path) -> None:
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     assert any(line.endswith("strategies, 60 search images") for line in printed)
     rows = [line.split(" | ")[0] for line in printed if line.startswith("| ")]
-    assert rows == ["| way", "| bfloat16", "| first 20 images"]
+    assert rows == ["| way", "| bfloat16", "| int8", "| first 20 images"]

@@ -29,6 +29,8 @@ class Kinds(nn.Module):
         self.same = nn.Conv2d(12, 12, 3, padding="same")
         self.mirrored = nn.Conv2d(12, 12, 3, padding=1, padding_mode="reflect")
         self.twice = nn.Conv2d(12, 12, 1)
+        self.wide, self.narrow, self.named = (nn.Conv2d(12, 12, 1) for _ in range(3))
+        self.onto, self.spread = nn.Conv2d(12, 12, 3, padding=1), nn.Conv2d(12, 12, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = functional.relu(self.first(x))
@@ -36,6 +38,10 @@ class Kinds(nn.Module):
         x = functional.gelu(self.grouped(x))
         x = functional.relu(self.mirrored(functional.relu(self.same(x))))
         x = self.twice(functional.relu(self.twice(x)))
+        x = functional.relu(self.wide(x) + x)
+        y = self.named(input=functional.relu6(x + self.narrow(x)))
+        y.add_(self.onto(x))  # what it overwrites is read below
+        x = functional.relu(self.spread(x) + y.mean((2, 3), keepdim=True))
         return (x + functional.relu(x)).mean((2, 3))
 
 
@@ -59,8 +65,20 @@ def test_outputs_are_the_plain_ones(dtype: torch.dtype) -> None:
 
 def test_what_is_packed_and_what_it_takes_in() -> None:
     _, twin, _ = kinds()
-    found = {name: m._activation.__name__ for name, m in twin.named_modules() if isinstance(m, PackedConv2d)}
-    assert found == {"first": "relu", "deep": "relu6", "grouped": "_identity"}
+    found = {
+        name: (m._activation.__name__, m._adds)
+        for name, m in twin.named_modules()
+        if isinstance(m, PackedConv2d)
+    }
+    assert found == {
+        "first": ("relu", False),
+        "deep": ("relu6", False),
+        "grouped": ("identity", False),
+        "wide": ("relu", True),
+        "narrow": ("identity", True),
+        "onto": ("identity", False),
+        "spread": ("identity", False),
+    }
 
 
 class Normed(nn.Module):
@@ -123,8 +141,8 @@ def test_without_the_operators_convolutions_stay_plain(
 def test_operators_that_give_something_else_are_not_used(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(packing._FUSED, functional.relu, ("none", [], ""))
-    model = network("residual")
+    monkeypatch.setitem(packing.FUSED, functional.relu, ("none", [], ""))
+    model = network("depthwise")
     with caplog.at_level("INFO"):
         folded = Folder(model, X[:2], channels_last=True)(model)
     assert "convolutions are not packed: the network's outputs change" in caplog.text

@@ -1,0 +1,255 @@
+"""Convolutions in eight bits, for scoring only: several times as fast as float32 where a processor multiplies in them.
+
+Weights are rounded to steps of their output channel, values between convolutions to steps of the tensor (Jacob et al.,
+2018, section 2). The steps cover what a candidate gives for a few images; what is beyond is cut off. Everything but
+convolutions, and what is in the same operation with them, is computed in floats.
+
+The operators are those that torch.compile emits for quantized networks on a processor; they are not public.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from amc_env.errors import first_line
+from amc_env.lanes import in_lanes
+from amc_env.pruning.packing import FUSED, PackedConv2d, packed
+
+_BYTES, _WEIGHTS = 255, 127  # steps in the range of a value, and of a weight on either side of zero
+_CHANNELS = 32  # whose products of largest bytes and weights are to be summed exactly
+_SMALLEST = 1e-30  # range of what is zero everywhere
+_PART = 16  # images that ranges are found on at a time: parts are run side by side
+
+
+class Steps:
+    """What the bytes of a tensor stand for: ``size * (byte - zero)``; nothing yet where ``known`` is false."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begins anew."""
+        self.known = False
+        self.size, self.zero = 1.0, 0
+        self._ranges: list[Tensor] = []
+
+    def note(self, value: Tensor) -> None:
+        """Widens the range to that of a float tensor, [N, C, H, W]."""
+        in_memory = value.permute(0, 2, 3, 1).flatten()  # several times as fast in this order
+        self._ranges.append(torch.stack(torch.aminmax(in_memory)))
+
+    def settle(self) -> bool:
+        """Takes the steps from the range; says whether that is finite."""
+        lows, highs = torch.stack(self._ranges).double().unbind(1)
+        low, high = float(lows.amin().clamp(max=0)), float(highs.amax().clamp(min=0))
+        self.known = bool(lows.isfinite().all() and highs.isfinite().all())
+        if self.known:
+            self.size = max(high - low, _SMALLEST) / _BYTES
+            self.zero = round(-low / self.size)
+        return self.known
+
+    def buffer(self) -> Tensor:
+        """Both numbers: they tell candidates apart. Zeros where nothing is known."""
+        return torch.tensor([self.size, self.zero], dtype=torch.float64) * self.known
+
+
+class Quantize(nn.Module):
+    """Floats to bytes; nothing is done while their steps are not known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gives = Steps()
+        self.register_buffer("steps", self.gives.buffer())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Bytes in the shape of ``x``."""
+        if not self.gives.known:
+            self.gives.note(x)
+            return x
+        scaled = (x * (1 / self.gives.size)).add_(self.gives.zero + 0.5)  # to bytes rounds down
+        return scaled.clamp_(0, _BYTES).to(torch.uint8)
+
+
+class Dequantize(nn.Module):
+    """Bytes to floats; floats pass.
+
+    Args:
+        reads: The steps of the bytes.
+    """
+
+    def __init__(self, reads: Steps):
+        super().__init__()
+        self._reads = reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Floats in the shape of ``x``."""
+        if x.is_floating_point():
+            return x
+        return x.float().sub_(self._reads.zero).mul_(self._reads.size)
+
+
+class QuantizedConv2d(PackedConv2d):
+    """`PackedConv2d` in eight bits: bytes of inputs, and of the shortcut, to bytes or floats; of floats until it is packed.
+
+    Attributes:
+        reads: Steps of the inputs.
+        adds: Steps of the shortcut.
+        gives: Steps of the outputs; None where they are floats.
+    """
+
+    reads: Steps
+    adds: Steps | None = None
+    gives: Steps | None = None
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.register_buffer("steps", None)
+
+    def pack(self, images: int) -> None:
+        """Rounds the weights and brings them into blocks; all steps are known."""
+        scales = self.weight.abs().amax((1, 2, 3)).clamp_min(_SMALLEST) / _WEIGHTS
+        weight = (self.weight / scales.view(-1, 1, 1, 1)).round_().to(torch.int8)
+        padding, stride, dilation, groups = self._how
+        steps = self.reads.size, self.reads.zero
+        self._packed = torch.ops.onednn.qconv_prepack(
+            weight, scales, *steps, stride, padding, dilation, groups, self._shape(images)
+        )
+        self._weight = self._packed, scales, torch.zeros(len(weight), dtype=torch.int32)
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        """Outputs [N, out, H, W] for inputs [N, in, H, W], the shortcut [N, out, H, W] added, activated."""
+        if self._packed is None:
+            outputs = self._plain(x, shortcut)
+            if self.gives is not None:
+                self.gives.note(outputs)
+            return outputs
+        padding, stride, dilation, groups = self._how
+        inputs = x, self.reads.size, self.reads.zero
+        how = self.bias, stride, padding, dilation, groups
+        to: tuple[float, int, torch.dtype] = 1.0, 0, torch.float32
+        if self.gives is not None:
+            to = self.gives.size, self.gives.zero, torch.uint8
+        fused = FUSED[self._activation]
+        result: Tensor
+        if self.adds is None:
+            result = torch.ops.onednn.qconv2d_pointwise(*inputs, *self._weight, *how, *to, *fused)
+            return result
+        assert shortcut is not None
+        sums = self.adds.size, self.adds.zero, "sum", 1.0
+        result = torch.ops.onednn.qconv2d_pointwise.binary(
+            *inputs, *self._weight, shortcut.clone(), *how, *to, *sums, *fused
+        )  # the shortcut is overwritten
+        return result
+
+
+def quantized(network: fx.GraphModule, example: Tensor) -> fx.GraphModule:
+    """A network whose convolutions are computed in eight bits, once `settle` has been told what it is to compute.
+
+    Args:
+        network: A traced network on a processor, its activations in `torch.nn.functional`.
+        example: A few of its inputs.
+    """
+    twin = packed(network, example, QuantizedConv2d)
+    layers: dict[fx.Node, QuantizedConv2d] = {}
+    for node in twin.graph.nodes:
+        module = twin.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, QuantizedConv2d):
+            layers[node] = module
+    _give_bytes(twin, layers)
+    _give_floats(twin, layers)
+    twin.graph.lint()
+    twin.recompile()
+    return twin
+
+
+def obstacle() -> str:
+    """Why this processor, or this PyTorch, cannot do that, or nothing."""
+    layer = nn.Conv2d(_CHANNELS, 1, 1, bias=False)
+    nn.init.ones_(layer.weight)
+    images = torch.ones(1, _CHANNELS, 2, 2).contiguous(memory_format=torch.channels_last)
+    try:
+        network = quantized(fx.symbolic_trace(nn.Sequential(layer)), images)
+        with torch.no_grad():
+            settle(network, images, 1)
+            exact = bool((network(images) - _CHANNELS).abs().max() < 1)
+    except (AttributeError, RuntimeError) as error:  # not there, or not for this processor
+        return first_line(error)
+    return "" if exact else "this processor's sums of products of bytes overflow"
+
+
+def _give_bytes(network: fx.GraphModule, layers: Mapping[fx.Node, QuantizedConv2d]) -> None:
+    """What convolutions read becomes bytes: another one gives them, or they are made."""
+    made: dict[fx.Node, tuple[fx.Node, Steps]] = {}
+    for node, layer in layers.items():
+        read = []
+        for value in node.args:
+            assert isinstance(value, fx.Node)
+            if value in layers:
+                giver = layers[value]
+                giver.gives = giver.gives or Steps()
+                read.append((value, giver.gives))
+            else:
+                if value not in made:
+                    made[value] = _quantize(network, value, node)
+                read.append(made[value])
+        node.args = tuple(value for value, _ in read)
+        layer.reads = read[0][1]
+        if len(read) > 1:
+            layer.adds, layer.gives = read[1][1], layer.gives or Steps()  # sums are of bytes and give bytes
+
+
+def _quantize(network: fx.GraphModule, value: fx.Node, reader: fx.Node) -> tuple[fx.Node, Steps]:
+    module, name = Quantize(), f"_{value.name}_bytes"
+    network.add_submodule(name, module)
+    with network.graph.inserting_before(reader):
+        return network.graph.call_module(name, (value,)), module.gives
+
+
+def _give_floats(network: fx.GraphModule, layers: Mapping[fx.Node, QuantizedConv2d]) -> None:
+    """What others read of convolutions that give bytes becomes floats."""
+    for node, layer in layers.items():
+        others = [user for user in node.users if user not in layers]
+        if layer.gives is None or not others:
+            continue
+        name = f"_{node.name}_floats"
+        network.add_submodule(name, Dequantize(layer.gives))
+        with network.graph.inserting_after(node):
+            floats = network.graph.call_module(name, (node,))
+        for user in others:
+            user.replace_input_with(node, floats)
+
+
+def settle(network: fx.GraphModule, images: Tensor, batch: int) -> None:
+    """Finds the steps of a network as its weights are now, and rounds these; it computes in floats where one is not finite.
+
+    Args:
+        network: What `quantized` gave.
+        images: A few of its inputs.
+        batch: How many images it will be given at a time.
+    """
+    layers = [module for module in network.modules() if isinstance(module, QuantizedConv2d)]
+    givers = [module for module in network.modules() if isinstance(module, Quantize | QuantizedConv2d)]
+    found = [giver.gives for giver in givers if giver.gives is not None]
+    for layer in layers:
+        layer.unpack()
+    for steps in found:
+        steps.forget()
+    parts = torch.split(images, _PART)
+    _in_lanes(lambda index: network(parts[index]), len(parts))
+    if all(steps.settle() for steps in found):
+        _in_lanes(lambda index: layers[index].pack(batch), len(layers))
+    else:
+        for steps in found:
+            steps.forget()
+    for giver in givers:
+        if giver.gives is not None:
+            giver.register_buffer("steps", giver.gives.buffer())
+
+
+def _in_lanes(call: Callable[[int], object], count: int) -> None:
+    for _ in in_lanes(torch.no_grad()(call), count):
+        pass
