@@ -87,7 +87,7 @@ class Key:
 
 _BATCH_PIXELS = {"cpu": 2**16, "cuda": 2**20}
 _SMALLEST_BATCH = 4
-_RANGED = 32  # images that the ranges of a candidate's values in eight bits are found on
+_RANGED = 16  # images that the ranges of a candidate's values in eight bits are found on
 
 
 def batch_size_for(images: Tensor, device: torch.device, precision: str = FLOAT32) -> int:

@@ -65,6 +65,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "int8": ("evaluator.precision=int8",),
     "staged": ("evaluator.first_images=1000",),
     "fast": ("evaluator.precision=bfloat16", "evaluator.first_images=1000"),
+    "fast8": ("evaluator.precision=int8", "evaluator.first_images=1000"),
     "random": ("agent=random",),
     "workers1": (*WORKERS, "evaluator.workers=1"),
     "workers2": (*WORKERS, "evaluator.workers=2"),

@@ -9,20 +9,18 @@ The operators are those that torch.compile emits for quantized networks on a pro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from amc_env.errors import first_line
-from amc_env.lanes import in_lanes
 from amc_env.pruning.packing import FUSED, PackedConv2d, packed
 
 _BYTES, _WEIGHTS = 255, 127  # steps in the range of a value, and of a weight on either side of zero
 _CHANNELS = 32  # whose products of largest bytes and weights are to be summed exactly
 _SMALLEST = 1e-30  # range of what is zero everywhere
-_PART = 16  # images that ranges are found on at a time: parts are run side by side
 
 
 class Steps:
@@ -223,6 +221,7 @@ def _give_floats(network: fx.GraphModule, layers: Mapping[fx.Node, QuantizedConv
             user.replace_input_with(node, floats)
 
 
+@torch.no_grad()
 def settle(network: fx.GraphModule, images: Tensor, batch: int) -> None:
     """Finds the steps of a network as its weights are now, and rounds these; it computes in floats where one is not finite.
 
@@ -238,18 +237,13 @@ def settle(network: fx.GraphModule, images: Tensor, batch: int) -> None:
         layer.unpack()
     for steps in found:
         steps.forget()
-    parts = torch.split(images, _PART)
-    _in_lanes(lambda index: network(parts[index]), len(parts))
+    network(images)
     if all(steps.settle() for steps in found):
-        _in_lanes(lambda index: layers[index].pack(batch), len(layers))
+        for layer in layers:
+            layer.pack(batch)
     else:
         for steps in found:
             steps.forget()
     for giver in givers:
         if giver.gives is not None:
             giver.register_buffer("steps", giver.gives.buffer())
-
-
-def _in_lanes(call: Callable[[int], object], count: int) -> None:
-    for _ in in_lanes(torch.no_grad()(call), count):
-        pass
