@@ -182,12 +182,12 @@ class Scorer:
         self.channels_last = channels_last
         batch_size = batch_size or batch_size_for(images, labels.device, precision)
         few = few.contiguous(memory_format=layout)
-        ranging = self.images[:_RANGED] if precision == INT8 else None
+        spread = self.images[:: -(-len(images) // _RANGED)]  # a user's may be in the order of their labels
+        ranging = spread.contiguous(memory_format=layout) if precision == INT8 else None
         self.folder = Folder(
             model, few, channels_last=channels_last, dtype=dtype, batch_size=batch_size, ranging=ranging
         )
-        network = self.folder(model)
-        _check_runs(network, self.images[:2], precision)
+        network = _checked(self.folder, model, self.images[:2], precision)
         # a network that cannot be traced may keep things between its layers: one batch at a time
         self._side_by_side = labels.device.type == "cpu" and isinstance(network, fx.GraphModule)
         self._batches = torch.split(self.images, batch_size)
@@ -216,10 +216,13 @@ class Scorer:
         return accuracy(nn.Identity(), logits, self._labels, len(logits))
 
 
-def _check_runs(network: nn.Module, images: Tensor, precision: str) -> None:
+def _checked(folder: Folder, model: nn.Module, images: Tensor, precision: str) -> nn.Module:
+    """The network that is scored in place of the model; it runs."""
     try:
+        network = folder(model)
         with torch.inference_mode():
             network(images)
+        return network
     except RuntimeError as error:
         if precision == FLOAT32:
             raise

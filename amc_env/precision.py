@@ -66,12 +66,14 @@ def dtype_of(precision: str) -> torch.dtype:
 def arithmetic(precision: str) -> Iterator[None]:
     """Computes float32 matrix products and convolutions on graphics processors in TF32, or strictly not, meanwhile.
 
-    PyTorch's own default rounds convolutions to TF32 and says nothing.
+    PyTorch's own default rounds convolutions to TF32 and says nothing. Processors compute float32 strictly, even where
+    `torch.set_float32_matmul_precision` says that less will do.
     """
-    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    graphics = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # type: ignore[attr-defined]
+    switches = *graphics, torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = [switch.fp32_precision for switch in switches]
     for switch in switches:
-        switch.fp32_precision = "tf32" if precision == TF32 else "ieee"
+        switch.fp32_precision = "tf32" if precision == TF32 and switch in graphics else "ieee"
     try:
         yield
     finally:

@@ -38,6 +38,7 @@ from amc_env.prefix import PrefixScorer
 from amc_env.pruning import masked_repair, repair
 from amc_env.pruning.candidate import Candidates, MaskedCandidates
 from amc_env.pruning.folding import Folder
+from amc_env.pruning.quantization import obstacle
 from amc_env.workers import _Batch
 from search import wiring
 from search.data import seeded
@@ -133,9 +134,11 @@ class Job:
 def matrix_peak() -> dict[str, float]:
     """GFLOP/s of the fastest square matrix product found, by precision; of int8 on processors alone."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    products = {torch.float32: torch.mm, torch.bfloat16: torch.mm, torch.int8: torch._int_mm}
+    products = {torch.float32: torch.mm, torch.bfloat16: torch.mm}
+    if device == "cpu":
+        products[torch.int8] = torch._int_mm
     found = {}
-    for dtype, multiply in list(products.items())[: 2 if device == "cuda" else 3]:
+    for dtype, multiply in products.items():
         best = 0.0
         for size in GEMM_SIZES:
             a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -303,7 +306,7 @@ def scoring(job: Job, variant: str = "") -> dict[str, Row]:
     rows: dict[str, Row] = {}
     number = count(1)
     for precision, batch, last in product((FLOAT32, BFLOAT16, INT8), BATCHES, (True, False)):
-        if precision == INT8 and (not last or prepared.settings.device != "cpu"):
+        if precision == INT8 and (not last or prepared.settings.device != "cpu" or obstacle()):
             continue  # there is no such thing
         how = replace(prepared.settings.scoring, precision=precision, batch_size=batch, channels_last=last)
         scorer = Materials.of(replace(prepared, settings=replace(prepared.settings, scoring=how))).scorer()

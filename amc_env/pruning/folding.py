@@ -15,7 +15,7 @@ from torch.nn import functional
 from amc_env.errors import UserError, first_line
 from amc_env.precision import FLOAT32, INT8, arithmetic
 from amc_env.pruning.packing import pack, packed
-from amc_env.pruning.quantization import QuantizedConv2d, obstacle, quantized, settle
+from amc_env.pruning.quantization import QuantizedConv2d, obstacle, overwrites, quantized, settle
 from amc_env.pruning.topology import Topology
 
 _TOLERANCE = 1e-3  # of the largest logit: far above rounding, far below a wrong fold
@@ -90,16 +90,16 @@ class Folder:
     def _quantize(self, example: Tensor, ranging: Tensor) -> None:
         reason = self.reason or obstacle()
         if not reason and self._format == torch.contiguous_format:
-            reason = "it needs images in channels-last memory format"
+            reason = "images are not in channels-last memory format, see evaluator.channels_last"
         if not reason:
             assert self._folded is not None
+            if overwrites(self._folded, example):
+                reason = "the network overwrites values that it reads again"
             self._folded, self._ranging = quantized(self._folded, example), ranging
             if not any(isinstance(module, QuantizedConv2d) for module in self._folded.modules()):
-                reason = "it has no convolution of the plain kind"
+                reason = "the network has no convolution of the plain kind"
         if reason:
-            raise UserError(
-                f"evaluator.precision={INT8} does not work for this network ({reason}); use {FLOAT32}"
-            )
+            raise UserError(f"evaluator.precision={INT8} does not work here ({reason}); use {FLOAT32}")
 
     def _without_norms(self, topology: Topology) -> fx.GraphModule | None:
         if topology.graph is None:

@@ -43,17 +43,17 @@ class PackedConv2d(nn.Conv2d):
         conv: The convolution; its parameters are taken over.
         size: Height and width of its inputs.
         activation: What follows it, or the addition.
-        adds: Whether a shortcut is added to its outputs.
+        shortcut: Whether one is added to its outputs.
     """
 
-    def __init__(self, conv: nn.Conv2d, size: tuple[int, int], activation: Activation, adds: bool):
+    def __init__(self, conv: nn.Conv2d, size: tuple[int, int], activation: Activation, shortcut: bool):
         shape = conv.in_channels, conv.out_channels, conv.kernel_size
         options: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
         super().__init__(*shape, **options, groups=conv.groups, device="meta")  # type: ignore[arg-type]
         self._parameters = dict(conv._parameters)
         self._size = size
         self._activation = activation
-        self._adds = adds
+        self._shortcut = shortcut
         self._packed: Tensor | None = None
 
     def pack(self, images: int) -> None:
@@ -95,7 +95,7 @@ class PackedConv2d(nn.Conv2d):
     def _pointwise(self) -> bool:
         """Whether it is a product of the channels at every position: oneDNN does that faster as a linear layer."""
         whole = self.kernel_size == self.stride == (1, 1) and self.groups == 1
-        return whole and not any(int(side) for side in self.padding) and not self._adds
+        return whole and not any(int(side) for side in self.padding) and not self._shortcut
 
     def _shape(self, images: int) -> list[int]:
         return [images, self.weight.shape[1] * self.groups, *self._size]
@@ -115,9 +115,14 @@ def pack(network: nn.Module, images: int) -> None:
     convolutions = [module for module in network.modules() if isinstance(module, PackedConv2d)]
     if not convolutions:  # on a graphics processor every look at a value is waited for
         return
-    finite = all(tensor.isfinite().all() for tensor in (*network.parameters(), *network.buffers()))
+    whole = finite(network)
     for module in convolutions:
-        module.pack(images) if finite else module.unpack()
+        module.pack(images) if whole else module.unpack()
+
+
+def finite(network: nn.Module) -> bool:
+    """Whether all parameters and buffers are finite numbers."""
+    return all(bool(tensor.isfinite().all()) for tensor in (*network.parameters(), *network.buffers()))
 
 
 def packed(
@@ -138,8 +143,9 @@ def packed(
         if node.op == "call_module" and calls[name] == len(node.args) == 1 and _packable(modules[name]):
             height, width = shapes[node.all_input_nodes[0]][2:]
             node = _with_addition(node, shapes)
-            adds = len(node.args) == 2
-            twin.set_submodule(name, kind(modules[name], (height, width), _absorbed(node, adds), adds))
+            shortcut = len(node.args) == 2
+            activation = _absorbed(node, shortcut)
+            twin.set_submodule(name, kind(modules[name], (height, width), activation, shortcut))
     twin.graph.lint()
     twin.recompile()
     return twin
@@ -176,10 +182,10 @@ def _with_addition(node: fx.Node, shapes: dict[fx.Node, torch.Size]) -> fx.Node:
     return whole
 
 
-def _absorbed(node: fx.Node, adds: bool) -> Activation:
+def _absorbed(node: fx.Node, shortcut: bool) -> Activation:
     """The activation that alone reads a convolution's outputs, taken out of the graph."""
     users = list(node.users)
-    known = _BEHIND_ADDITIONS if adds else FUSED
+    known = _BEHIND_ADDITIONS if shortcut else FUSED
     if len(users) != 1 or users[0].target not in known:
         return identity
     users[0].replace_all_uses_with(node)

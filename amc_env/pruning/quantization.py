@@ -9,6 +9,7 @@ The operators are those that torch.compile emits for quantized networks on a pro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from amc_env.errors import first_line
-from amc_env.pruning.packing import FUSED, PackedConv2d, packed
+from amc_env.pruning.packing import FUSED, PackedConv2d, finite, packed
 
 _BYTES, _WEIGHTS = 255, 127  # steps in the range of a value, and of a weight on either side of zero
 _CHANNELS = 32  # whose products of largest bytes and weights are to be summed exactly
@@ -24,28 +25,29 @@ _SMALLEST = 1e-30  # range of what is zero everywhere
 
 
 class Steps:
-    """What the bytes of a tensor stand for: ``size * (byte - zero)``; nothing yet where ``known`` is false."""
+    """What the bytes of a tensor stand for: ``size * (byte - zero)``; nothing where ``known`` is false."""
 
     def __init__(self) -> None:
         self.forget()
 
     def forget(self) -> None:
-        """Begins anew."""
+        """They stand for nothing."""
         self.known = False
         self.size, self.zero = 1.0, 0
-        self._ranges: list[Tensor] = []
+        self.wanted = False
+        self._low = self._high = 0.0
 
     def note(self, value: Tensor) -> None:
-        """Widens the range to that of a float tensor, [N, C, H, W]."""
-        in_memory = value.permute(0, 2, 3, 1).flatten()  # several times as fast in this order
-        self._ranges.append(torch.stack(torch.aminmax(in_memory)))
+        """Where steps are wanted: takes the range of a float tensor, [N, C, H, W], and zero."""
+        if self.wanted:
+            in_memory = value.permute(0, 2, 3, 1).flatten()  # several times as fast in this order
+            self._low, self._high = (float(end) for end in torch.aminmax(in_memory))
 
     def settle(self) -> bool:
         """Takes the steps from the range; says whether that is finite."""
-        lows, highs = torch.stack(self._ranges).double().unbind(1)
-        low, high = float(lows.amin().clamp(max=0)), float(highs.amax().clamp(min=0))
-        self.known = bool(lows.isfinite().all() and highs.isfinite().all())
+        self.known, self.wanted = math.isfinite(self._low) and math.isfinite(self._high), False
         if self.known:
+            low, high = min(self._low, 0.0), max(self._high, 0.0)
             self.size = max(high - low, _SMALLEST) / _BYTES
             self.zero = round(-low / self.size)
         return self.known
@@ -116,7 +118,7 @@ class QuantizedConv2d(PackedConv2d):
         self._packed = torch.ops.onednn.qconv_prepack(
             weight, scales, *steps, stride, padding, dilation, groups, self._shape(images)
         )
-        self._weight = self._packed, scales, torch.zeros(len(weight), dtype=torch.int32)
+        self._scales = scales, torch.zeros(len(weight), dtype=torch.int32)
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """Outputs [N, out, H, W] for inputs [N, in, H, W], the shortcut [N, out, H, W] added, activated."""
@@ -126,7 +128,7 @@ class QuantizedConv2d(PackedConv2d):
                 self.gives.note(outputs)
             return outputs
         padding, stride, dilation, groups = self._how
-        inputs = x, self.reads.size, self.reads.zero
+        inputs, weight = (x, self.reads.size, self.reads.zero), (self._packed, *self._scales)
         how = self.bias, stride, padding, dilation, groups
         to: tuple[float, int, torch.dtype] = 1.0, 0, torch.float32
         if self.gives is not None:
@@ -134,13 +136,12 @@ class QuantizedConv2d(PackedConv2d):
         fused = FUSED[self._activation]
         result: Tensor
         if self.adds is None:
-            result = torch.ops.onednn.qconv2d_pointwise(*inputs, *self._weight, *how, *to, *fused)
+            result = torch.ops.onednn.qconv2d_pointwise(*inputs, *weight, *how, *to, *fused)
             return result
         assert shortcut is not None
         sums = self.adds.size, self.adds.zero, "sum", 1.0
-        result = torch.ops.onednn.qconv2d_pointwise.binary(
-            *inputs, *self._weight, shortcut.clone(), *how, *to, *sums, *fused
-        )  # the shortcut is overwritten
+        own = shortcut.clone(memory_format=torch.channels_last)  # it is overwritten
+        result = torch.ops.onednn.qconv2d_pointwise.binary(*inputs, *weight, own, *how, *to, *sums, *fused)
         return result
 
 
@@ -166,7 +167,7 @@ def quantized(network: fx.GraphModule, example: Tensor) -> fx.GraphModule:
 
 def obstacle() -> str:
     """Why this processor, or this PyTorch, cannot do that, or nothing."""
-    layer = nn.Conv2d(_CHANNELS, 1, 1, bias=False)
+    layer: nn.Conv2d = nn.utils.skip_init(nn.Conv2d, _CHANNELS, 1, 1, bias=False)  # type: ignore[no-untyped-call]
     nn.init.ones_(layer.weight)
     images = torch.ones(1, _CHANNELS, 2, 2).contiguous(memory_format=torch.channels_last)
     try:
@@ -177,6 +178,23 @@ def obstacle() -> str:
     except (AttributeError, RuntimeError) as error:  # not there, or not for this processor
         return first_line(error)
     return "" if exact else "this processor's sums of products of bytes overflow"
+
+
+@torch.no_grad()
+def overwrites(network: fx.GraphModule, images: Tensor) -> bool:
+    """Whether a value that several operations read is written to after it was made: bytes of it would be made too early."""
+    writes: dict[fx.Node, int] = {}
+
+    class Watched(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            value = super().run_node(node)
+            if isinstance(value, Tensor) and len(node.users) > 1:
+                writes[node] = value._version
+            return value
+
+    lane = Watched(network, garbage_collect_values=False)
+    lane.run(images)
+    return any(lane.env[node]._version != count for node, count in writes.items())
 
 
 def _give_bytes(network: fx.GraphModule, layers: Mapping[fx.Node, QuantizedConv2d]) -> None:
@@ -223,7 +241,7 @@ def _give_floats(network: fx.GraphModule, layers: Mapping[fx.Node, QuantizedConv
 
 @torch.no_grad()
 def settle(network: fx.GraphModule, images: Tensor, batch: int) -> None:
-    """Finds the steps of a network as its weights are now, and rounds these; it computes in floats where one is not finite.
+    """Finds the steps of a network as its weights are now, and rounds these; where one is not finite all stays in floats.
 
     Args:
         network: What `quantized` gave.
@@ -237,8 +255,9 @@ def settle(network: fx.GraphModule, images: Tensor, batch: int) -> None:
         layer.unpack()
     for steps in found:
         steps.forget()
+        steps.wanted = True
     network(images)
-    if all(steps.settle() for steps in found):
+    if finite(network) and all(steps.settle() for steps in found):
         for layer in layers:
             layer.pack(batch)
     else:

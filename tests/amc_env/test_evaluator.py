@@ -153,6 +153,13 @@ def test_int8_scores_nearly_what_float32_does(name: str, kind: type[Scorer]) -> 
         assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
 
 
+@pytest.mark.skipif(bool(NO_BYTES), reason=f"no convolutions in eight bits here: {NO_BYTES}")
+def test_ranges_are_of_images_from_all_over() -> None:
+    model = prepared("residual")[0].original
+    scorer = Scorer(model, images(60), LABELS, precision=INT8)
+    assert torch.equal(scorer.folder._ranging, images(60)[::4])
+
+
 class Float32Only(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -9,10 +9,11 @@ from amc_env.precision import BFLOAT16, FLOAT32, INT8, TF32, arithmetic, check_p
 
 @pytest.mark.parametrize(("precision", "switch"), [(FLOAT32, "ieee"), (BFLOAT16, "ieee"), (TF32, "tf32")])
 def test_products_on_graphics_processors_are_switched_and_put_back(precision: str, switch: str) -> None:
-    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    processor = torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul
+    switches = torch.backends.cudnn.conv, torch.backends.cuda.matmul, *processor
     before = [each.fp32_precision for each in switches]
     with pytest.raises(ZeroDivisionError), arithmetic(precision):
-        assert [each.fp32_precision for each in switches] == [switch, switch]
+        assert [each.fp32_precision for each in switches] == [switch, switch, "ieee", "ieee"]
         raise ZeroDivisionError
     assert [each.fp32_precision for each in switches] == before
 

@@ -66,7 +66,7 @@ def test_outputs_are_the_plain_ones(dtype: torch.dtype) -> None:
 def test_what_is_packed_and_what_it_takes_in() -> None:
     _, twin, _ = kinds()
     found = {
-        name: (m._activation.__name__, m._adds)
+        name: (m._activation.__name__, m._shortcut)
         for name, m in twin.named_modules()
         if isinstance(m, PackedConv2d)
     }

@@ -118,41 +118,54 @@ def test_what_bytes_can_say_is_exact(padding: int) -> None:
     assert (twin(x) - second(rounded)).abs().median() < 1e-3 * second(rounded).abs().max()
 
 
-@torch.no_grad()
-def test_steps_hold_zero_and_the_range() -> None:
+def noted(*values: float) -> Steps:
     steps = Steps()
+    steps.wanted = True
+    steps.note(torch.tensor(values).view(1, 1, -1, 1))
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("values", "size", "zero"),
+    [((-1.0, 0.3, 4.1), 5.1 / 255, 50), ((2.0, 3.0), 3 / 255, 0), ((-2.0, -1.0), 2 / 255, 255)],
+)
+def test_steps_hold_zero_and_the_range(values: tuple[float, ...], size: float, zero: int) -> None:
+    steps = noted(*values)
     assert steps.buffer().tolist() == [0, 0]
-    for low, high in ((-1.0, 2.0), (-0.5, 4.1)):
-        steps.note(torch.tensor([low, 0.3, high]).view(1, 1, 3, 1))
     assert steps.settle()
-    assert (steps.size, steps.zero) == (pytest.approx(5.1 / 255), 50)
+    assert (steps.size, steps.zero) == (pytest.approx(size), zero)
     assert steps.buffer().tolist() == [steps.size, steps.zero]
+    steps.note(torch.full((1, 1, 1, 1), 100.0))  # nobody wants to know
+    steps.settle()
+    assert steps.size == pytest.approx(size)
     steps.forget()
-    steps.note(torch.full((1, 2, 2, 2), 3.0))
-    assert steps.settle()
-    assert (steps.size, steps.zero) == (pytest.approx(3 / 255), 0)
-    steps.forget()
-    steps.note(torch.zeros(1, 1, 1, 1))
-    assert steps.settle()
-    assert steps.size > 0
-    steps.forget()
-    steps.note(torch.full((1, 1, 1, 1), float("inf")))
-    assert not steps.settle()
     assert steps.buffer().tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_steps_of_zeros_and_of_what_is_not_finite() -> None:
+    assert noted(0.0).settle()
+    for value in (float("inf"), -float("inf"), float("nan")):
+        steps = noted(0.0, value)
+        assert not steps.settle()
+        assert not steps.known
+
+
+@pytest.mark.parametrize("place", [0, -1])
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+@pytest.mark.parametrize("name", ["residual", "depthwise", "concat"])
 @torch.no_grad()
-def test_what_is_not_finite_is_computed_in_floats(value: float) -> None:
-    model = network("residual")
+def test_what_is_not_finite_is_computed_in_floats(name: str, kind: str, place: int) -> None:
+    model = network(name)
     folder = folder_of(model)
-    layer = [module for module in model.modules() if isinstance(module, nn.Conv2d)][-1]
-    weight = layer.weight[0].clone()
-    layer.weight[0] = value
-    broken = folder(model)
-    assert not any(node.dtype == torch.uint8 for node in values(broken, X).values())
-    assert not broken(X).isfinite().all()
-    layer.weight[0] = weight
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    parameter = getattr(norms[place], kind)
+    value = parameter[0].clone()
+    for wrong in (float("nan"), float("inf")):
+        parameter[0] = wrong
+        broken = folder(model)
+        assert not any(tensor.dtype == torch.uint8 for tensor in values(broken, X).values())
+        assert not broken(X).isfinite().all()
+    parameter[0] = value
     assert folder(model)(X).isfinite().all()
 
 
@@ -176,20 +189,34 @@ class Branching(nn.Module):
         return (x if x.sum() > 0 else 2 * x).mean((2, 3))
 
 
+class Overwriting(nn.Module):
+    """The second convolution reads what the activation has overwritten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        y = functional.gelu(self.second(x))
+        return (functional.relu(x, inplace=True) + y + self.second(x)).mean((2, 3))
+
+
 @pytest.mark.parametrize(
     ("model", "channels_last", "reason"),
     [
+        (Overwriting(), True, "the network overwrites values that it reads again"),
         (Branching(), True, "torch.fx cannot trace it"),
-        (network("residual"), False, "it needs images in channels-last memory format"),
+        (network("residual"), False, "images are not in channels-last memory format"),
         (
             nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4)),
             True,
-            "it has no convolution of the plain kind",
+            "the network has no convolution of the plain kind",
         ),
     ],
 )
 def test_networks_that_cannot_be_are_refused(model: nn.Module, channels_last: bool, reason: str) -> None:
-    message = rf"evaluator.precision=int8 does not work for this network \({reason}.*\); use float32"
+    message = rf"evaluator.precision=int8 does not work here \({reason}.*\); use float32"
     with pytest.raises(UserError, match=message):
         Folder(model.eval(), X[:2], channels_last=channels_last, ranging=X)
 
@@ -205,3 +232,31 @@ def test_processors_that_cannot_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
         folder_of(network("residual"))
     monkeypatch.setattr(quantization, "settle", missing)
     assert obstacle() == "no such operator"
+
+
+def test_nothing_is_drawn() -> None:
+    state = torch.get_rng_state()
+    assert obstacle() == ""
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@torch.no_grad()
+def test_a_shortcut_may_come_in_another_memory_format() -> None:
+    class Shuffled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.conv(x) + x.flip(1).contiguous()).mean((2, 3))
+
+    model = settled(Shuffled())
+    assert distance(folder_of(model)(model)(X), model(X)) < 0.1
+
+
+@torch.no_grad()
+def test_images_need_not_be_square() -> None:
+    model = network("residual")
+    x = X.reshape(20, 3, 16, 8).contiguous(memory_format=torch.channels_last)
+    folder = Folder(model, x[:2], channels_last=True, batch_size=20, ranging=x)
+    assert distance(folder(model)(x), model(x)) < 0.1
