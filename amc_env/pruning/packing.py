@@ -62,7 +62,7 @@ class PackedConv2d(nn.Conv2d):
             rows = images * self._size[0] * self._size[1]
             self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.flatten(1), rows)
         else:
-            shape = self._shape(images)
+            shape = [images, self.weight.shape[1] * self.groups, *self._size]
             self._packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self._how, shape)
 
     def unpack(self) -> None:
@@ -96,9 +96,6 @@ class PackedConv2d(nn.Conv2d):
         """Whether it is a product of the channels at every position: oneDNN does that faster as a linear layer."""
         whole = self.kernel_size == self.stride == (1, 1) and self.groups == 1
         return whole and not any(int(side) for side in self.padding) and not self._shortcut
-
-    def _shape(self, images: int) -> list[int]:
-        return [images, self.weight.shape[1] * self.groups, *self._size]
 
     @property
     def _how(self) -> tuple[list[int], list[int], list[int], int]:

@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional
 
 from amc_env.errors import first_line
 from amc_env.pruning.packing import FUSED, PackedConv2d, finite, packed
 
 _BYTES, _WEIGHTS = 255, 127  # steps in the range of a value, and of a weight on either side of zero
 _CHANNELS = 32  # whose products of largest bytes and weights are to be summed exactly
+_ALIGNED = 8  # channels
 _SMALLEST = 1e-30  # range of what is zero everywhere
 
 
@@ -99,26 +101,39 @@ class QuantizedConv2d(PackedConv2d):
         reads: Steps of the inputs.
         adds: Steps of the shortcut.
         gives: Steps of the outputs; None where they are floats.
+        depthwise: Whether every channel is convolved by itself.
+        pads: Whether outputs get further channels, of zeros, up to a multiple of `_ALIGNED`: oneDNN is faster so.
+        padded: Whether inputs have them.
     """
 
     reads: Steps
     adds: Steps | None = None
     gives: Steps | None = None
+    pads = padded = False
 
     def __init__(self, *args: Any):
         super().__init__(*args)
+        self.depthwise = 1 < self.groups == self.in_channels == self.out_channels
         self.register_buffer("steps", None)
 
     def pack(self, images: int) -> None:
         """Rounds the weights and brings them into blocks; all steps are known."""
         scales = self.weight.abs().amax((1, 2, 3)).clamp_min(_SMALLEST) / _WEIGHTS
         weight = (self.weight / scales.view(-1, 1, 1, 1)).round_().to(torch.int8)
+        inputs = -weight.shape[1] % _ALIGNED if self.padded and not self.depthwise else 0
+        outputs = -len(weight) % _ALIGNED if self.pads else 0
+        weight = functional.pad(weight, (0, 0, 0, 0, 0, inputs, 0, outputs))
+        scales = functional.pad(scales, (0, outputs), value=1.0)
+        bias = None if self.bias is None else functional.pad(self.bias, (0, outputs))
         padding, stride, dilation, groups = self._how
-        steps = self.reads.size, self.reads.zero
+        how = stride, padding, dilation, len(weight) if self.depthwise else groups
+        shape = [images, weight.shape[1] * how[-1], *self._size]
+        weight = weight.contiguous(memory_format=torch.channels_last)
         self._packed = torch.ops.onednn.qconv_prepack(
-            weight, scales, *steps, stride, padding, dilation, groups, self._shape(images)
+            weight, scales, self.reads.size, self.reads.zero, *how, shape
         )
         self._scales = scales, torch.zeros(len(weight), dtype=torch.int32)
+        self._options = bias, *how
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """Outputs [N, out, H, W] for inputs [N, in, H, W], the shortcut [N, out, H, W] added, activated."""
@@ -127,21 +142,21 @@ class QuantizedConv2d(PackedConv2d):
             if self.gives is not None:
                 self.gives.note(outputs)
             return outputs
-        padding, stride, dilation, groups = self._how
         inputs, weight = (x, self.reads.size, self.reads.zero), (self._packed, *self._scales)
-        how = self.bias, stride, padding, dilation, groups
         to: tuple[float, int, torch.dtype] = 1.0, 0, torch.float32
         if self.gives is not None:
             to = self.gives.size, self.gives.zero, torch.uint8
         fused = FUSED[self._activation]
         result: Tensor
         if self.adds is None:
-            result = torch.ops.onednn.qconv2d_pointwise(*inputs, *weight, *how, *to, *fused)
+            result = torch.ops.onednn.qconv2d_pointwise(*inputs, *weight, *self._options, *to, *fused)
             return result
         assert shortcut is not None
         sums = self.adds.size, self.adds.zero, "sum", 1.0
         own = shortcut.clone(memory_format=torch.channels_last)  # it is overwritten
-        result = torch.ops.onednn.qconv2d_pointwise.binary(*inputs, *weight, own, *how, *to, *sums, *fused)
+        result = torch.ops.onednn.qconv2d_pointwise.binary(
+            *inputs, *weight, own, *self._options, *to, *sums, *fused
+        )
         return result
 
 
@@ -159,6 +174,7 @@ def quantized(network: fx.GraphModule, example: Tensor) -> fx.GraphModule:
         if isinstance(module, QuantizedConv2d):
             layers[node] = module
     _give_bytes(twin, layers)
+    _pad(layers)
     _give_floats(twin, layers)
     twin.graph.lint()
     twin.recompile()
@@ -216,6 +232,27 @@ def _give_bytes(network: fx.GraphModule, layers: Mapping[fx.Node, QuantizedConv2
         layer.reads = read[0][1]
         if len(read) > 1:
             layer.adds, layer.gives = read[1][1], layer.gives or Steps()  # sums are of bytes and give bytes
+
+
+def _pad(layers: Mapping[fx.Node, QuantizedConv2d]) -> None:
+    """Lets convolutions give further channels whose readers are all convolutions that can pass over them."""
+
+    def passes_over(reader: fx.Node, value: fx.Node) -> bool:
+        if (
+            reader not in layers or value in reader.args[1:]
+        ):  # a shortcut is of the size of what it is added to
+            return False
+        return layers[reader].groups == 1 or (layers[reader].depthwise and reader in padding)
+
+    def may(node: fx.Node) -> bool:
+        made = layers[node].groups == 1 or (layers[node].depthwise and node.args[0] in padding)
+        return made and all(passes_over(reader, node) for reader in node.users)
+
+    padding = {node for node, layer in layers.items() if layer.adds is None and layer.gives is not None}
+    while wrong := {node for node in padding if not may(node)}:
+        padding -= wrong
+    for node, layer in layers.items():
+        layer.pads, layer.padded = node in padding, node.args[0] in padding
 
 
 def _quantize(network: fx.GraphModule, value: fx.Node, reader: fx.Node) -> tuple[fx.Node, Steps]:

@@ -27,8 +27,8 @@ def test_a_row_by_hand() -> None:
     coarse = outcomes([0.5, 0.72, 0.88, 0.48], [None, None, None, 20])
     # differences 0, 2, -2, -12; ranks 1 3 4 2 against 2 3 4 1: 1 - 6 x 2 / 60
     line = compare_scoring.row("way", exact, coarse, 100)
-    assert line == "| way | 80% | -3.00 | 5.39 | 12.00 | 0.8000 | yes |"
-    assert compare_scoring.row("way", exact, exact[::-1], 100).endswith("| no |")
+    assert line == "| way | 80% | -3.00 | 5.39 | 12.00 | 0.8000 | 0.00 |"
+    assert compare_scoring.row("way", exact, exact[::-1], 100).endswith("| 20.00 |")
 
 
 def test_the_same_strategies_are_scored_again(tmp_path: Path) -> None:

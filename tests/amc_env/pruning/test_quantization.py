@@ -260,3 +260,50 @@ def test_images_need_not_be_square() -> None:
     x = X.reshape(20, 3, 16, 8).contiguous(memory_format=torch.channels_last)
     folder = Folder(model, x[:2], channels_last=True, batch_size=20, ranging=x)
     assert distance(folder(model)(x), model(x)) < 0.1
+
+
+class Narrow(nn.Module):
+    """Channels that are no multiples of eight, read by what can pass over further ones and what cannot."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.deep = nn.Conv2d(3, 5, 1), nn.Conv2d(5, 5, 3, padding=1, groups=5)
+        self.point, self.split = nn.Conv2d(5, 6, 1), nn.Conv2d(6, 6, 1, groups=2)
+        self.second, self.third, self.fourth = (
+            nn.Conv2d(6, 6, 1),
+            nn.Conv2d(6, 6, 3, padding=1),
+            nn.Conv2d(6, 6, 1),
+        )
+        self.lone = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.split(self.point(functional.relu(self.deep(functional.relu(self.first(x))))))
+        x = self.fourth(functional.relu(self.third(self.second(x)))) + x
+        return self.lone(functional.relu(x)).mean((2, 3))
+
+
+@torch.no_grad()
+def test_channels_are_filled_up_where_all_readers_pass_over_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = settled(Narrow()).to(memory_format=torch.channels_last)
+    twin = quantized(fx.symbolic_trace(model), X[:2])
+    layers = {name: m for name, m in twin.named_modules() if isinstance(m, QuantizedConv2d)}
+    assert {name for name, layer in layers.items() if layer.pads} == {"first", "deep", "second", "third"}
+    assert {name for name, layer in layers.items() if layer.padded} == {"deep", "point", "third", "fourth"}
+    settle(twin, X, len(X))
+    widths = {
+        str(node.target): value.shape[1]
+        for node, value in values(twin, X).items()
+        if node.op == "call_module"
+    }
+    assert (widths["first"], widths["deep"], widths["point"], widths["third"], widths["fourth"]) == (
+        8,
+        8,
+        6,
+        8,
+        6,
+    )
+    wide = twin(X)
+    monkeypatch.setattr(quantization, "_ALIGNED", 1)
+    settle(twin, X, len(X))
+    torch.testing.assert_close(wide, twin(X), rtol=1e-5, atol=1e-6)
+    assert distance(wide, model(X)) < 0.1
