@@ -152,6 +152,7 @@ class Scorer:
         channels_last: Memory format of images and weights, where the network runs in it. It may move logits by
             rounding only.
         precision: One of PRECISIONS.
+        folder: That of a scorer of other images, which then folds for both; by default one of its own.
 
     Raises:
         UserError: The network, or this processor, does not run in that precision; an image holds NaN or infinity.
@@ -166,6 +167,7 @@ class Scorer:
         batch_size: int | None = None,
         channels_last: bool = True,
         precision: str = FLOAT32,
+        folder: Folder | None = None,
     ):
         if not images.isfinite().all():
             raise UserError(
@@ -184,7 +186,7 @@ class Scorer:
         few = few.contiguous(memory_format=layout)
         spread = self.images[:: -(-len(images) // _RANGED)]  # a user's may be in the order of their labels
         ranging = spread.contiguous(memory_format=layout) if precision == INT8 else None
-        self.folder = Folder(
+        self.folder = folder or Folder(
             model, few, channels_last=channels_last, dtype=dtype, batch_size=batch_size, ranging=ranging
         )
         network = _checked(self.folder, model, self.images[:2], precision)
@@ -194,7 +196,15 @@ class Scorer:
 
     def __call__(self, model: nn.Module) -> float:
         """Accuracy of a cut network, in [0, 1]."""
-        return self._accuracy(self.folder(model))
+        return self.of(self.fold(model))
+
+    def fold(self, model: nn.Module) -> nn.Module:
+        """What is scored in place of a cut network; valid until the next one."""
+        return self.folder(model)
+
+    def of(self, network: nn.Module) -> float:
+        """Accuracy of what `fold` gave, in [0, 1]."""
+        return self._accuracy(network)
 
     def forget(self) -> None:
         """Lets go of what is kept for candidates to come, where anything is."""

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from amc_env.evaluator import Scorer
 from amc_env.lanes import in_lanes, in_turn
 from amc_env.precision import FLOAT32, arithmetic
+from amc_env.pruning.folding import Folder
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class PrefixScorer(Scorer):
         batch_size: As there.
         channels_last: As there.
         precision: As there.
+        folder: As there.
         room: Bytes for kept values; images beyond are run from the first layer on.
     """
 
@@ -63,10 +65,17 @@ class PrefixScorer(Scorer):
         batch_size: int | None = None,
         channels_last: bool = True,
         precision: str = FLOAT32,
+        folder: Folder | None = None,
         room: int = ROOM,
     ):
         super().__init__(
-            model, images, labels, batch_size=batch_size, channels_last=channels_last, precision=precision
+            model,
+            images,
+            labels,
+            batch_size=batch_size,
+            channels_last=channels_last,
+            precision=precision,
+            folder=folder,
         )
         network = self.folder(model)
         reason = self.folder.reason
@@ -78,9 +87,8 @@ class PrefixScorer(Scorer):
         else:
             _say_that_nothing_is_shared(reason)
 
-    def __call__(self, model: nn.Module) -> float:
-        """Accuracy of a cut network, in [0, 1]."""
-        network = self.folder(model)
+    def of(self, network: nn.Module) -> float:
+        """Accuracy of what `fold` gave, in [0, 1]."""
         with arithmetic(self._precision):
             logits = None if self._shared is None else self._shared()
         if logits is not None:

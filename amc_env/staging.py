@@ -29,8 +29,12 @@ class _Part(Protocol):
 
     images: Tensor
 
-    def __call__(self, model: nn.Module) -> float:
-        """Accuracy on them, in [0, 1]."""
+    def fold(self, model: nn.Module) -> nn.Module:
+        """What is scored in place of a cut network."""
+        ...
+
+    def of(self, network: nn.Module) -> float:
+        """Its accuracy on them, in [0, 1]."""
         ...
 
     def forget(self) -> None:
@@ -46,7 +50,7 @@ class Staged:
 
     Args:
         first: Accuracy on the first images.
-        rest: Accuracy on the others.
+        rest: Accuracy on the others, of what the first ones' scorer folds.
     """
 
     def __init__(self, first: _Part, rest: _Part):
@@ -75,12 +79,13 @@ class Staged:
             floor: The least accuracy that matters, in [0, 1] or above.
         """
         few, more = len(self._first.images), len(self._rest.images)
-        found = self._first(model)
+        network = self._first.fold(model)
+        found = self._first.of(network)
         chance = min(floor, 1.0)
         error = math.sqrt(max(found * (1 - found), chance * (1 - chance)) / few)
         if found + _ERRORS * error < floor:
             return Score(found, few)
-        hits = round(found * few) + round(self._rest(model) * more)
+        hits = round(found * few) + round(self._rest.of(network) * more)
         return Score(hits / (few + more))
 
 

@@ -229,7 +229,7 @@ def watch_search(watch: Stopwatch, agent: type) -> None:
     mended = (repair.LeastSquares, repair.Sequential, repair.BatchNorm, ShortTerm)
     for mending in (*mended, masked_repair.MaskedLeastSquares, masked_repair.MaskedSequential):
         watch.wrap("repairing", mending, "__call__")
-    watch.wrap("scoring", PrefixScorer, "__call__")
+    watch.wrap("scoring", PrefixScorer, "of")
     watch.wrap("scoring", _Batch, "score")
 
 

@@ -16,6 +16,7 @@ from amc_env.layers import LayerGraph
 from amc_env.precision import FLOAT32, pays
 from amc_env.prefix import ROOM, PrefixScorer
 from amc_env.pruning.candidate import Builder, Candidates, MaskedCandidates
+from amc_env.pruning.folding import Folder
 from amc_env.pruning.masked_repair import MaskedLeastSquares, MaskedSequential
 from amc_env.pruning.repair import BatchNorm, Both, LeastSquares, NoRepair, Repair, Sequential
 from amc_env.pruning.topology import Topology
@@ -138,9 +139,10 @@ class Materials:
         few, count = self.run.settings.scoring.first_images, len(self.images)
         if few is None:
             return self._scorer(slice(count), ROOM)
-        return Staged(self._scorer(slice(few), ROOM // 2), self._scorer(slice(few, count), ROOM // 2))
+        first = self._scorer(slice(few), ROOM // 2)
+        return Staged(first, self._scorer(slice(few, count), ROOM // 2, first.folder))
 
-    def _scorer(self, part: slice, room: int) -> PrefixScorer:
+    def _scorer(self, part: slice, room: int, folder: Folder | None = None) -> PrefixScorer:
         scoring = self.run.settings.scoring
         return PrefixScorer(
             self.run.model,
@@ -149,6 +151,7 @@ class Materials:
             batch_size=scoring.batch_size,
             channels_last=scoring.channels_last,
             precision=scoring.precision,
+            folder=folder,
             room=room // (1 + scoring.workers),
         )
 

@@ -8,14 +8,22 @@ from torch import Tensor, nn
 
 from amc_env.staging import Score, Staged, score
 
+MODEL = nn.Identity()
+
 
 class Part:
     """A scorer of known accuracy that counts how often it is asked."""
 
     def __init__(self, images: Tensor, accuracy: float):
         self.images, self.accuracy, self.asked, self.forgotten = images, accuracy, 0, False
+        self.folded = nn.Identity()
 
-    def __call__(self, model: nn.Module) -> float:
+    def fold(self, model: nn.Module) -> nn.Module:
+        assert model is MODEL
+        return self.folded
+
+    def of(self, network: nn.Module) -> float:
+        self.network = network
         self.asked += 1
         return self.accuracy
 
@@ -34,26 +42,32 @@ def staged(first: float, rest: float) -> tuple[Staged, Part]:
 )
 def test_three_standard_errors_below_the_floor_are_enough(floor: float, images: int | None) -> None:
     scorer, others = staged(0.8, 0.6)
-    found = scorer.score(nn.Identity(), floor)
+    found = scorer.score(MODEL, floor)
     assert found == Score(pytest.approx(0.65 if images is None else 0.8), images)
     assert others.asked == (images is None)
 
 
+def test_what_the_first_part_folds_is_scored_on_all() -> None:
+    parts = [Part(torch.zeros(1, 1), 0.5) for _ in range(2)]
+    Staged(*parts)(MODEL)
+    assert parts[0].network is parts[1].network is parts[0].folded
+
+
 def test_accuracy_on_all_images_is_that_of_all_hits() -> None:
     scorer, _ = staged(0.57, 71 / 300)
-    assert scorer(nn.Identity()) == 128 / 400
+    assert scorer(MODEL) == 128 / 400
     assert torch.equal(scorer.images, torch.cat([torch.zeros(100, 1), torch.ones(300, 1)]))
 
 
 def test_no_hit_at_all_is_judged_by_the_error_of_what_would_matter() -> None:
     scorer, others = staged(0.0, 0.9)
-    assert scorer.score(nn.Identity(), 0.05).images is None  # 5 hits are expected, but none is no rarity
-    assert scorer.score(nn.Identity(), 0.2) == Score(0.0, 100)
+    assert scorer.score(MODEL, 0.05).images is None  # 5 hits are expected, but none is no rarity
+    assert scorer.score(MODEL, 0.2) == Score(0.0, 100)
     assert others.asked == 1
 
 
 def test_a_scorer_without_stages_ignores_the_floor() -> None:
-    assert score(lambda model: 0.25, nn.Identity(), floor=0.9) == Score(0.25, None)
+    assert score(lambda model: 0.25, MODEL, floor=0.9) == Score(0.25, None)
 
 
 def test_both_parts_forget() -> None:
