@@ -52,11 +52,11 @@ def pays(precision: str) -> bool:
         return time.perf_counter() - started
 
     coarse = torch.int8 if precision == INT8 else dtype_of(precision)
-    times = [
-        (seconds(coarse), seconds(torch.float32)) for _ in range(_TRIES)
-    ]  # in turn: others may be at work
-    fast, plain = (min(column) for column in zip(*times, strict=True))
-    return fast < plain
+    times: dict[torch.dtype, list[float]] = {coarse: [], torch.float32: []}
+    for _ in range(_TRIES):  # in turn: others may be at work
+        for dtype, found in times.items():
+            found.append(seconds(dtype))
+    return min(times[coarse]) < min(times[torch.float32])
 
 
 def dtype_of(precision: str) -> torch.dtype:
