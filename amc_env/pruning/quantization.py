@@ -238,9 +238,7 @@ def _pad(layers: Mapping[fx.Node, QuantizedConv2d]) -> None:
     """Lets convolutions give further channels whose readers are all convolutions that can pass over them."""
 
     def passes_over(reader: fx.Node, value: fx.Node) -> bool:
-        if (
-            reader not in layers or value in reader.args[1:]
-        ):  # a shortcut is of the size of what it is added to
+        if reader not in layers or value in reader.args[1:]:  # a shortcut has the size of the sum
             return False
         return layers[reader].groups == 1 or (layers[reader].depthwise and reader in padding)
 
