@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -190,8 +191,11 @@ class Checked:
 
     @property
     def rank_correlation(self) -> float:
-        """Spearman's, between predicted and measured latency."""
-        return float(spearmanr(self.predicted_ms, [timing.median_ms for timing in self.measured]).statistic)
+        """Spearman's, between predicted and measured latency; NaN where either is the same for all networks."""
+        columns = self.predicted_ms, [timing.median_ms for timing in self.measured]
+        if any(len(set(column)) < 2 for column in columns):  # a busy machine can make a table flat
+            return math.nan
+        return float(spearmanr(*columns).statistic)
 
 
 def check_table(

@@ -35,11 +35,14 @@ def _small_networks_are_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("amc_env.prefix._WORTH", 0)
 
 
-@pytest.fixture(autouse=True, params=[1, 3])
+@pytest.fixture(autouse=True)
 def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One lane, and as many as there are batches."""
-    with using_threads(request.param):
+    """As many lanes as there are batches, or as a test asks for."""
+    with using_threads(getattr(request, "param", BATCHES)):
         yield
+
+
+ONE_LANE_TOO = pytest.mark.parametrize("_threads", [1, BATCHES], indirect=True)
 
 
 def scorer(model: nn.Module, kind: type[Scorer] = PrefixScorer, **more: Any) -> Scorer:
@@ -101,6 +104,7 @@ def logits(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return seen
 
 
+@ONE_LANE_TOO
 @pytest.mark.parametrize(
     ("name", "channels_last"), [*((name, True) for name in NETWORKS), ("residual", False), ("gated", False)]
 )

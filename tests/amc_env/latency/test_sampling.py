@@ -1,5 +1,6 @@
 """Building and checking tables, against runtimes whose times are known."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -209,6 +210,11 @@ def test_figures_of_a_check_by_hand() -> None:
     assert found.share_errors == pytest.approx((-0.12, -0.2, 0.0, -0.36))
     assert found.median_share_error == pytest.approx(0.16)
     assert found.rank_correlation == pytest.approx(0.8)  # two neighbours of four change places
+
+
+def test_a_flat_table_has_no_ranks() -> None:
+    measured = tuple(Timing(ms, ms, ms, 1) for ms in (1.0, 2.0))
+    assert math.isnan(Checked(((0,), (1,)), (1.5, 1.5), measured, (3.0, 3.0)).rank_correlation)
 
 
 def test_equal_networks_are_measured_once() -> None:
