@@ -10,7 +10,7 @@ import torch
 
 from agents.base import TaskError
 from agents.baselines import Random
-from agents.ddpg import DDPGAgent, one_thread
+from agents.ddpg import DENORMAL, DDPGAgent, denormals_flushed, one_thread
 
 SMALL = {"warmup_episodes": 15, "hidden": (64, 64), "warmup": "landing"}
 
@@ -255,3 +255,31 @@ def test_one_thread_is_given_back() -> None:
         raise RuntimeError
     assert torch.get_num_threads() == 2
     torch.set_num_threads(before)
+
+
+def kept(value: float) -> bool:
+    return (torch.tensor(value) * 1).item() != 0
+
+
+@pytest.mark.parametrize("flushed_before", [True, False])
+def test_how_denormals_are_taken_is_given_back(flushed_before: bool) -> None:
+    if not torch.set_flush_denormal(flushed_before):
+        pytest.skip("this processor computes with denormals alone")
+    try:
+        with pytest.raises(RuntimeError), denormals_flushed():
+            assert not kept(DENORMAL)
+            raise RuntimeError
+        assert kept(DENORMAL) is not flushed_before
+    finally:
+        torch.set_flush_denormal(False)
+
+
+def test_moments_of_silent_units_fade_to_nothing(toy) -> None:
+    learner = DDPGAgent(**SMALL | {"warmup_episodes": 2}).learner(toy().task(5))
+    learner.learn(5 * learner.steps)
+    moments = [state["exp_avg"] for state in learner.critic.optimizer.state.values()]
+    for moment in moments:
+        moment.fill_(DENORMAL)
+    learner.train(1)
+    tiny = torch.finfo(torch.float32).tiny
+    assert not any(bool(((moment != 0) & (moment.abs() < tiny)).any()) for moment in moments)
