@@ -18,6 +18,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from amc_env.errors import UserError
+from amc_env.precision import FLOAT32
 from search.formatting import (
     Comparison,
     amount,
@@ -211,6 +212,8 @@ def _of_the_search(search: Mapping[str, Any], resumed: bool) -> Iterator[tuple[s
     if last:
         yield "stages", ", ".join(f"{100 * ratio:.3g}%" for ratio in search["stages"])
     yield f"episodes{last}", search.get("episodes")
+    if search.get("precision") not in (None, FLOAT32):
+        yield "scored in", search["precision"]
     if "evaluations" in search:
         again = f", {search['cache_hits']} met again" if search.get("cache_hits") is not None else ""
         few = f", {search['cut_short']} on the first images alone" if search.get("cut_short") else ""

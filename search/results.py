@@ -154,6 +154,7 @@ def _search(prepared: Prepared, best: Scored, loop: Loop) -> dict[str, Any]:
         "seed": prepared.settings.seed,
         "best_reward": best.reward,
         "search_accuracy": best.outcome.accuracy,
+        "precision": settings.scoring.precision,
         "repair": best.outcome.repair,
         "warmup": getattr(agent, "warmup_episodes", 0),
         **more,

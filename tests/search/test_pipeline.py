@@ -246,6 +246,7 @@ def test_what_is_cut_short_is_counted_and_finalists_never_are(
     assert finalists
     assert not any("images" in line for line in finalists)
     assert finished.result["search"]["cut_short"] == len(short)
+    assert finished.result["search"]["precision"] == "float32"
     assert not {tuple(line["removed"]) for line in short} & {tuple(line["removed"]) for line in finalists}
 
 

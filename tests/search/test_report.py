@@ -352,6 +352,14 @@ def test_a_resumed_run_says_whose_time_it_is(tmp_path: Path) -> None:
     assert "search time, this session 1:35" in page.words
 
 
+@pytest.mark.parametrize("precision, said", [("int8", True), ("float32", False)])
+def test_a_coarser_precision_of_the_scoring_is_said(tmp_path: Path, precision: str, said: bool) -> None:
+    result = whole_result()
+    result["search"]["precision"] = precision
+    page = Page(write_report(leave_run(tmp_path, result)).read_text())
+    assert (f"scored in {precision}" in page.words) == said
+
+
 def test_one_strategy_is_no_search(tmp_path: Path) -> None:
     result = whole_result()
     result["search"] |= {"episodes": 1, "evaluations": 1}
