@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that CI checks: lint, format, types, tests. Arguments go to pytest.
+# All that CI checks: lint, format, types, tests on all cores. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/venv.sh
@@ -8,4 +8,4 @@ prepare_venv "[dev]"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-.venv/bin/pytest "$@"
+.venv/bin/pytest --numprocesses auto --maxprocesses 4 --dist worksteal "$@"
