@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -15,13 +15,13 @@ from torch import Tensor, fx, nn
 
 from amc_env.budget import Problem
 from amc_env.errors import UserError, first_line
-from amc_env.lanes import in_lanes
+from amc_env.lanes import in_lanes, in_turn
 from amc_env.latency.runtimes import using_threads
 from amc_env.precision import FLOAT32, INT8, arithmetic, dtype_of
 from amc_env.pruning.candidate import Builder, Keeps, Masks
 from amc_env.pruning.folding import Folder
 from amc_env.pruning.repair import Repair
-from amc_env.staging import Score, Staged, score
+from amc_env.staging import Score, Staged, Tally, score
 from amc_env.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -124,19 +124,13 @@ def accuracy(
         UserError: A logit is not a number.
     """
     batch_size = batch_size or batch_size_for(images, labels.device)
+    tally = Tally(labels.device)
     with torch.inference_mode(), arithmetic(precision):
-        hits = torch.zeros((), dtype=torch.int64, device=labels.device)
-        broken = torch.zeros((), dtype=torch.bool, device=labels.device)
-        for start in range(0, len(images), batch_size):
-            part = slice(start, start + batch_size)
-            logits = model(images[part])
-            hits += (logits.argmax(1) == labels[part]).sum()
-            broken |= logits.isnan().any()
-    if broken:
-        raise UserError(
-            "the network's outputs are not numbers (NaN): look for NaN in its weights and in the data"
-        )
-    return int(hits) / len(images)
+        for batch, wanted in zip(
+            torch.split(images, batch_size), torch.split(labels, batch_size), strict=True
+        ):
+            tally.add(model(batch), wanted)
+    return tally.accuracy
 
 
 class Scorer:
@@ -152,7 +146,6 @@ class Scorer:
         channels_last: Memory format of images and weights, where the network runs in it. It may move logits by
             rounding only.
         precision: One of PRECISIONS.
-        folder: That of a scorer of other images, which then folds for both; by default one of its own.
 
     Raises:
         UserError: The network, or this processor, does not run in that precision; an image holds NaN or infinity.
@@ -167,7 +160,6 @@ class Scorer:
         batch_size: int | None = None,
         channels_last: bool = True,
         precision: str = FLOAT32,
-        folder: Folder | None = None,
     ):
         if not images.isfinite().all():
             raise UserError(
@@ -179,51 +171,51 @@ class Scorer:
         layout = torch.channels_last if channels_last else torch.contiguous_format
         dtype = dtype_of(precision)
         self.images = images.to(dtype).contiguous(memory_format=layout)
-        self._labels = labels
         self._precision = precision
         self.channels_last = channels_last
         batch_size = batch_size or batch_size_for(images, labels.device, precision)
         few = few.contiguous(memory_format=layout)
         spread = self.images[:: -(-len(images) // _RANGED)]  # a user's may be in the order of their labels
         ranging = spread.contiguous(memory_format=layout) if precision == INT8 else None
-        self.folder = folder or Folder(
+        self.folder = Folder(
             model, few, channels_last=channels_last, dtype=dtype, batch_size=batch_size, ranging=ranging
         )
         network = _checked(self.folder, model, self.images[:2], precision)
         # a network that cannot be traced may keep things between its layers: one batch at a time
         self._side_by_side = labels.device.type == "cpu" and isinstance(network, fx.GraphModule)
         self._batches = torch.split(self.images, batch_size)
+        self._labels = torch.split(labels, batch_size)
 
     def __call__(self, model: nn.Module) -> float:
         """Accuracy of a cut network, in [0, 1]."""
-        return self.of(self.fold(model))
+        tally = Tally(self.images.device)
+        for logits, labels in self.outputs(self.fold(model)):
+            tally.add(logits, labels)
+        return tally.accuracy
 
     def fold(self, model: nn.Module) -> nn.Module:
         """What is scored in place of a cut network; valid until the next one."""
         return self.folder(model)
 
-    def of(self, network: nn.Module) -> float:
-        """Accuracy of what `fold` gave, in [0, 1]."""
-        return self._accuracy(network)
+    def outputs(self, network: nn.Module, first: int = 0) -> Generator[tuple[Tensor, Tensor]]:
+        """Logits and labels of one batch after another; close it where it may not be read to its end.
+
+        Args:
+            network: What `fold` gave.
+            first: The batch to begin with.
+        """
+
+        @torch.no_grad()
+        def logits(index: int) -> Tensor:
+            found: Tensor = network(self._batches[first + index])
+            return found
+
+        run = in_lanes if self._side_by_side else in_turn
+        with arithmetic(self._precision), closing(run(logits, len(self._batches) - first)) as found:
+            yield from zip(found, self._labels[first:], strict=True)
 
     def forget(self) -> None:
         """Lets go of what is kept for candidates to come, where anything is."""
-
-    def _accuracy(self, network: nn.Module) -> float:
-        if not self._side_by_side:
-            return accuracy(network, self.images, self._labels, len(self._batches[0]), self._precision)
-
-        @torch.no_grad()
-        def outputs(index: int) -> Tensor:
-            result: Tensor = network(self._batches[index])
-            return result
-
-        with arithmetic(self._precision):
-            logits = torch.cat(list(in_lanes(outputs, len(self._batches))))
-        return self._accuracy_of(logits)
-
-    def _accuracy_of(self, logits: Tensor) -> float:
-        return accuracy(nn.Identity(), logits, self._labels, len(logits))
 
 
 def _checked(folder: Folder, model: nn.Module, images: Tensor, precision: str) -> nn.Module:

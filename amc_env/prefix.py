@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
@@ -23,7 +23,6 @@ from torch import Tensor, fx, nn
 from amc_env.evaluator import Scorer
 from amc_env.lanes import in_lanes, in_turn
 from amc_env.precision import FLOAT32, arithmetic
-from amc_env.pruning.folding import Folder
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +51,6 @@ class PrefixScorer(Scorer):
         batch_size: As there.
         channels_last: As there.
         precision: As there.
-        folder: As there.
         room: Bytes for kept values; images beyond are run from the first layer on.
     """
 
@@ -65,7 +63,6 @@ class PrefixScorer(Scorer):
         batch_size: int | None = None,
         channels_last: bool = True,
         precision: str = FLOAT32,
-        folder: Folder | None = None,
         room: int = ROOM,
     ):
         super().__init__(
@@ -75,7 +72,6 @@ class PrefixScorer(Scorer):
             batch_size=batch_size,
             channels_last=channels_last,
             precision=precision,
-            folder=folder,
         )
         network = self.folder(model)
         reason = self.folder.reason
@@ -87,16 +83,18 @@ class PrefixScorer(Scorer):
         else:
             _say_that_nothing_is_shared(reason)
 
-    def of(self, network: nn.Module) -> float:
-        """Accuracy of what `fold` gave, in [0, 1]."""
-        with arithmetic(self._precision):
-            logits = None if self._shared is None else self._shared()
-        if logits is not None:
-            return self._accuracy_of(logits)
-        if self._shared is not None:
-            self._shared = None
-            _say_that_nothing_is_shared("values that are read again are overwritten in place")
-        return self._accuracy(network)
+    def outputs(self, network: nn.Module, first: int = 0) -> Generator[tuple[Tensor, Tensor]]:
+        """Logits and labels of one batch after another; see `Scorer.outputs`."""
+        if self._shared is not None and not first:
+            with arithmetic(self._precision), closing(self._shared()) as found:
+                for logits, labels in zip(found, self._labels, strict=False):
+                    yield logits, labels
+                    first += 1
+        if first < len(self._batches):
+            if self._shared is not None:
+                self._shared = None
+                _say_that_nothing_is_shared("values that are read again are overwritten in place")
+            yield from super().outputs(network, first)
 
     def forget(self) -> None:
         """Lets go of what is kept for candidates to come."""
@@ -136,9 +134,8 @@ class _Shared:
         self._remember(_tokens(network))
         self._told = False
 
-    @torch.no_grad()
-    def __call__(self) -> Tensor | None:
-        """Logits of all images for the network as it is now; None where kept values were overwritten."""
+    def __call__(self) -> Generator[Tensor]:
+        """Logits of one batch after another for the network as it is now; ends where kept values were overwritten."""
         tokens = _tokens(self._network)
         kept = {node: self._kept.batches(token) for node, token in tokens.items() if token in self._kept}
         front = self._front(tokens, kept)
@@ -146,15 +143,13 @@ class _Shared:
         plans = _Plans(self._nodes, front)
         known = [[node for node, those in kept.items() if i in those] for i in range(len(self._batches))]
         self._kept.use(tokens[node] for there in known for node in plans.given(there).start)
-        logits = []
         with closing(self._run(lambda i: self._one(i, plans.given(known[i]), tokens), len(known))) as results:
             for index, (output, values) in enumerate(results):
                 if output is None:
-                    return None
-                logits.append(output)
+                    return
                 for token, value in values.items():
                     self._keep(token, index, value)
-        return torch.cat(logits)
+                yield output
 
     def forget(self) -> None:
         """Lets go of the values kept."""

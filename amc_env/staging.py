@@ -1,15 +1,18 @@
-"""Scoring in stages: a few images first, the others only for candidates that can still matter."""
+"""Counting hits, and scoring in stages: a few images first, the others only for candidates that can still matter."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import closing
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-_ERRORS = 3  # standard errors of the first images' accuracy
+from amc_env.errors import UserError
+
+_ERRORS = 3  # standard errors of the accuracy so far
 
 
 class Score(NamedTuple):
@@ -24,43 +27,70 @@ class Score(NamedTuple):
     images: int | None = None
 
 
-class _Part(Protocol):
-    """Scores on a part of the images."""
+class Tally:
+    """Hits so far. Nothing waits for a graphics processor until they are asked for.
+
+    Attributes:
+        images: How many they are of.
+    """
+
+    def __init__(self, device: torch.device):
+        self.images = 0
+        self._hits = torch.zeros((), dtype=torch.int64, device=device)
+        self._broken = torch.zeros((), dtype=torch.bool, device=device)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Counts a batch: logits [N, classes] whose largest is the label, int64 [N]."""
+        self._hits += (logits.argmax(1) == labels).sum()
+        self._broken |= logits.isnan().any()
+        self.images += len(labels)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of hits, in [0, 1].
+
+        Raises:
+            UserError: A logit is not a number.
+        """
+        if self._broken:
+            raise UserError(
+                "the network's outputs are not numbers (NaN): look for NaN in its weights and in the data"
+            )
+        return int(self._hits) / self.images
+
+
+class _Scorer(Protocol):
+    """Scores on all images; see `amc_env.evaluator.Scorer`."""
 
     images: Tensor
 
-    def fold(self, model: nn.Module) -> nn.Module:
-        """What is scored in place of a cut network."""
-        ...
+    def fold(self, model: nn.Module) -> nn.Module: ...
 
-    def of(self, network: nn.Module) -> float:
-        """Its accuracy on them, in [0, 1]."""
-        ...
+    def outputs(self, network: nn.Module) -> Generator[tuple[Tensor, Tensor]]: ...
 
-    def forget(self) -> None:
-        """Lets go of what is kept for candidates to come."""
-        ...
+    def forget(self) -> None: ...
 
 
 class Staged:
-    """Scores a candidate on the first images; on the others as well unless those say that it is too bad to matter.
+    """Scores a candidate on the first images; on twice as many while those do not say that it is too bad to matter.
 
-    Too bad is an accuracy that lies three standard errors below what would matter (the larger of its own error and that
-    of what would matter): about one candidate in a thousand is wronged. Called without such a floor it scores all images.
+    Too bad is an accuracy that lies three standard errors below what would matter: the larger of its own error and that
+    of what would matter, as a sample without replacement has it (Cochran, "Sampling Techniques", 1977, section 2.6). So
+    about one candidate in a thousand is wronged at each look. Called without such a floor it scores all images.
 
     Args:
-        first: Accuracy on the first images.
-        rest: Accuracy on the others, of what the first ones' scorer folds.
+        scorer: Of all images, in an order by lot.
+        first: How many images to score before the first look; whole batches are scored.
     """
 
-    def __init__(self, first: _Part, rest: _Part):
+    def __init__(self, scorer: _Scorer, first: int):
+        self._scorer = scorer
         self._first = first
-        self._rest = rest
 
     @property
     def images(self) -> Tensor:
-        """All of them, as they are scored, the first ones first."""
-        return torch.cat([self._first.images, self._rest.images])
+        """All of them, as they are scored."""
+        return self._scorer.images
 
     def __call__(self, model: nn.Module) -> float:
         """Accuracy on all images, in [0, 1]."""
@@ -68,8 +98,7 @@ class Staged:
 
     def forget(self) -> None:
         """Lets go of what is kept for candidates to come."""
-        self._first.forget()
-        self._rest.forget()
+        self._scorer.forget()
 
     def score(self, model: nn.Module, floor: float) -> Score:
         """Accuracy on as many images as it takes.
@@ -78,15 +107,22 @@ class Staged:
             model: The cut network.
             floor: The least accuracy that matters, in [0, 1] or above.
         """
-        few, more = len(self._first.images), len(self._rest.images)
-        network = self._first.fold(model)
-        found = self._first.of(network)
-        chance = min(floor, 1.0)
-        error = math.sqrt(max(found * (1 - found), chance * (1 - chance)) / few)
-        if found + _ERRORS * error < floor:
-            return Score(found, few)
-        hits = round(found * few) + round(self._rest.of(network) * more)
-        return Score(hits / (few + more))
+        every, look = len(self.images), self._first
+        tally = Tally(self.images.device)
+        with closing(self._scorer.outputs(self._scorer.fold(model))) as batches:
+            for logits, labels in batches:
+                tally.add(logits, labels)
+                if look <= tally.images < every:
+                    if _hopeless(tally.accuracy, floor, tally.images, every):
+                        return Score(tally.accuracy, tally.images)
+                    look = 2 * tally.images
+        return Score(tally.accuracy)
+
+
+def _hopeless(found: float, floor: float, few: int, every: int) -> bool:
+    chance = min(floor, 1.0)
+    spread = max(found * (1 - found), chance * (1 - chance))
+    return found + _ERRORS * math.sqrt(spread / few * (1 - few / every)) < floor
 
 
 def score(scorer: Callable[[nn.Module], float], model: nn.Module, floor: float = 0.0) -> Score:

@@ -34,11 +34,11 @@ from safetensors.torch import save_file
 from agents.ddpg import AMCDDPG
 from amc_env.evaluator import ORIGINAL, Bench, Evaluator, Scorer, accuracy
 from amc_env.precision import BFLOAT16, FLOAT32, INT8
-from amc_env.prefix import PrefixScorer
 from amc_env.pruning import masked_repair, repair
 from amc_env.pruning.candidate import Candidates, MaskedCandidates
 from amc_env.pruning.folding import Folder
 from amc_env.pruning.quantization import obstacle
+from amc_env.staging import Staged
 from amc_env.workers import _Batch
 from search import wiring
 from search.data import seeded
@@ -229,7 +229,8 @@ def watch_search(watch: Stopwatch, agent: type) -> None:
     mended = (repair.LeastSquares, repair.Sequential, repair.BatchNorm, ShortTerm)
     for mending in (*mended, masked_repair.MaskedLeastSquares, masked_repair.MaskedSequential):
         watch.wrap("repairing", mending, "__call__")
-    watch.wrap("scoring", PrefixScorer, "of")
+    watch.wrap("scoring", Scorer, "__call__")
+    watch.wrap("scoring", Staged, "score")
     watch.wrap("scoring", _Batch, "score")
 
 

@@ -76,7 +76,8 @@ def searched(prepared: Prepared) -> list[Outcome]:
 
 def again(prepared: Prepared, exact: list[Outcome]) -> list[Outcome]:
     """The same strategies, one after the other, as a search would have them scored."""
-    loop = Loop(make_evaluator(prepared), prepared.settings.reward)
+    settings = prepared.settings
+    loop = Loop(make_evaluator(prepared), settings.reward, matter=max(1, settings.finalists.count))
     return [loop.outcome(outcome.strategy) for outcome in exact]
 
 

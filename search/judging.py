@@ -11,12 +11,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from amc_env.evaluator import ORIGINAL, Evaluator, Start, accuracy
+from amc_env.evaluator import ORIGINAL, Evaluator, Start, accuracy, batch_size_for
 from amc_env.layers import LayerGraph
 from amc_env.precision import FLOAT32, pays
 from amc_env.prefix import ROOM, PrefixScorer
 from amc_env.pruning.candidate import Builder, Candidates, MaskedCandidates
-from amc_env.pruning.folding import Folder
 from amc_env.pruning.masked_repair import MaskedLeastSquares, MaskedSequential
 from amc_env.pruning.repair import BatchNorm, Both, LeastSquares, NoRepair, Repair, Sequential
 from amc_env.pruning.topology import Topology
@@ -136,24 +135,19 @@ class Materials:
 
     def scorer(self) -> PrefixScorer | Staged:
         """Accuracy on the search split; the processes of a run share the room for values that candidates share."""
-        few, count = self.run.settings.scoring.first_images, len(self.images)
-        if few is None:
-            return self._scorer(slice(count), ROOM)
-        first = self._scorer(slice(few), ROOM // 2)
-        return Staged(first, self._scorer(slice(few, count), ROOM // 2, first.folder))
-
-    def _scorer(self, part: slice, room: int, folder: Folder | None = None) -> PrefixScorer:
         scoring = self.run.settings.scoring
-        return PrefixScorer(
+        few = scoring.first_images or len(self.images)
+        batch = scoring.batch_size or batch_size_for(self.images, self.labels.device, scoring.precision)
+        scorer = PrefixScorer(
             self.run.model,
-            self.images[part],
-            self.labels[part],
-            batch_size=scoring.batch_size,
+            self.images,
+            self.labels,
+            batch_size=min(batch, few),
             channels_last=scoring.channels_last,
             precision=scoring.precision,
-            folder=folder,
-            room=room // (1 + scoring.workers),
+            room=ROOM // (1 + scoring.workers),
         )
+        return Staged(scorer, few) if few < len(self.images) else scorer
 
     def start(self, name: str, candidates: Builder, removed: tuple[int, ...]) -> Start:
         """See `start_of`."""

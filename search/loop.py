@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -56,6 +57,7 @@ class Loop:
         reward: Turns outcomes into rewards.
         on_episode: Called after every episode.
         moved: Makes the start with an outcome's network, for agents that adopt weights: (outcome, round from 1).
+        matter: How many of the best are to be told apart, where strategies are scored in stages; at least 1.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Loop:
         reward: RewardFunction,
         on_episode: Callable[[Episode], None] | None = None,
         moved: Callable[[Outcome, int], Start] | None = None,
+        matter: int = 1,
     ):
         self.evaluator = evaluator
         self.seconds = 0.0
@@ -75,6 +78,7 @@ class Loop:
         self._ranked: dict[Removed, Scored] = {}
         self._before = 0  # different evaluations from the weights before
         self._moved = moved
+        self._matter = matter
         self._rounds = 0
         self._finalists = 0
         self._started = time.perf_counter()
@@ -99,19 +103,20 @@ class Loop:
         return [scored.outcome for scored in self._episodes(strategies, floors)]
 
     def _floor(self, strategy: Strategy) -> float:
-        """The least accuracy with which a strategy would be the best so far; rewards rise with it."""
-        if self._best is None:
+        """The least accuracy with which a strategy would be among the best so many; rewards rise with it."""
+        best = heapq.nlargest(self._matter, self._ranked.values(), key=_order)
+        if len(best) < self._matter:
             return 0.0
-        problem, best = self.evaluator.problem, self._best
+        problem, last = self.evaluator.problem, best[-1]
         costs, met = problem.cost(strategy.removed), problem.met(strategy.removed)
-        if met is not best.outcome.met:
+        if met is not last.outcome.met:
             return 0.0 if met else math.inf
         low, high = 0.0, 1.0
-        if self._reward(high, costs, met) < best.reward:
+        if self._reward(high, costs, met) < last.reward:
             return math.inf
         while high - low > _ACCURACY:
             middle = (low + high) / 2
-            low, high = (low, middle) if self._reward(middle, costs, met) >= best.reward else (middle, high)
+            low, high = (low, middle) if self._reward(middle, costs, met) >= last.reward else (middle, high)
         return high
 
     def score(self, proposals: Sequence[Removed]) -> list[Result]:

@@ -93,7 +93,7 @@ def search(
     def moved(outcome: Outcome, number: int) -> Start:
         return adopted(prepared, evaluator, outcome, number, context.folder)
 
-    loop = Loop(evaluator, settings.reward, watcher, moved)
+    loop = Loop(evaluator, settings.reward, watcher, moved, max(1, settings.finalists.count))
     task = SearchTask(
         problem=prepared.problem,
         envs=partial(PruningVectorEnv, env_handle(prepared, loop)),

@@ -311,8 +311,8 @@ class ScoringSettings:
         precision: One of `amc_env.precision.PRECISIONS`.
         workers: Processes that score candidates side by side, where an agent asks for several at once; 0: none.
         threads: Of torch for a candidate; None: the run's.
-        first_images: Images that a strategy of the environment is scored on first, and on the others only where it can
-            still become the best; None: on all at once.
+        first_images: Images that a strategy of the environment is scored on first, and on twice as many while it can
+            still be among the finalists; None: on all at once.
     """
 
     batch_size: int | None = None

@@ -4,6 +4,7 @@ import copy
 import logging
 import random
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from amc_env.errors import UserError
 from amc_env.evaluator import Scorer
 from amc_env.latency.runtimes import using_threads
-from amc_env.precision import FLOAT32, INT8
+from amc_env.precision import INT8
 from amc_env.prefix import PrefixScorer, _Kept
 from amc_env.pruning.candidate import Candidates
 from amc_env.pruning.quantization import obstacle
@@ -94,13 +95,11 @@ def logits(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """A list that grows by the logits of every network that is scored; accuracies are 0 meanwhile."""
     seen: list[Tensor] = []
 
-    def note(
-        model: nn.Module, batches: Tensor, labels: Tensor, batch_size: int, precision: str = FLOAT32
-    ) -> float:
-        seen.append(torch.cat([model(batch) for batch in batches.split(batch_size)]).detach().clone())
+    def note(judge: Scorer, model: nn.Module) -> float:
+        seen.append(torch.cat([found.clone() for found, _ in judge.outputs(judge.fold(model))]))
         return 0.0
 
-    monkeypatch.setattr("amc_env.evaluator.accuracy", note)
+    monkeypatch.setattr(Scorer, "__call__", note)
     return seen
 
 
@@ -163,6 +162,23 @@ def test_accuracies_are_those_of_plain_scoring(name: str) -> None:
     found = [(shared(candidates.cut(removed)), plain(candidates.cut(removed))) for removed in scan(grids)]
     assert all(ours == theirs for ours, theirs in found)
     assert len(set(found)) > 1  # some candidates answer otherwise than the original
+
+
+@ONE_LANE_TOO
+def test_candidates_that_are_cut_short_leave_the_others_as_they_are() -> None:
+    candidates, grids = prepared("residual")
+    plain, shared = scorer(candidates.original, Scorer), scorer(candidates.original)
+    strategies = scan(grids)
+    for number, removed in enumerate([*strategies, *strategies[::-1], *strategies]):
+        with (
+            closing(shared.outputs(shared.fold(candidates.cut(removed)))) as found,
+            closing(plain.outputs(plain.fold(candidates.cut(removed)))) as wanted,
+        ):
+            for index, ((logits, _), (want, _)) in enumerate(zip(found, wanted, strict=True)):
+                assert torch.equal(logits, want), removed
+                if index == number % 4:  # of three batches: some are read to their end
+                    break
+    assert shared._shared._kept.filled > 0
 
 
 @pytest.mark.parametrize("repair", ["none", "least_squares", "batch_norm", "sequential"])

@@ -17,6 +17,7 @@ import benchmark  # noqa: E402 -- scripts are no package
 import benchmark_baseline as baseline  # noqa: E402
 import benchmark_cases as cases  # noqa: E402
 
+from amc_env.evaluator import Scorer  # noqa: E402
 from amc_env.prefix import PrefixScorer  # noqa: E402
 from amc_env.pruning.calibration import Moments  # noqa: E402
 from amc_env.pruning.quantization import obstacle  # noqa: E402
@@ -62,14 +63,14 @@ def test_a_part_does_not_count_for_the_part_that_called_it(monkeypatch: pytest.M
 
 
 def test_the_parts_of_an_episode_add_up_to_it(tmp_path: Path) -> None:
-    plain = PrefixScorer.__call__
+    plain = Scorer.__call__
     row = cases.run(job("episode:digits_mlp", tmp_path))["rows"][""]
     parts = {part: row[f"{part} s"] for part in cases.PARTS}
     assert sum(parts.values()) == pytest.approx(row["episode s"])  # there is no other part
     assert min(parts.values()) > 0
     assert (row["episodes"], row["repeats"], row["decisions"]) == (2, 0, 2)
     assert row["calibrating once s"] > 0
-    assert PrefixScorer.__call__ is plain
+    assert Scorer.__call__ is plain
 
 
 def test_strategies_without_episodes_are_taken_apart_too(tmp_path: Path) -> None:
@@ -127,7 +128,7 @@ def test_the_scorer_is_measured_in_every_setting(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(cases, "BATCHES", (30,))
     monkeypatch.setattr(cases, "SCORED", 2)
     scored: list[bool] = []
-    plain = cases.PrefixScorer.__call__
+    plain = Scorer.__call__
 
     def watched(scorer: PrefixScorer, model: nn.Module) -> float:
         value = plain(scorer, model)
@@ -135,7 +136,7 @@ def test_the_scorer_is_measured_in_every_setting(tmp_path: Path, monkeypatch: py
         scored.append(scorer._shared._kept.filled > 0)
         return value
 
-    monkeypatch.setattr(cases.PrefixScorer, "__call__", watched)
+    monkeypatch.setattr(PrefixScorer, "__call__", watched)
     rows = cases.run(job("scoring:digits_cnn", tmp_path))["rows"]
     assert {"full, float32, batch 30, channels-last", "half, bfloat16, batch 30, contiguous"} <= set(rows)
     in_bytes = {label.split(", ", 2)[2] for label in rows if "int8" in label}

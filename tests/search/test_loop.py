@@ -87,6 +87,21 @@ def test_what_matters_is_what_would_beat_the_best_reward_so_far() -> None:
     assert table.floors[2] is None  # an agent compares whole strategies with each other
 
 
+def test_what_matters_is_what_would_be_among_the_best_so_many() -> None:
+    table = Table([0.9, 0.5, 0.7, 0.8])
+    table.staged = True
+    searching = loop(table, matter=2)
+    for count in (0, 0, 1, 3, 2):
+        searching.outcomes([table.problem.strategy([count])])
+    assert table.floors == [
+        [0.0],
+        [0.0],
+        [0.0],
+        [pytest.approx(0.5, abs=2e-6)],
+        [pytest.approx(0.8, abs=2e-6)],
+    ]
+
+
 def test_a_reward_that_counts_costs_asks_less_of_what_costs_less() -> None:
     table = Table([0.9, 0.5, 0.7, 0.8])
     table.staged = True

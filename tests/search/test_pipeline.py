@@ -233,7 +233,7 @@ def test_what_is_cut_short_is_counted_and_finalists_never_are(
     monkeypatch.setattr("amc_env.staging._ERRORS", -1)  # an untrained network: errors are all that differs
     agent = DDPGAgent(warmup_episodes=4, hidden=(16, 16))
     more = {"episodes": 12, "scoring": ScoringSettings(first_images=12)}
-    more["finalists"] = FinalistSettings(12, "none")
+    more["finalists"] = FinalistSettings(3, "none")
     finished = go(
         tmp_path, small_data, small("channel", agent=agent, finetune=FinetuneSettings(epochs=0), **more)
     )
