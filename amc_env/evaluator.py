@@ -189,8 +189,9 @@ class Scorer:
     def __call__(self, model: nn.Module) -> float:
         """Accuracy of a cut network, in [0, 1]."""
         tally = Tally(self.images.device)
-        for logits, labels in self.outputs(self.fold(model)):
-            tally.add(logits, labels)
+        with closing(self.outputs(self.fold(model))) as batches:
+            for logits, labels in batches:
+                tally.add(logits, labels)
         return tally.accuracy
 
     def fold(self, model: nn.Module) -> nn.Module:
@@ -199,6 +200,8 @@ class Scorer:
 
     def outputs(self, network: nn.Module, first: int = 0) -> Generator[tuple[Tensor, Tensor]]:
         """Logits and labels of one batch after another; close it where it may not be read to its end.
+
+        Until it ends torch's products are in this precision everywhere: do not begin another meanwhile.
 
         Args:
             network: What `fold` gave.
