@@ -20,7 +20,7 @@ from amc_env.latency.runtimes import using_threads
 from amc_env.precision import FLOAT32, INT8, arithmetic, dtype_of
 from amc_env.pruning.candidate import Builder, Keeps, Masks
 from amc_env.pruning.folding import Folder
-from amc_env.pruning.repair import Repair
+from amc_env.pruning.repair import FrontToBack, Repair
 from amc_env.staging import Score, Staged, Tally, score
 from amc_env.strategy import Strategy
 
@@ -304,8 +304,11 @@ class Bench:
         keeps = start.candidates.keeps(removed)
         model = start.candidates.cut(removed, keeps)
         if any(removed) and removed != start.removed:
+            mend = self._repair(start, repair)
+            if isinstance(mend, FrontToBack):  # it needs the room, and takes several times as long as scoring
+                self._forget()
             with arithmetic(FLOAT32):
-                self._repair(start, repair)(model, removed, keeps)
+                mend(model, removed, keeps)
         return model, keeps
 
     def _repair(self, start: Start, name: str) -> Repair:
@@ -314,10 +317,13 @@ class Bench:
         if start is not self._start:
             self._start, self._repairs = start, {}
         if name not in self._repairs:
-            if isinstance(self.scorer, Scorer | Staged):  # a calibration needs the room
-                self.scorer.forget()
+            self._forget()  # a calibration needs the room
             self._repairs[name] = start.repairs[name]()
         return self._repairs[name]
+
+    def _forget(self) -> None:
+        if isinstance(self.scorer, Scorer | Staged):
+            self.scorer.forget()
 
 
 def _own(model: nn.Module) -> nn.Module:

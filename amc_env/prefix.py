@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from amc_env.evaluator import Scorer
+from amc_env.heap import release_heap
 from amc_env.lanes import in_lanes, in_turn
 from amc_env.precision import FLOAT32, arithmetic
 
@@ -100,6 +101,7 @@ class PrefixScorer(Scorer):
         """Lets go of what is kept for candidates to come."""
         if self._shared is not None:
             self._shared.forget()
+            release_heap()
 
 
 def _say_that_nothing_is_shared(reason: str) -> None:
