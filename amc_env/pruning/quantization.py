@@ -126,13 +126,18 @@ class QuantizedConv2d(PackedConv2d):
         scales = functional.pad(scales, (0, outputs), value=1.0)
         bias = None if self.bias is None else functional.pad(self.bias, (0, outputs))
         padding, stride, dilation, groups = self._how
+        self._scales = scales, torch.zeros(len(weight), dtype=torch.int32)
+        if self._pointwise:
+            shape = [images * math.prod(self._size), weight.shape[1]]
+            self._packed = torch.ops.onednn.qlinear_prepack(weight.flatten(1), shape)
+            self._options = (bias,)
+            return
         how = stride, padding, dilation, len(weight) if self.depthwise else groups
         shape = [images, weight.shape[1] * how[-1], *self._size]
         weight = weight.contiguous(memory_format=torch.channels_last)
         self._packed = torch.ops.onednn.qconv_prepack(
             weight, scales, self.reads.size, self.reads.zero, *how, shape
         )
-        self._scales = scales, torch.zeros(len(weight), dtype=torch.int32)
         self._options = bias, *how
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
@@ -148,6 +153,10 @@ class QuantizedConv2d(PackedConv2d):
             to = self.gives.size, self.gives.zero, torch.uint8
         fused = FUSED[self._activation]
         result: Tensor
+        if self._pointwise:
+            pixels = x.permute(0, 2, 3, 1), self.reads.size, self.reads.zero
+            result = torch.ops.onednn.qlinear_pointwise(*pixels, *weight, *self._options, *to, *fused)
+            return result.permute(0, 3, 1, 2)
         if self.adds is None:
             result = torch.ops.onednn.qconv2d_pointwise(*inputs, *weight, *self._options, *to, *fused)
             return result
