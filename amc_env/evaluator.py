@@ -198,16 +198,17 @@ class Scorer:
         """What is scored in place of a cut network; valid until the next one."""
         return self.folder(model)
 
-    def outputs(self, network: nn.Module, first: int = 0) -> Generator[tuple[Tensor, Tensor]]:
+    def outputs(self, network: nn.Module) -> Generator[tuple[Tensor, Tensor]]:
         """Logits and labels of one batch after another; close it where it may not be read to its end.
 
         Until it ends torch's products are in this precision everywhere: do not begin another meanwhile.
 
         Args:
             network: What `fold` gave.
-            first: The batch to begin with.
         """
+        return self._outputs_from(0, network)
 
+    def _outputs_from(self, first: int, network: nn.Module) -> Generator[tuple[Tensor, Tensor]]:
         @torch.no_grad()
         def logits(index: int) -> Tensor:
             found: Tensor = network(self._batches[first + index])

@@ -84,9 +84,10 @@ class PrefixScorer(Scorer):
         else:
             _say_that_nothing_is_shared(reason)
 
-    def outputs(self, network: nn.Module, first: int = 0) -> Generator[tuple[Tensor, Tensor]]:
+    def outputs(self, network: nn.Module) -> Generator[tuple[Tensor, Tensor]]:
         """Logits and labels of one batch after another; see `Scorer.outputs`."""
-        if self._shared is not None and not first:
+        first = 0
+        if self._shared is not None:
             with arithmetic(self._precision), closing(self._shared()) as found:
                 for logits, labels in zip(found, self._labels, strict=False):
                     yield logits, labels
@@ -95,7 +96,7 @@ class PrefixScorer(Scorer):
             if self._shared is not None:
                 self._shared = None
                 _say_that_nothing_is_shared("values that are read again are overwritten in place")
-            yield from super().outputs(network, first)
+            yield from self._outputs_from(first, network)
 
     def forget(self) -> None:
         """Lets go of what is kept for candidates to come."""

@@ -76,7 +76,8 @@ class Staged:
 
     Too bad is an accuracy that lies three standard errors below what would matter: the larger of its own error and that
     of what would matter, as a sample without replacement has it (Cochran, "Sampling Techniques", 1977, section 2.6). So
-    about one candidate in a thousand is wronged at each look. Called without such a floor it scores all images.
+    at each look no more than about one candidate in a thousand is wronged, from some hundred images on. Called without
+    such a floor it scores all images.
 
     Args:
         scorer: Of all images, in an order by lot.
@@ -112,7 +113,7 @@ class Staged:
         with closing(self._scorer.outputs(self._scorer.fold(model))) as batches:
             for logits, labels in batches:
                 tally.add(logits, labels)
-                if look <= tally.images < every:
+                if floor > 0 and look <= tally.images < every:
                     if _hopeless(tally.accuracy, floor, tally.images, every):
                         return Score(tally.accuracy, tally.images)
                     look = 2 * tally.images

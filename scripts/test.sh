@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that CI checks: lint, format, types, tests on all cores. Arguments go to pytest.
+# All that CI checks: lint, format, types, tests on up to four cores. Arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=scripts/venv.sh

@@ -136,18 +136,19 @@ class Materials:
     def scorer(self) -> PrefixScorer | Staged:
         """Accuracy on the search split; the processes of a run share the room for values that candidates share."""
         scoring = self.run.settings.scoring
-        few = scoring.first_images or len(self.images)
+        every = len(self.images)
+        few = scoring.first_images or every
         batch = scoring.batch_size or batch_size_for(self.images, self.labels.device, scoring.precision)
         scorer = PrefixScorer(
             self.run.model,
             self.images,
             self.labels,
-            batch_size=min(batch, few),
+            batch_size=batch if batch < every else few,  # else there would be nothing to spare
             channels_last=scoring.channels_last,
             precision=scoring.precision,
             room=ROOM // (1 + scoring.workers),
         )
-        return Staged(scorer, few) if few < len(self.images) else scorer
+        return Staged(scorer, few) if few < every else scorer
 
     def start(self, name: str, candidates: Builder, removed: tuple[int, ...]) -> Start:
         """See `start_of`."""

@@ -32,7 +32,7 @@ from search.progress import Progress, SearchStatus
 from search.ranking import Prepared
 from search.results import result_of, strategy_json, write_json
 from search.rounds import finetuned
-from search.settings import SHORT_TERM, Settings
+from search.settings import Settings
 from search.stages import Stage, first_start, next_start, stage_of
 from search.starts import adopted, forget
 from search.tuning import Tuner, penalty_of
@@ -93,7 +93,7 @@ def search(
     def moved(outcome: Outcome, number: int) -> Start:
         return adopted(prepared, evaluator, outcome, number, context.folder)
 
-    loop = Loop(evaluator, settings.reward, watcher, moved, max(1, settings.finalists.count))
+    loop = Loop(evaluator, settings.reward, watcher, moved, max(1, settings.rescored))
     task = SearchTask(
         problem=prepared.problem,
         envs=partial(PruningVectorEnv, env_handle(prepared, loop)),
@@ -108,9 +108,7 @@ def search(
             settings.agent.search(task)
         except TaskError as error:  # agents know no UserError
             raise UserError(str(error)) from error
-        # what was tuned is compared as it is: a dearer repair without the training would not be better
-        finalists = 0 if settings.scored_by == SHORT_TERM else settings.finalists.count
-        return loop.best(finalists, settings.finalists.repair), loop
+        return loop.best(settings.rescored, settings.finalists.repair), loop
 
 
 def env_handle(prepared: Prepared, loop: Loop) -> EnvHandle:
@@ -280,9 +278,16 @@ def header(prepared: Prepared, context: Context) -> dict[str, Any]:
         "data": prepared.data.fingerprint,
         "threads": prepared.settings.scoring.threads or torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "numpy", "gymnasium", "stable-baselines3")},
+        **_told_apart(prepared.settings),
         **_training(prepared.settings),
         **_table(prepared),
     }
+
+
+def _told_apart(settings: Settings) -> dict[str, Any]:
+    """In stages, who is scored on all images depends on how many of the best are."""
+    staged = settings.scoring.first_images is not None and settings.agent.steps
+    return {"finalists": max(1, settings.rescored)} if staged else {}
 
 
 def _table(prepared: Prepared) -> dict[str, Any]:

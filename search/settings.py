@@ -507,6 +507,14 @@ class Settings:
         return self.repair.name
 
     @property
+    def rescored(self) -> int:
+        """How many of the best strategies are scored once more at the end, by a dearer repair.
+
+        What was tuned is compared as it is: such a repair without the training would not be better.
+        """
+        return 0 if self.scored_by in (SHORT_TERM, self.finalists.repair) else self.finalists.count
+
+    @property
     def trains_between(self) -> bool:
         """Whether weights that candidates are cut from are trained within the run."""
         return len(self.stages) > 1 or self.regularization.before_epochs > 0

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 Built = TypeVar("Built")
 
 _NOT_OF_THE_SEARCH = ("tracker", "finalists", "finetune", "schedule", "export", "latency")
-"""Sections that change no evaluation: a run may be gone on with under others."""
+"""Sections that by themselves change no evaluation: a run may be gone on with under others."""
 
 _BUILT = {
     "criterion": "criterion",

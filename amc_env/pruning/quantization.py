@@ -110,6 +110,7 @@ class QuantizedConv2d(PackedConv2d):
     adds: Steps | None = None
     gives: Steps | None = None
     pads = padded = False
+    _options: tuple[Any, ...]
 
     def __init__(self, *args: Any):
         super().__init__(*args)
@@ -192,17 +193,22 @@ def quantized(network: fx.GraphModule, example: Tensor) -> fx.GraphModule:
 
 def obstacle() -> str:
     """Why this processor, or this PyTorch, cannot do that, or nothing."""
-    layer: nn.Conv2d = nn.utils.skip_init(nn.Conv2d, _CHANNELS, 1, 1, bias=False)  # type: ignore[no-untyped-call]
-    nn.init.ones_(layer.weight)
-    images = torch.ones(1, _CHANNELS, 2, 2).contiguous(memory_format=torch.channels_last)
     try:
-        network = quantized(fx.symbolic_trace(nn.Sequential(layer)), images)
-        with torch.no_grad():
-            settle(network, images, 1)
-            exact = bool((network(images) - _CHANNELS).abs().max() < 1)
+        exact = all(_exact(side) for side in (1, 2))  # as linear layers, and not
     except (AttributeError, RuntimeError) as error:  # not there, or not for this processor
         return first_line(error)
     return "" if exact else "this processor's sums of products of bytes overflow"
+
+
+@torch.no_grad()
+def _exact(side: int) -> bool:
+    """Whether the largest bytes and weights are summed exactly by a kernel of so many pixels to a side."""
+    layer: nn.Conv2d = nn.utils.skip_init(nn.Conv2d, _CHANNELS, 1, side, bias=False)  # type: ignore[no-untyped-call]
+    nn.init.ones_(layer.weight)
+    images = torch.ones(1, _CHANNELS, 2, 2).contiguous(memory_format=torch.channels_last)
+    network = quantized(fx.symbolic_trace(nn.Sequential(layer)), images)
+    settle(network, images, 1)
+    return bool((network(images) - _CHANNELS * side**2).abs().max() < 1)
 
 
 @torch.no_grad()

@@ -275,11 +275,14 @@ def test_how_denormals_are_taken_is_given_back(flushed_before: bool) -> None:
 
 
 def test_moments_of_silent_units_fade_to_nothing(toy) -> None:
+    if not torch.set_flush_denormal(False):
+        pytest.skip("this processor computes with denormals alone")
     learner = DDPGAgent(**SMALL | {"warmup_episodes": 2}).learner(toy().task(5))
     learner.learn(5 * learner.steps)
     moments = [state["exp_avg"] for state in learner.critic.optimizer.state.values()]
     for moment in moments:
         moment.fill_(DENORMAL)
     learner.train(1)
+    assert any(bool((moment == 0).any()) for moment in moments)
     tiny = torch.finfo(torch.float32).tiny
     assert not any(bool(((moment != 0) & (moment.abs() < tiny)).any()) for moment in moments)

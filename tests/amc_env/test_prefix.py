@@ -232,7 +232,7 @@ def of_a_policy(grids: tuple[Grid, ...]) -> list[tuple[int, ...]]:
     return [tuple(a), tuple(b), *late, (*a[:2], *[0] * (last - 1))]
 
 
-def test_a_way_is_gone_on_from_where_any_earlier_candidate_left_it() -> None:
+def test_a_way_is_gone_on_from_where_any_earlier_candidate_left_it(monkeypatch: pytest.MonkeyPatch) -> None:
     candidates, grids = prepared("residual")
     plain, judge = scorer(candidates.original, Scorer), scorer(candidates.original)
     runs = count_runs(judge, candidates, "layer1.0.conv1")
@@ -243,7 +243,10 @@ def test_a_way_is_gone_on_from_where_any_earlier_candidate_left_it() -> None:
     # Two ways; each is met again and kept; both are gone on from; the last leaves before what is kept.
     assert counted == [1, 2, 3, 4, 4, 4, 5]
     again = candidates.cut(of_a_policy(grids)[2])
+    given_back: list[bool] = []
+    monkeypatch.setattr("amc_env.prefix.release_heap", lambda: given_back.append(True))
     judge.forget()
+    assert given_back
     assert judge(again) == plain(again)
     assert len(runs) // BATCHES == 6
 

@@ -227,6 +227,20 @@ def test_episodes_at_once_end_the_same_killed_or_with_workers(
     assert (b'"images": 12' in whole) == (first_images is not None)
 
 
+def test_stages_cannot_be_gone_on_with_for_more_finalists(small_data: Data, tmp_path: Path) -> None:
+    staged = small("channel", agent=AT_ONCE, episodes=4, finetune=FinetuneSettings(epochs=0))
+    staged = replace(staged, finalists=FinalistSettings(0, "none"))
+    more = replace(staged, finalists=FinalistSettings(2, "none"))
+    go(tmp_path / "whole", small_data, staged)
+    go(tmp_path / "whole", small_data, more)
+    staged, more = (
+        replace(settings, scoring=ScoringSettings(first_images=12)) for settings in (staged, more)
+    )
+    go(tmp_path / "staged", small_data, staged)
+    with pytest.raises(UserError, match="finalists"):
+        go(tmp_path / "staged", small_data, more)
+
+
 def test_what_is_cut_short_is_counted_and_finalists_never_are(
     small_data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,7 +256,8 @@ def test_what_is_cut_short_is_counted_and_finalists_never_are(
     finalists = [line for line in lines if line["repair"] == "none"]
     short = [line for line in searched if "images" in line]
     assert 0 < len(short) < len(searched)
-    assert all(line["accuracy"] * 12 == pytest.approx(round(line["accuracy"] * 12)) for line in short)
+    hits = [line["accuracy"] * line["images"] for line in short]
+    assert hits == pytest.approx([round(count) for count in hits])
     assert finalists
     assert not any("images" in line for line in finalists)
     assert finished.result["search"]["cut_short"] == len(short)
