@@ -33,6 +33,7 @@ from safetensors.torch import save_file
 
 from agents.ddpg import AMCDDPG
 from amc_env.evaluator import ORIGINAL, Bench, Evaluator, Scorer, accuracy
+from amc_env.latency.runtimes import using_threads
 from amc_env.precision import BFLOAT16, FLOAT32, INT8
 from amc_env.pruning import masked_repair, repair
 from amc_env.pruning.candidate import Candidates, MaskedCandidates
@@ -325,7 +326,7 @@ def scoring(job: Job, variant: str = "") -> dict[str, Row]:
 
 
 def profile(job: Job) -> dict[str, Row]:
-    """Where the processor's time goes in scoring a network of half the MACs: as it is, and as the scorer runs it."""
+    """Where one thread's time goes in scoring a network of half the MACs: as it is, and as the scorer runs it."""
     prepared = prepared_of(job.config())
     images = prepared.images(prepared.data.search, PROFILED)
     network = prepared.builder.cut(prepared.problem.project([0.0] * len(prepared.grids)))
@@ -337,9 +338,10 @@ def profile(job: Job) -> dict[str, Row]:
     }
     rows: dict[str, Row] = {}
     for way, call in ways.items():
-        call()
-        with torch.profiler.profile() as found:
+        with using_threads(1):  # a profile shows one thread, and not the lanes beside it
             call()
+            with torch.profiler.profile() as found:
+                call()
         averages = sorted(found.key_averages(), key=lambda entry: -entry.self_cpu_time_total)
         whole = sum(entry.self_cpu_time_total for entry in averages)
         for entry in averages[:OPERATORS]:

@@ -155,6 +155,7 @@ def test_a_profile_says_what_folding_took_away(tmp_path: Path, monkeypatch: pyte
     )
     assert any("batch_norm" in name for name in plain)
     assert not any("batch_norm" in name for name in scored)
+    assert all(any("conv" in name for name in way) for way in (plain, scored))
     for way in (plain, scored):
         assert sum(rows[name]["% of all"] for name in way) == pytest.approx(100)
 
