@@ -77,7 +77,7 @@ def searched(prepared: Prepared) -> list[Outcome]:
 def again(prepared: Prepared, exact: list[Outcome]) -> list[Outcome]:
     """The same strategies, one after the other, as a search would have them scored."""
     settings = prepared.settings
-    loop = Loop(make_evaluator(prepared), settings.reward, matter=max(1, settings.rescored))
+    loop = Loop(make_evaluator(prepared), settings.reward, matter=settings.told_apart)
     return [loop.outcome(outcome.strategy) for outcome in exact]
 
 

@@ -93,7 +93,7 @@ def search(
     def moved(outcome: Outcome, number: int) -> Start:
         return adopted(prepared, evaluator, outcome, number, context.folder)
 
-    loop = Loop(evaluator, settings.reward, watcher, moved, max(1, settings.rescored))
+    loop = Loop(evaluator, settings.reward, watcher, moved, settings.told_apart)
     task = SearchTask(
         problem=prepared.problem,
         envs=partial(PruningVectorEnv, env_handle(prepared, loop)),
@@ -287,7 +287,7 @@ def header(prepared: Prepared, context: Context) -> dict[str, Any]:
 def _told_apart(settings: Settings) -> dict[str, Any]:
     """In stages, who is scored on all images depends on how many of the best are."""
     staged = settings.scoring.first_images is not None and settings.agent.steps
-    return {"finalists": max(1, settings.rescored)} if staged else {}
+    return {"finalists": settings.told_apart} if staged else {}
 
 
 def _table(prepared: Prepared) -> dict[str, Any]:

@@ -515,6 +515,11 @@ class Settings:
         return 0 if self.scored_by in (SHORT_TERM, self.finalists.repair) else self.finalists.count
 
     @property
+    def told_apart(self) -> int:
+        """How many of the best strategies scoring in stages must tell apart."""
+        return max(1, self.rescored)
+
+    @property
     def trains_between(self) -> bool:
         """Whether weights that candidates are cut from are trained within the run."""
         return len(self.stages) > 1 or self.regularization.before_epochs > 0
