@@ -19,7 +19,7 @@ from amc_env.pruning.regularization import LossTerm
 from search.data import Data, Split, seeded
 from search.distillation import Teacher, distillation_problems
 from search.draws import Reseeded
-from search.layout import fastest_layout
+from search.layout import training_layout
 
 CROP_PADDING = 4
 # A look at the loss makes a GPU wait for it, so not at every step.
@@ -203,7 +203,7 @@ def finetune(
     problems = distillation_problems(distillation, temperature, teacher)
     _check_settings(epochs, lr, steps, len(weights), problems)
     optimizer = torch.optim.SGD(weights, lr, momentum, 0, weight_decay, nesterov and momentum > 0)
-    layout = fastest_layout(model, batches.example)
+    layout = training_layout(model, batches.example)
     zeros = _Zeros(model, masks or {})
     source = Teacher(teacher, batches.example, distillation, temperature) if distillation else None
     where = torch.device(device)
