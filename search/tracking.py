@@ -3,24 +3,22 @@
 Metrics are named with slashes (`episode/reward`, `best/reward`, `finetune/loss`). A row belongs to one phase: `finetune`
 where its names start with `finetune/`, `search` otherwise; its step counts episodes in the one and epochs in the other.
 
-A resumed search runs again from its seed and logs its rows again, so every tracker recognises a row it already holds by
-(phase, step). Metrics are not worth a search: a tracker outside our own process (W&B) warns once and falls silent.
+A resumed search runs again from its seed and logs its rows again; a tracker recognises the rows it has by phase and step.
+A failing tracker does not end a search: W&B warns once and stops.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
+import netrc
 import os
-import secrets
 import shutil
-import struct
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
+from urllib.parse import urlsplit
 
 from amc_env.errors import UserError
 
@@ -40,11 +38,8 @@ class Tracker(Protocol):
     def summary(self, values: Mapping[str, Scalar]) -> None:
         """Record the final figures of the run, once, under slash names."""
 
-    def image(self, name: str, path: Path) -> None:
-        """Record a picture (PNG) under a slash name."""
-
     def close(self) -> None:
-        """Flush and let go; further calls are not allowed."""
+        """Flush and close; no further calls are allowed."""
 
 
 def phase_of(metrics: Mapping[str, float]) -> str:
@@ -63,7 +58,7 @@ def phase_of(metrics: Mapping[str, float]) -> str:
 
 
 class NoTracker:
-    """Takes metrics and forgets them: `tracker=none`, with the CSV file beside it."""
+    """Ignores metrics: `tracker=none`, where only metrics.csv is written."""
 
     def __init__(self, folder: str | Path | None = None) -> None:
         del folder
@@ -74,9 +69,6 @@ class NoTracker:
     def summary(self, values: Mapping[str, Scalar]) -> None:
         del values
 
-    def image(self, name: str, path: Path) -> None:
-        del name, path
-
     def close(self) -> None:
         pass
 
@@ -85,8 +77,8 @@ class CsvTracker(NoTracker):
     """`metrics.csv` in the run folder: columns phase, step, then every metric in the order of its first appearance.
 
     Each row is on disk when `log` returns. A row that the file already holds is left alone where it is the same and
-    replaced in its place where not, so a resumed run ends with the file of a run that was never cut. A row torn by a
-    kill (no line end) is dropped on opening.
+    replaced in its place where not, so a resumed run ends with the file of an uninterrupted one. A row without a line
+    end, which a kill left incomplete, is dropped on opening.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -136,14 +128,13 @@ class CsvTracker(NoTracker):
 
 
 class WandbTracker:
-    """A Weights & Biases run whose files lie under `<folder>/wandb`.
+    """A Weights & Biases run whose files are under `<folder>/wandb`.
 
-    The run's id is kept in `<folder>/wandb_id.txt`; a resumed search keeps it. What the run already holds is read from
-    the run files themselves rather than from a note of ours: after a kill the files may lack rows that were handed over
-    (W&B writes them from another process), and only they know. Rows keep counting where the files end, so that the
-    pieces of one run are uploaded in order by `wandb sync <folder>/wandb`.
+    The run's id is kept in `<folder>/wandb_id.txt`, so a resumed search continues the same W&B run. W&B says which
+    rows that run already has, and only newer ones are logged. Offline it cannot say: a resumed search then logs all
+    its rows again, into a second set of files for `wandb sync <folder>/wandb`.
 
-    Whatever goes wrong in W&B (not installed, no account, no answer, a full disk) is reported once as a warning; from then on
+    Any failure in W&B (not installed, no account, no answer, a full disk) is reported once as a warning; from then on
     this tracker does nothing.
     """
 
@@ -156,7 +147,7 @@ class WandbTracker:
         config: Mapping[str, Any] | None = None,
         timeout_s: float = 30.0,
     ) -> None:
-        """Start the run, or go on with the folder's.
+        """Start the folder's run, or continue it.
 
         Args:
             folder: the run folder.
@@ -170,32 +161,20 @@ class WandbTracker:
         self.folder = Path(folder)
         self.run: Any = None
         self._alive = True
-        self._id = ""
-        self._next = 0
-        self._logged: set[Row] = set()
-        self._settings: dict[str, Any] = {
-            "project": project,
-            "name": name,
-            "mode": mode,
-            "config": dict(config or {}),
-        }
-        self._timeout_s = timeout_s
-        self._guard(self._start)
+        self._last: dict[str, int] = {}  # phase -> the last step that W&B has
+        shown = {"project": project, "name": name, "config": dict(config or {})}
+        self._guard(lambda: self._start(shown, mode, timeout_s))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        row = (phase_of(metrics), step)
-        if row not in self._logged:
-            self._guard(lambda: self._log(metrics, row))
+        phase = phase_of(metrics)
+        if step > self._last.get(phase, -1):
+            self._guard(lambda: self.run.log({STEP_AXIS[phase]: step, **metrics}))
 
     def summary(self, values: Mapping[str, Scalar]) -> None:
         self._guard(lambda: self.run.summary.update(dict(values)))
 
-    def image(self, name: str, path: Path) -> None:
-        # Kept as a file of the run: a logged image would take a step of its own on every resumption.
-        self._guard(lambda: self._save(Path(self.run.dir) / f"{name}{path.suffix}", path))
-
     def close(self) -> None:
-        self._guard(self._finish)
+        self._guard(lambda: self.run.finish())
         self._alive = False
 
     def _guard(self, call: Callable[[], object]) -> None:
@@ -207,73 +186,44 @@ class WandbTracker:
         except Exception as error:
             self._alive = False
             logger.warning(
-                "W&B failed and is off for the rest of this run (metrics.csv goes on): %s", _one_line(error)
+                "W&B failed and is off for the rest of this run (metrics.csv is still written): %s",
+                _one_line(error),
             )
 
-    def _start(self) -> None:
+    def _start(self, shown: Mapping[str, Any], mode: str | None, timeout_s: float) -> None:
         import wandb
 
-        self._id = self._run_id()
-        self._logged, self._next = _read_back(self.folder, self._id)
+        note = self.folder / "wandb_id.txt"
         self.run = wandb.init(
             dir=str(self.folder.resolve()),
-            id=self._id,
+            id=note.read_text().strip() if note.exists() else os.environ.get("WANDB_RUN_ID"),
             resume="allow",
             reinit="create_new",  # several runs in one process: a multirun
-            project=self._settings["project"],
-            name=self._settings["name"],
-            config=self._settings["config"],
-            mode=self._settings["mode"] or os.environ.get("WANDB_MODE") or _default_mode(),
+            mode=mode or os.environ.get("WANDB_MODE") or ("online" if _has_key(wandb) else "offline"),
             settings=wandb.Settings(
                 silent=True,
                 console="off",
-                init_timeout=self._timeout_s,
-                login_timeout=self._timeout_s,
-                finish_timeout=self._timeout_s,
-                x_transaction_log_flush_interval=1.0,  # seconds that a kill can cost; 15 by default
+                init_timeout=timeout_s,
+                login_timeout=timeout_s,
+                finish_timeout=timeout_s,
             ),
+            **shown,
         )
+        note.write_text(f"{self.run.id}\n")
         for phase, axis in STEP_AXIS.items():
+            if (last := self.run.summary.get(axis)) is not None:
+                self._last[phase] = int(last)
             self.run.define_metric(axis, hidden=True)
             for prefix in ("episode", "best", "search") if phase == "search" else ("finetune",):
                 self.run.define_metric(f"{prefix}/*", step_metric=axis)
         if self.run.settings.mode == "offline":
             logger.info("W&B is offline; upload with: wandb sync %s", self.folder / "wandb")
 
-    def _log(self, metrics: Mapping[str, float], row: Row) -> None:
-        phase, step = row
-        self.run.log({STEP_AXIS[phase]: step, **metrics}, step=self._next, commit=True)
-        self._logged.add(row)
-        self._next += 1
-
-    def _save(self, kept: Path, path: Path) -> None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, kept)
-        self.run.save(str(kept), base_path=self.run.dir, policy="now", glob=False)
-
-    def _finish(self) -> None:
-        self.run.finish()
-        # Offline, W&B's process acknowledges before it has written the file; a run that goes on at once must find it whole.
-        deadline = time.monotonic() + 5.0
-        while self.run.settings.mode == "offline" and time.monotonic() < deadline:
-            if self._logged <= _read_back(self.folder, self._id)[0]:
-                return
-            time.sleep(0.02)
-
-    def _run_id(self) -> str:
-        note = self.folder / "wandb_id.txt"
-        if note.exists() and (known := note.read_text().strip()):
-            return known
-        self.folder.mkdir(parents=True, exist_ok=True)
-        fresh = secrets.token_hex(4)
-        note.write_text(fresh + "\n")
-        return fresh
-
 
 class TensorboardTracker(NoTracker):
     """TensorBoard event files under `<folder>/tensorboard`.
 
-    A resumed run logs all its rows again, so it starts its event files anew: TensorBoard would draw a step twice.
+    A resumed run logs all its rows again, so earlier event files are removed: TensorBoard would show each step twice.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -319,10 +269,6 @@ class Trackers:
         for tracker in self.trackers:
             tracker.summary(values)
 
-    def image(self, name: str, path: Path) -> None:
-        for tracker in self.trackers:
-            tracker.image(name, path)
-
     def close(self) -> None:
         for tracker in self.trackers:
             tracker.close()
@@ -334,72 +280,16 @@ class Trackers:
         self.close()
 
 
-def logged_rows(folder: Path, run_id: str) -> Iterator[dict[str, Any]]:
-    """The rows that the run files under `<folder>/wandb` hold for a run, in the order they were logged.
-
-    Yields:
-        name -> value, W&B's own `_step`, `_timestamp` (s) and `_runtime` (s) included.
-
-    Raises:
-        ValueError: if a run file is not in the format that this reader knows.
-    """
-    from wandb.proto import wandb_internal_pb2
-
-    for path in sorted((folder / "wandb").glob(f"*run-*-{run_id}*/run-{run_id}.wandb")):
-        for body in _log_records(path.read_bytes(), path):
-            record = wandb_internal_pb2.Record.FromString(body)
-            if record.WhichOneof("record_type") == "history":
-                yield {
-                    ".".join(item.nested_key) or item.key: json.loads(item.value_json)
-                    for item in record.history.item
-                }
-
-
-def _read_back(folder: Path, run_id: str) -> tuple[set[Row], int]:
-    """The rows of a run that W&B already holds, and the step that its next row gets."""
-    logged: set[Row] = set()
-    following = 0
-    for values in logged_rows(folder, run_id):
-        logged |= {(phase, int(values[axis])) for phase, axis in STEP_AXIS.items() if axis in values}
-        following = max(following, int(values.get("_step", following)) + 1)
-    return logged, following
-
-
-def _log_records(raw: bytes, path: Path) -> Iterator[bytes]:
-    """Split a .wandb file, which is a LevelDB log after a header of 7 bytes, into its records.
-
-    Blocks of 32 KiB hold pieces with a header of checksum (4 bytes), length (2) and kind (1: whole, 2: first, 3: middle,
-    4: last). A torn end, as a kill leaves it, ends the iteration.
-    """
-    if raw and not raw.startswith(b":W&B"):
-        raise ValueError(
-            f"{path} does not start as a W&B run file does; move it away to start the run's files anew"
-        )
-    position, record, header = 7, b"", 7
-    while position + header <= len(raw):
-        room = 32768 - position % 32768
-        if room < header:  # too short for a header: padding
-            position += room
-            continue
-        _, length, kind = struct.unpack_from("<IHB", raw, position)
-        piece = raw[position + header : position + header + length]
-        if kind == 0 or len(piece) < length:
-            return
-        position += header + length
-        record += piece
-        if kind in (1, 4):
-            yield record
-            record = b""
-
-
-def _default_mode() -> str:
-    """'online' where W&B would find an API key without asking for one, else 'offline'."""
-    import wandb
-    from wandb.sdk.lib import wbauth
-
+def _has_key(wandb: Any) -> bool:
+    """Whether W&B has an API key without asking for one."""
     settings = wandb.setup().settings
-    key = settings.api_key or wbauth.read_netrc_auth(host=settings.base_url)
-    return "online" if key else "offline"
+    if settings.api_key:
+        return True
+    try:
+        accounts = netrc.netrc(os.environ.get("NETRC"))
+    except (OSError, netrc.NetrcParseError):
+        return False
+    return accounts.authenticators(urlsplit(settings.base_url).netloc) is not None
 
 
 def _number(value: float) -> str:
