@@ -47,9 +47,9 @@ from search.job import prepared_of
 from search.journal import Journal
 from search.judging import Materials, start_of
 from search.loop import Loop
+from search.output.progress import Progress
 from search.pipeline import Context, header
 from search.pipeline import search as searched
-from search.progress import Progress
 from search.ranking import Prepared
 from search.short_term import ShortTerm
 from search.stages import stage_of

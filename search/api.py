@@ -24,9 +24,10 @@ from amc_env.pruning.granularity import Channel
 from search.data import Data, from_loaders, seeded
 from search.judging import make_evaluator
 from search.loop import Loop
+from search.output.report import write_report
+from search.output.tracking import CsvTracker
 from search.pipeline import Context, env_handle, run
 from search.preparation import prepare
-from search.report import write_report
 from search.settings import (
     BudgetSettings,
     CyclesBudget,
@@ -37,7 +38,6 @@ from search.settings import (
     StorageBudget,
     channel_multiple,
 )
-from search.tracking import CsvTracker
 from search.wiring import default_agent
 
 Asked = float | Mapping[str, float] | BudgetSettings | Sequence[BudgetSettings]

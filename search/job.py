@@ -12,11 +12,11 @@ from omegaconf import DictConfig
 
 from search import wiring
 from search.commands import command_line, run_folder
+from search.output.progress import final_table
+from search.output.report import write_report
 from search.pipeline import Context, run
 from search.preparation import check, prepare
-from search.progress import final_table
 from search.ranking import Prepared
-from search.report import write_report
 
 log = logging.getLogger(__name__)
 

@@ -33,9 +33,9 @@ from amc_env.memory import Activations
 from amc_env.pruning.candidate import Candidates
 from amc_env.pruning.granularity import Granularity
 from amc_env.strategy import Grid
-from search.formatting import duration, percent
-from search.plots import plot_latency_check
-from search.progress import Progress, print_table
+from search.output.formatting import duration, percent
+from search.output.plots import plot_latency_check
+from search.output.progress import Progress, print_table
 
 log = logging.getLogger(__name__)
 

@@ -22,13 +22,13 @@ from amc_env.errors import UserError
 from amc_env.evaluator import ORIGINAL, Outcome, Start
 from amc_env.pruning.candidate import Keeps
 from search.data import Data
-from search.export import export_all
-from search.formatting import cost_name
 from search.journal import Journal
 from search.judging import make_evaluator, start_of
 from search.loop import Episode, Loop, Scored
+from search.output.export import export_all
+from search.output.formatting import cost_name
+from search.output.progress import Progress, SearchStatus
 from search.preparation import announce, prepare
-from search.progress import Progress, SearchStatus
 from search.ranking import Prepared
 from search.results import result_of, strategy_json, write_json
 from search.rounds import finetuned

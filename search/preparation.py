@@ -17,7 +17,7 @@ from amc_env.pruning.topology import Topology
 from amc_env.workers import check_guard
 from search.costing import costs_of
 from search.data import Data
-from search.export import check_formats
+from search.output.export import check_formats
 from search.ranking import Prepared, Ranked
 from search.settings import FinalistSettings, LatencyBudget, Settings
 from search.short_term import check_loader

@@ -18,8 +18,8 @@ from amc_env.errors import UserError
 from amc_env.evaluator import ORIGINAL, Outcome, accuracy
 from amc_env.latency import Timing, measure, processor
 from search.data import Split
-from search.export import Exported
 from search.loop import Loop, Scored
+from search.output.export import Exported
 from search.ranking import Prepared
 from search.settings import StorageBudget
 from search.sparsity import granularity_of, sparsity_of

@@ -17,13 +17,13 @@ from agents.sensitivity import Curve, Sensitivity, curves_of, pick, plan
 from amc_env.budget import Problem
 from amc_env.evaluator import ORIGINAL, Evaluator, Outcome
 from search.data import Data
-from search.formatting import amount, budget_lines, cost_name, percent
 from search.journal import Journal
 from search.judging import make_evaluator, start_of
+from search.output.formatting import amount, budget_lines, cost_name, percent
+from search.output.plots import plot_sensitivity
+from search.output.progress import Progress
 from search.pipeline import Context, header
-from search.plots import plot_sensitivity
 from search.preparation import announce, prepare
-from search.progress import Progress
 from search.ranking import Prepared
 from search.results import strategy_json, write_json
 from search.settings import Settings

@@ -18,6 +18,7 @@ from agents.base import Agent
 from amc_env.errors import UserError
 from search.data import Data
 from search.models import ModelSource, read_checkpoint
+from search.output.tracking import CsvTracker, Tracker, Trackers
 from search.settings import (
     BudgetSettings,
     FinalistSettings,
@@ -27,7 +28,6 @@ from search.settings import (
     ShortTermSettings,
     channel_multiple,
 )
-from search.tracking import CsvTracker, Tracker, Trackers
 from search.typecheck import check_types
 
 log = logging.getLogger(__name__)

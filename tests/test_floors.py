@@ -36,7 +36,7 @@ ONLY_HERE = {
     "onnxruntime": "amc_env/onnx_files.py",
     "hydra": "search/",
     "omegaconf": "search/",
-    "wandb": "search/",
+    "wandb": "search/output/tracking.py",
 }
 """Dependencies with one home in the product."""
 
@@ -105,6 +105,13 @@ def test_only_the_search_sees_everything() -> None:
         assert not roots(path) & {"agents", "search", "conf"}, path
     for path in files_of("agents"):
         assert not roots(path) & {"amc_env", "search", "conf"}, path
+
+
+def test_output_knows_nothing_of_the_study() -> None:
+    allowed = ("search.output", "search.files")
+    for path in (ROOT / "search" / "output").glob("*.py"):
+        ours = {name for name in imports(path) if name.startswith("search.")}
+        assert all(name.startswith(allowed) for name in ours), path
 
 
 def test_agents_need_little() -> None:

@@ -20,8 +20,8 @@ from amc_env.latency.units import Unit
 from amc_env.memory import Activations
 from search import latency, run_latency
 from search.latency import TableProgress, described
-from search.plots import DPI, plot_latency_check
-from search.progress import print_table
+from search.output.plots import DPI, plot_latency_check
+from search.output.progress import print_table
 from search.run_latency import overrides_of
 
 QUICK = ("device=cpu", "model=digits_mlp", "latency.repeats=3", "latency.threads=1", "hydra.run.dir=run")

@@ -20,8 +20,8 @@ from amc_env.pruning.schedule import Schedule
 from amc_env.pruning.widen import widen
 from search.data import Data
 from search.judging import make_evaluator
+from search.output.report import write_report
 from search.preparation import prepare
-from search.report import write_report
 from search.settings import SHORT_TERM, FinalistSettings, Settings, ShortTermSettings, StorageBudget
 from search.starts import Weights, kept, start_at
 

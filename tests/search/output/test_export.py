@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from amc_env.errors import UserError
 from amc_env.layers import LayerGraph, keeps_of
 from amc_env.pruning.candidate import Keeps, resize
-from search.export import (
+from search.output.export import (
     FILES,
     TOLERANCE,
     Exported,
@@ -32,7 +32,7 @@ from search.export import (
     save_pruned,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SHAPE = (3, 8, 8)
 
@@ -289,7 +289,7 @@ sys.modules["networks"] = networks
 spec.loader.exec_module(networks)
 import torch
 from safetensors.torch import save_file
-from search.export import load_pruned
+from search.output.export import load_pruned
 model = load_pruned(networks.Depthwise(), folder)
 with torch.no_grad():
     save_file({"output": model(networks.batch(3))}, "output.safetensors")

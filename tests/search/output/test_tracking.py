@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from amc_env.errors import UserError
-from search import tracking
-from search.tracking import (
+from search.output import tracking
+from search.output.tracking import (
     CsvTracker,
     NoTracker,
     TensorboardTracker,
@@ -161,7 +161,7 @@ class TestWandb:
             return real(name, *args, **kwargs)  # type: ignore[arg-type]
 
         monkeypatch.setattr(builtins, "__import__", refuse)
-        with caplog.at_level(logging.WARNING, "search.tracking"):
+        with caplog.at_level(logging.WARNING, "search.output.tracking"):
             tracker = WandbTracker(tmp_path)
             log_run(tracker, range(3))
             tracker.summary({"a": 1})
@@ -181,7 +181,7 @@ class TestWandb:
             return FakeRun(broken=broken)
 
         monkeypatch.setattr(wandb, "init", init)
-        with caplog.at_level(logging.WARNING, "search.tracking"):
+        with caplog.at_level(logging.WARNING, "search.output.tracking"):
             tracker = WandbTracker(tmp_path)
             log_run(tracker, range(3))
             tracker.close()
@@ -255,7 +255,7 @@ def test_every_option_names_a_tracker_that_takes_its_keys(
     import yaml
     from hydra.utils import instantiate
 
-    conf = Path(tracking.__file__).parents[1] / "conf" / "tracker" / f"{option}.yaml"
+    conf = Path(tracking.__file__).parents[2] / "conf" / "tracker" / f"{option}.yaml"
     chosen = yaml.safe_load(conf.read_text())
     if option == "tensorboard":
         pytest.importorskip("tensorboard", reason="the extra 'tensorboard' is not installed")

@@ -1,0 +1,1 @@
+"""What a run shows and writes; knows nothing of how it searches."""
