@@ -36,7 +36,7 @@ from typing import Any
 
 from benchmark_cases import KINDS, VARIANTS, Job
 
-from search.cache import write_atomically
+from search import files
 
 GROWTH = {
     "growth:layers": ("episode:resnet20", "episode:resnet56", "episode:resnet110"),
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
             failed |= run is None
             if run is not None:
                 found["runs"].append(run)
-                write_atomically(path, lambda file: file.write_text(json.dumps(found, indent=1) + "\n"))
+                files.write(path, json.dumps(found, indent=1) + "\n")
     show(found, cases)
     return int(failed)
 

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from amc_env.errors import UserError
-from search.cache import cache_folder, write_atomically
 from search.draws import Reseeded
+from search.files import cache_folder, write
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR10_HUB = "uoft-cs/cifar10"
@@ -383,7 +383,7 @@ def _decoded(name: str, table: Any) -> Split:
     file = cache_folder() / "data" / f"pixels-{digest.hexdigest()[:32]}.safetensors"
     if not file.exists():
         pixels = torch.from_numpy(_decode_all(name, encoded))
-        write_atomically(file, lambda unfinished: save_file({"images": pixels}, unfinished))
+        write(file, lambda unfinished: save_file({"images": pixels}, unfinished))
     split = Split(load_file(file)["images"], labels)
     check_split(name, split, len(CIFAR10_CLASSES))
     return split

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from amc_env.errors import UserError, first_line
-from search.cache import cache_folder, write_atomically
 from search.data import Data, Split, check_scaling, stratified
+from search.files import cache_folder, write
 from search.image_files import EncodedImage, ImageFiles, decoded
 from search.image_stream import SIZE, ImageStream
 
@@ -183,7 +183,7 @@ def _pixels(name: str, files: ImageFiles, rows: Tensor) -> Tensor:
                 f"{free / 1e9:.1f} GB are free: point PRUNING_CACHE at another folder, or lower data.test_images"
             )
         log.info("decoding %s %s images, once: %.1f GB in %s", f"{len(rows):,}", name, size / 1e9, file)
-        write_atomically(file, partial(_decode, files, rows))
+        write(file, partial(_decode, files, rows))
     return torch.from_numpy(np.load(file, mmap_mode="c"))
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,6 +18,7 @@ from typing import IO, Any, Self
 from amc_env.budget import Problem
 from amc_env.errors import UserError
 from amc_env.evaluator import Key, Outcome
+from search import files
 
 log = logging.getLogger(__name__)
 
@@ -145,9 +145,7 @@ class Journal:
         )
 
     def _write_back(self, lines: list[dict[str, Any]]) -> None:
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        os.replace(temporary, self._path)
+        files.write(self._path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def _outcome(self, line: Mapping[str, Any]) -> tuple[Key, Outcome]:
         strategy = self._problem.strategy(line["removed"])

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import logging
-import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +31,7 @@ from amc_env.memory import Activations
 from amc_env.pruning.candidate import Candidates
 from amc_env.pruning.granularity import Granularity
 from amc_env.strategy import Grid
+from search import files
 from search.output.formatting import duration, percent
 from search.output.plots import plot_latency_check
 from search.output.progress import Progress, print_table
@@ -256,7 +255,7 @@ def _write_layers(shown: Shown, path: Path) -> None:
     for name, timing in (("original", shown.original), ("most pruned", shown.most_pruned)):
         rows.append(("network", name, "", "", "", *_figures(timing), f"{shown.share(timing.median_ms):.6g}"))
     titles = ("kind", "name", "unit", "in_channels", "out_channels", *_TIMES, "share")
-    _write_csv(path, titles, rows)
+    files.write_csv(path, titles, rows)
 
 
 def _figures(timing: Timing, calls: int = 1) -> tuple[object, ...]:
@@ -418,11 +417,4 @@ def _write_check(checked: Checked, subject: Subject, path: Path) -> None:
         )
     ]
     titles = ("predicted_ms", *_TIMES, "error", *(grid.name for grid in subject.grids))
-    _write_csv(path, titles, rows)
-
-
-def _write_csv(path: Path, titles: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([titles, *rows])
-    os.replace(temporary, path)
+    files.write_csv(path, titles, rows)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from amc_env.errors import UserError
-from search.cache import cache_folder, write_atomically
+from search import files
 from search.data import Data, seeded
 from search.training import Recipe, train
 
@@ -562,9 +562,9 @@ def trained_once(name: str, build: Callable[[], nn.Module], data: Data, recipe: 
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     identity = f"{TRAINED_VERSION} {name} {shapes} {recipe} {data.fingerprint}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
-    file = cache_folder() / "models" / f"{name}-{key}.safetensors"
+    file = files.cache_folder() / "models" / f"{name}-{key}.safetensors"
     if not file.exists():
         state = {key: value.contiguous() for key, value in train(build, data, recipe).state_dict().items()}
-        write_atomically(file, lambda unfinished: save_file(state, unfinished))
+        files.write(file, lambda unfinished: save_file(state, unfinished))
     load_weights(model, str(file), None, name=name)
     return model.eval()

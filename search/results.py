@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from amc_env.errors import UserError
 from amc_env.evaluator import ORIGINAL, Outcome, accuracy
 from amc_env.latency import Timing, measure, processor
+from search import files
 from search.data import Split
 from search.loop import Loop, Scored
 from search.output.export import Exported
@@ -184,7 +185,5 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file in one move, so that a kill leaves the old one or the new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Writes a JSON file in one step."""
+    files.write(path, json.dumps(content, indent=2) + "\n")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -16,6 +14,7 @@ from agents.base import Removed
 from agents.sensitivity import Curve, Sensitivity, curves_of, pick, plan
 from amc_env.budget import Problem
 from amc_env.evaluator import ORIGINAL, Evaluator, Outcome
+from search import files
 from search.data import Data
 from search.journal import Journal
 from search.judging import make_evaluator, start_of
@@ -144,24 +143,13 @@ def _write(scanned: Scanned, prepared: Prepared, folder: Path) -> None:
 def _write_csv(scanned: Scanned, path: Path) -> None:
     """A row for each evaluation, with its costs; accuracy in [0, 1]."""
     costs = list(scanned.outcomes[0][0].costs)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["decision", "ratio", "removed", "total", "accuracy", *costs])
-        for curve, alone in zip(scanned.curves, scanned.outcomes, strict=True):
-            for outcome in alone:
-                cut = outcome.strategy.decisions[curve.name]
-                values = [f"{outcome.costs[cost]:.12g}" for cost in costs]
-                row = [
-                    curve.name,
-                    f"{cut.ratio:.6g}",
-                    cut.removed,
-                    cut.total,
-                    f"{outcome.accuracy:.6g}",
-                    *values,
-                ]
-                writer.writerow(row)
-    os.replace(temporary, path)
+    rows: list[Sequence[object]] = []
+    for curve, alone in zip(scanned.curves, scanned.outcomes, strict=True):
+        for outcome in alone:
+            cut = outcome.strategy.decisions[curve.name]
+            shown = (f"{cut.ratio:.6g}", cut.removed, cut.total, f"{outcome.accuracy:.6g}")
+            rows.append((curve.name, *shown, *(f"{outcome.costs[cost]:.12g}" for cost in costs)))
+    files.write_csv(path, ("decision", "ratio", "removed", "total", "accuracy", *costs), rows)
 
 
 def _tell(scanned: Scanned, prepared: Prepared, folder: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from amc_env.evaluator import Evaluator, Outcome, Pruned, Start
 from amc_env.pruning.widen import widen
-from search.cache import write_atomically
+from search import files
 from search.judging import start_of
 from search.ranking import Prepared, builder_of
 from search.settings import SHORT_TERM
@@ -62,7 +62,7 @@ def kept(
     state = weights.network.state_dict()
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
     units = json.dumps([unit.tolist() for unit in weights.units])
-    write_atomically(path, lambda unfinished: save_file(tensors, unfinished, {_UNITS: units}))
+    files.write(path, lambda unfinished: save_file(tensors, unfinished, {_UNITS: units}))
     return weights
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -248,7 +249,7 @@ class LatencyTable:
             "seconds": round(self.seconds, 3),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.tmp")
+        unfinished = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
         unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
         os.replace(unfinished, path)
 

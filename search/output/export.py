@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
@@ -29,6 +26,7 @@ from amc_env import onnx_files
 from amc_env.errors import UserError
 from amc_env.layers import Side, channels_of
 from amc_env.pruning.candidate import Keeps, resize
+from search import files
 
 log = logging.getLogger(__name__)
 
@@ -143,10 +141,9 @@ def save_pruned(
         for key, value in model.state_dict().items()
     }
     path = Path(folder) / FILES["safetensors"]
-    with _complete(path) as weights, _complete(Path(folder) / CHANNELS_FILE) as channels:
+    with files.replacing(path) as weights, files.replacing(Path(folder) / CHANNELS_FILE) as channels:
         save_file(state, weights, metadata={"format": "pt"})
         channels.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        shutil.copymode(channels, weights)  # safetensors makes files that only their owner can read
         _check_same(state, load_file(weights), path)
     return Exported("safetensors", path, path.stat().st_size, 0.0)
 
@@ -193,7 +190,7 @@ def export_pt2(model: nn.Module, example: Tensor, path: str | Path) -> Exported:
     """
     path = Path(path)
     network, example = _prepared(model, example)
-    with _complete(path) as temporary, onnx_files.quiet():
+    with files.replacing(path) as temporary, onnx_files.quiet():
         torch.export.save(_traced(network, example), temporary)
         difference = _difference(torch.export.load(temporary).module(), network, example, path)
     return Exported("pt2", path, path.stat().st_size, difference)
@@ -213,7 +210,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path) -> Exported
     _require_onnx()
     path = Path(path)
     network, example = _prepared(model, example)
-    with _complete(path) as temporary, onnx_files.quiet():
+    with files.replacing(path) as temporary, onnx_files.quiet():
         onnx_files.write(_traced(network, example), temporary, _batch_shapes())
         difference = _difference(_onnx_run(temporary), network, example, path)
     return Exported("onnx", path, path.stat().st_size, difference)
@@ -254,18 +251,6 @@ def _one_line(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {shorten(str(error), _ERROR_WIDTH, placeholder=' ...')}"
-
-
-@contextmanager
-def _complete(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path`, which becomes `path` only if the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")  # torch checks the suffix, so it stays last
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # channels.json

@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from amc_env.errors import UserError
 from amc_env.precision import FLOAT32
+from search import files
 from search.output.formatting import (
     Comparison,
     amount,
@@ -113,7 +114,7 @@ def write_report(folder: str | Path) -> Path:
     )
     page = environment.get_template("report.html.j2").render(**_view(run))
     path = run.folder / "report.html"
-    path.write_text(page, encoding="utf-8")
+    files.write(path, page)
     return path
 
 

@@ -21,6 +21,7 @@ from typing import Any, Protocol, Self
 from urllib.parse import urlsplit
 
 from amc_env.errors import UserError
+from search import files
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,6 @@ class CsvTracker(NoTracker):
         self.path = Path(folder) / "metrics.csv"
         self._columns: list[str] = ["phase", "step"]
         self._rows: dict[Row, dict[str, str]] = {}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             self._load()
         self._write_all()
@@ -116,10 +116,8 @@ class CsvTracker(NoTracker):
             self._rows[row["phase"], int(row["step"])] = row
 
     def _write_all(self) -> None:
-        scratch = self.path.with_suffix(".csv.tmp")
         rows = [dict(zip(self._columns, self._columns, strict=True)), *self._rows.values()]
-        scratch.write_text("".join(self._line(row) for row in rows), newline="")
-        scratch.replace(self.path)
+        files.write(self.path, "".join(self._line(row) for row in rows))
 
     def _line(self, row: Mapping[str, str]) -> str:
         buffer = io.StringIO()
