@@ -266,15 +266,6 @@ def _figures(timing: Timing, calls: int = 1) -> tuple[object, ...]:
 # ------------------------------------------------------------------------------------------- build and check
 
 
-class TableProgress(Progress):
-    """Shows the timings of a table: a bar for each stage in a terminal, a line now and then elsewhere."""
-
-    def timed(self, now: sampling.Progress) -> None:
-        """Show a set of timings more; refining a table adds to their number."""
-        self._totals[now.stage] = now.total
-        self._advance(now.stage, now.done, "", "")
-
-
 def build(
     subject: Subject, activations: Activations | None, path: Path | None, *, tolerance: float, points: int
 ) -> LatencyTable:
@@ -294,7 +285,7 @@ def build(
     if path is not None:
         _check_place(path)
     how = subject.how
-    with TableProgress() as progress:
+    with Progress() as progress:
         table = build_table(
             subject.candidates,
             subject.grids,
@@ -305,7 +296,7 @@ def build(
             tolerance=tolerance,
             points=points,
             repeats=how.repeats,
-            on_progress=progress.timed,
+            on_progress=_shown_on(progress),
             seed=how.seed,
         )
     if path is not None:
@@ -320,6 +311,11 @@ def build(
     if path is not None:
         log.info("the table is in %s", path)
     return table
+
+
+def _shown_on(progress: Progress) -> Callable[[sampling.Progress], None]:
+    """Shows timings; refining a table adds to their number."""
+    return lambda now: progress.stage(now.stage, now.total).advance(done=now.done)
 
 
 def _check_place(path: Path) -> None:
@@ -373,7 +369,7 @@ def check_of(
     """
     candidates, how = subject.candidates, subject.how
     latency = Latency(candidates.original, candidates.graph, table, activations)
-    with TableProgress() as progress:
+    with Progress() as progress:
         checked = check_table(
             latency,
             candidates,
@@ -382,7 +378,7 @@ def check_of(
             threads=how.threads,
             strategies=random_strategies(subject.grids, networks, seed),
             repeats=how.repeats,
-            on_progress=progress.timed,
+            on_progress=_shown_on(progress),
             seed=seed,
         )
     _write_check(checked, subject, folder / CHECK_CSV)

@@ -51,20 +51,6 @@ class Scanned:
     picked: Outcome | None = None
 
 
-class ScanProgress(Progress):
-    """Shows a scan: a bar in a terminal, a line now and then elsewhere."""
-
-    def __init__(self, evaluations: int):
-        super().__init__()
-        self._totals["scan"] = evaluations
-        self._scored = 0
-
-    def scored(self, what: str, accuracy: float) -> None:
-        """Show one evaluation more; accuracy in [0, 1]."""
-        self._scored += 1
-        self._advance("scan", self._scored, f"{what}: {percent(accuracy)}", "")
-
-
 def run(model: nn.Module, data: Data, settings: Settings, context: Context) -> Scanned:
     """Scans a network, picks ratios for its budget, and writes all of it into the run folder.
 
@@ -111,10 +97,11 @@ def _scan(evaluator: Evaluator, ratios: Sequence[float]) -> Scanned:
     for place, (grid, alone) in enumerate(zip(problem.grids, plans, strict=True)):
         asked += [(f"{grid.name} without {percent(r[place] / grid.total, 0)}", r) for r in alone]
     scored = []
-    with ScanProgress(len(asked)) as progress:
+    with Progress() as progress:
+        stage = progress.stage("scan", len(asked))
         found = _evaluated(evaluator, [removed for _, removed in asked])
         for (what, _), outcome in zip(asked, found, strict=True):
-            progress.scored(what, outcome.accuracy)
+            stage.advance(f"{what}: {percent(outcome.accuracy)}")
             scored.append(outcome)
     original, rest = scored[0], iter(scored[1:])
     cut = [tuple(islice(rest, len(alone))) for alone in plans]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +13,14 @@ from typing import Any, Self
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
@@ -73,7 +80,7 @@ class Progress:
         self, episodes: int = 0, epochs: int = 0, console: Console | None = None, every_s: float = 10.0
     ) -> None:
         self.console = console or Console(stderr=True)
-        self._shown: dict[str, _Stage] = {}
+        self._stages: dict[str, Stage] = {}
         self._totals = {"search": episodes, "fine-tune": epochs}
         self._every_s = every_s
         self._bars = Bars(
@@ -107,9 +114,17 @@ class Progress:
             self._live = None
 
     def start(self, name: str) -> None:
-        """Show that a stage (``search`` or ``fine-tune``) has begun; its clock runs from here."""
-        if name not in self._shown:
-            self._advance(name, 0, "", "")
+        """Show that the search (``search``) or the fine-tuning (``fine-tune``) has begun; its clock runs from here."""
+        self.stage(name, self._totals[name])
+
+    def stage(self, name: str, total: int) -> Stage:
+        """Show a stage of so many steps, 0 where their number is not known; that of a known name gets the new total."""
+        stage = self._stages.get(name)
+        if stage is None:
+            stage = self._stages[name] = Stage(name, total, self._bars.add_task(name, total=None), self._show)
+            self._show(stage)
+        stage.total = total
+        return stage
 
     def episode(self, status: SearchStatus) -> None:
         """Show a finished episode."""
@@ -118,33 +133,24 @@ class Progress:
             f"best {status.best_reward:.4f} (search accuracy {percent(status.best_accuracy)}, "
             f"{percent(status.best_cost_ratio, 1)} of {status.cost})"
         )
-        self._advance(
-            "search",
-            status.done,
-            f"{now}  {best}",
-            f"{status.evaluations} scored, {status.cache_hits} cached",
+        search = self.stage("search", self._totals["search"])
+        search.advance(
+            f"{now}  {best}", f"{status.evaluations} scored, {status.cache_hits} cached", status.done
         )
 
-    def epoch(self, done: int, loss: float, accuracy: float | None = None) -> None:
-        """Show a finished fine-tuning epoch; accuracy, in [0, 1], only where it was measured."""
-        text = f"loss {loss:.4f}" + ("" if accuracy is None else f"  accuracy {percent(accuracy)}")
-        self._advance("fine-tune", done, text, "")
+    def epoch(self, done: int, loss: float) -> None:
+        """Show a finished fine-tuning epoch."""
+        self.stage("fine-tune", self._totals["fine-tune"]).advance(f"loss {loss:.4f}", done=done)
 
-    def _advance(self, name: str, done: int, text: str, rest: str) -> None:
-        stage = self._shown.get(name)
-        if stage is None:
-            stage = self._shown[name] = _Stage(name, self._totals[name])
-            stage.task = self._bars.add_task(name, total=stage.total or None)
-        stage.total = self._totals[name]  # which may have grown
-        stage.done, stage.text, stage.rest = done, text, rest
+    def _show(self, stage: Stage) -> None:
         if self._live is not None:
-            self._bars.update(stage.task, completed=done, total=stage.total or None)
+            self._bars.update(stage.task, completed=stage.done, total=stage.total or None)
             self._live.update(self._view())
         elif not self.console.is_terminal and stage.due(self._every_s):
             self.console.print(stage.line(), soft_wrap=True, highlight=False, markup=False)
 
     def _view(self) -> Group:
-        stages = self._shown.values()
+        stages = self._stages.values()
         if self.console.width >= 110:
             lines = [Text(f"{s.name:<9} {s.text}  {s.rest}".rstrip(), no_wrap=True) for s in stages]
         else:
@@ -152,7 +158,7 @@ class Progress:
                 (s.name if part is s.text else "", part) for s in stages for part in (s.text, s.rest) if part
             ]
             lines = [Text(f"{name:<9} {part}", no_wrap=True, overflow="ellipsis") for name, part in parts]
-        return Group(self._bars, *lines) if self._shown else Group()
+        return Group(self._bars, *lines) if self._stages else Group()
 
     def _redirect_logging(self, streams: tuple[Any, ...]) -> None:
         """Let log handlers write through the live display, which has replaced the streams they hold."""
@@ -162,16 +168,36 @@ class Progress:
                 handler.setStream(sys.stdout if handler.stream is streams[0] else sys.stderr)
 
 
-class _Stage:
-    """The search or the fine-tuning, and when a line was last written for it."""
+class Stage:
+    """A part of a run, its steps, and when a line was last written for it; made by `Progress.stage`.
 
-    def __init__(self, name: str, total: int) -> None:
-        self.name, self.total = name, total
+    Attributes:
+        total: steps, 0 where their number is not known.
+        done: steps that are finished.
+        text: of the last step.
+        rest: more of it, on a line of its own where the terminal is narrow.
+        task: its bar.
+    """
+
+    def __init__(self, name: str, total: int, task: TaskID, show: Callable[[Stage], None]) -> None:
+        self.name, self.total, self.task = name, total, task
         self.done, self.text, self.rest = 0, "", ""
-        self.task: Any = None
+        self._show = show
         self._start = self._spoke = time.monotonic()
         self._first_done: int | None = None
         self._tenth = -1
+
+    def advance(self, text: str = "", rest: str = "", done: int | None = None) -> None:
+        """Show a finished step.
+
+        Args:
+            text: what it came to.
+            rest: more of it.
+            done: steps that are finished; by default one more than before.
+        """
+        self.done = self.done + 1 if done is None else done
+        self.text, self.rest = text, rest
+        self._show(self)
 
     def due(self, every_s: float) -> bool:
         now = time.monotonic()

@@ -14,12 +14,11 @@ from running import Command
 
 from amc_env.errors import UserError
 from amc_env.latency import Timing
-from amc_env.latency.sampling import Progress as Done
 from amc_env.latency.table import LatencyTable
 from amc_env.latency.units import Unit
 from amc_env.memory import Activations
 from search import latency, run_latency
-from search.latency import TableProgress, described
+from search.latency import described
 from search.output.plots import DPI, plot_latency_check
 from search.output.progress import print_table
 from search.run_latency import overrides_of
@@ -322,16 +321,6 @@ def unit(**other: Any) -> Unit:
 )
 def test_a_layer_in_words(what: Unit, words: str) -> None:
     assert described(what) == words
-
-
-def test_the_bar_of_a_table_grows_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines: list[str] = []
-    with TableProgress() as progress:
-        monkeypatch.setattr(progress.console, "print", lambda text, **_: lines.append(text))
-        progress.timed(Done("units", 0, 4))
-        progress.timed(Done("units", 4, 8))
-        progress.timed(Done("units", 8, 8))
-    assert [line.split("  ")[0] for line in lines] == ["units 0/4", "units 4/8", "units 8/8"]
 
 
 def test_a_table_in_a_file_is_not_squeezed(capsys: pytest.CaptureFixture[str]) -> None:

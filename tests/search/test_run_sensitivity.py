@@ -16,7 +16,6 @@ from agents.sensitivity import Curve
 from amc_env.evaluator import Bench
 from search import run_sensitivity
 from search.output.plots import DPI, plot_sensitivity
-from search.output.progress import Progress
 
 QUICK = (
     "device=cpu",
@@ -297,17 +296,3 @@ def test_the_picture_shows_what_was_picked(tmp_path: Path) -> None:
     marked = pixels(plot_sensitivity(lines, tmp_path / "b.png", threshold=0.8, picked=picked))
     vermilion = (213, 94, 0)
     assert share_of(plain, vermilion) < 1e-6 < share_of(marked, vermilion)
-
-
-def test_the_display_counts_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
-    from search.sensitivity import ScanProgress
-
-    shown: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(Progress, "_advance", lambda self, *what: shown.append(what))
-    with ScanProgress(2) as progress:
-        progress.scored("the original", 0.98)
-        progress.scored("conv1 without 50%", 0.5)
-    assert [what[:3] for what in shown] == [
-        ("scan", 1, "the original: 98.00%"),
-        ("scan", 2, "conv1 without 50%: 50.00%"),
-    ]
