@@ -25,6 +25,7 @@ from search.data import Data, from_loaders, seeded
 from search.judging import make_evaluator
 from search.loop import Loop
 from search.output.report import write_report
+from search.output.run_result import RunResult
 from search.output.tracking import CsvTracker
 from search.pipeline import Context, env_handle, run
 from search.preparation import prepare
@@ -51,14 +52,14 @@ class Compressed:
     Attributes:
         model: The small network, in eval mode, on the CPU.
         strategy: Pruning ratio (share removed) of each decision.
-        result: The content of result.json; every accuracy says which split it is on.
+        result: The figures of result.json; every accuracy says which split it is on.
         folder: The run folder: weights, exports, journal, report.
         keeps: What stayed of the original's channels, by module and side.
     """
 
     model: nn.Module
-    strategy: dict[str, float]
-    result: dict[str, Any]
+    strategy: Mapping[str, float]
+    result: RunResult
     folder: Path
     keeps: Keeps
 
@@ -126,7 +127,7 @@ def compress(
         network, data, base.in_folder(place), _context(place, type(module).__name__, _config(base, data))
     )
     write_report(place)
-    return Compressed(finished.model.cpu(), finished.strategy, finished.result, place, finished.keeps)
+    return Compressed(finished.model.cpu(), finished.result.strategy, finished.result, place, finished.keeps)
 
 
 def make_env(

@@ -14,6 +14,7 @@ from search import wiring
 from search.commands import command_line, run_folder
 from search.output.progress import final_table
 from search.output.report import write_report
+from search.output.run_result import RunResult
 from search.pipeline import Context, run
 from search.preparation import check, prepare
 from search.ranking import Prepared
@@ -72,14 +73,13 @@ def run_job(cfg: DictConfig, program: str, header: Callable[[], Mapping[str, Any
         log.warning("stopped; nothing that was scored is lost, go on with: %s", go_on)
         raise
     final_table(finished.result, folder, report)
-    last = finished.result["finetuned"] or finished.result["pruned"]
-    return float(last["accuracy"])
+    return finished.result.delivered.accuracy
 
 
-def _summary(result: Mapping[str, Any]) -> dict[str, float]:
-    figures = {}
-    for stage in ("base", "pruned", "finetuned"):
-        entry = result[stage]
-        if isinstance(entry, dict):
-            figures.update({f"{stage}/{k}": float(v) for k, v in entry.items() if isinstance(v, int | float)})
-    return figures
+def _summary(result: RunResult) -> dict[str, float]:
+    return {
+        f"{stage}/{name}": float(value)
+        for stage, network in result.networks.items()
+        for name, value in network.to_json().items()
+        if isinstance(value, int | float)
+    }

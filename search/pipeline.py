@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from itertools import count
@@ -25,9 +25,10 @@ from search.data import Data
 from search.journal import Journal
 from search.judging import make_evaluator, start_of
 from search.loop import Episode, Loop, Scored
-from search.output.export import export_all
+from search.output.export import Small, export_all
 from search.output.formatting import cost_name
 from search.output.progress import Progress, SearchStatus
+from search.output.run_result import RunResult
 from search.preparation import announce, prepare
 from search.ranking import Prepared
 from search.results import result_of, strategy_json, write_json
@@ -70,14 +71,12 @@ class Finished:
     Attributes:
         model: The small network, fine-tuned where that was asked for.
         keeps: What stayed of the original's channels.
-        strategy: The pruning ratio of each decision.
         result: The content of result.json.
     """
 
     model: nn.Module
     keeps: Keeps
-    strategy: dict[str, float]
-    result: dict[str, Any]
+    result: RunResult
 
 
 def search(
@@ -232,19 +231,16 @@ def _run(prepared: Prepared, context: Context, journal: Journal) -> Finished:
             pruned = finetuned(last, loop.evaluator, best.outcome, tune)
             networks["finetuned"] = pruned.network
     example = prepared.images(prepared.data.search, 4)
-    exports = export_all(
-        pruned.network,
-        pruned.keeps,
-        example,
-        context.folder,
-        settings.export,
-        context.model,
-        original=prepared.model,
+    small = Small(pruned.network, example, pruned.keeps, context.model, prepared.model)
+    exports = export_all(small, context.folder, settings.export)
+    result = replace(
+        result_of(last, networks, best, loop, exports),
+        model=context.model,
+        command=context.command,
+        resumed=journal.replayed > 0,
     )
-    result = {"model": context.model, "command": context.command, "resumed": journal.replayed > 0}
-    result |= result_of(last, networks, best, loop, exports)
-    write_json(context.folder / "result.json", result)
-    return Finished(pruned.network, pruned.keeps, result["strategy"], result)
+    result.write(context.folder)
+    return Finished(pruned.network, pruned.keeps, result)
 
 
 def _searched(

@@ -1,4 +1,4 @@
-"""What a run writes down of itself: result.json and how it is made."""
+"""The figures of a run: what goes into result.json and strategy.json."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from search import files
 from search.data import Split
 from search.loop import Loop, Scored
 from search.output.export import Exported
+from search.output.run_result import BudgetFigures, NetworkFigures, RunResult, SearchFigures, SkippedLayer
 from search.ranking import Prepared
 from search.settings import StorageBudget
-from search.sparsity import granularity_of, sparsity_of
+from search.sparsity import granularity_of, masked_figures
 from search.stages import chain
 
 log = logging.getLogger(__name__)
@@ -44,9 +45,13 @@ def _start(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:
 
 
 def result_of(
-    prepared: Prepared, networks: Mapping[str, nn.Module], best: Scored, loop: Loop, exports: list[Exported]
-) -> dict[str, Any]:
-    """The content of result.json; the test split is read here, once.
+    prepared: Prepared,
+    networks: Mapping[str, nn.Module],
+    best: Scored,
+    loop: Loop,
+    exports: Sequence[Exported],
+) -> RunResult:
+    """The run's result; the test split is read here, once.
 
     Args:
         prepared: The run's network, data and problem.
@@ -55,48 +60,52 @@ def result_of(
         loop: The search that found it.
         exports: What was exported.
     """
-    strategy = best.outcome.strategy
-    budgets = _budgets(prepared, best.outcome)
-    return {
-        "data": prepared.data.name,
-        "granularity": granularity_of(prepared.settings.granularity),
-        **_stages(prepared, networks, best.outcome),
-        "budget": min(budgets, key=lambda b: b["ratio"], default=None),
-        "budgets": budgets,
-        "search": _search(prepared, best, loop),
-        "strategy": dict(zip(strategy.names, strategy.ratios, strict=True)),
-        **sparsity_of(prepared, networks.get("finetuned", networks["pruned"]), strategy),
-        "whole": [{"name": w.name, "reason": w.reason} for w in prepared.graph.whole],
-        "exports": [_export(export) for export in exports],
-        "latency_batch": prepared.settings.latency.batch,
-        "latency_runtime": prepared.settings.latency.runtime,
-        "latency_threads": prepared.settings.latency.threads or torch.get_num_threads(),
-        "machine": machine(prepared.settings.device),
-    }
+    settings, strategy = prepared.settings, best.outcome.strategy
+    figures = _networks(prepared, networks, best.outcome)
+    return RunResult(
+        data=prepared.data.name,
+        granularity=granularity_of(settings.granularity),
+        base=figures["base"],
+        pruned=figures["pruned"],
+        finetuned=figures.get("finetuned"),
+        budgets=budget_figures(prepared, strategy.removed),
+        search=_search(prepared, best, loop),
+        strategy=dict(zip(strategy.names, strategy.ratios, strict=True)),
+        masked=masked_figures(prepared, networks.get("finetuned", networks["pruned"]), strategy),
+        skipped=tuple(SkippedLayer(layer.name, layer.reason) for layer in prepared.graph.whole),
+        exports=tuple(exports),
+        latency_batch=settings.latency.batch,
+        latency_runtime=settings.latency.runtime,
+        latency_threads=settings.latency.threads or torch.get_num_threads(),
+        machine=machine(settings.device),
+    )
 
 
-def _stages(prepared: Prepared, networks: Mapping[str, nn.Module], outcome: Outcome) -> dict[str, Any]:
+def _networks(
+    prepared: Prepared, networks: Mapping[str, nn.Module], outcome: Outcome
+) -> dict[str, NetworkFigures]:
     data = prepared.data
     name, split = ("search", data.search) if data.test is None else ("test", data.test)
     latency = _latency(prepared, networks)
-    whole = prepared.problem.cost([0] * len(prepared.problem.grids))
-    dense = {f"dense_{cost}": round(whole[cost]) for cost in ("macs", "params") if prepared.masked}
-    stages: dict[str, Any] = {"base": None, "pruned": None, "finetuned": None}
+    original = prepared.problem.cost([0] * len(prepared.problem.grids))
+    dense = {f"dense_{cost}": round(original[cost]) for cost in ("macs", "params") if prepared.masked}
+    figures = {}
     for stage, network in networks.items():
-        costs = whole if stage == "base" else outcome.costs
-        stages[stage] = {
-            "accuracy": _accuracy(prepared, network, split),
-            **{cost: round(value, 4) if cost == "latency" else round(value) for cost, value in costs.items()},
-            **dense,
-            "latency_ms": latency[stage].median_ms if latency else None,
-            "latency_spread": latency[stage].spread if latency else None,
-            "split": name,
-        }
-    return stages
+        costs = original if stage == "base" else outcome.costs
+        rounded = {c: round(v, 4) if c == "latency" else round(v) for c, v in costs.items()}
+        timing = latency.get(stage)
+        figures[stage] = NetworkFigures(
+            accuracy=_accuracy(prepared, network, split),
+            split=name,
+            costs=rounded | dense,
+            latency_ms=timing and timing.median_ms,
+            latency_spread=timing and timing.spread,
+        )
+    return figures
 
 
 def _latency(prepared: Prepared, networks: Mapping[str, nn.Module]) -> dict[str, Timing]:
-    """Nothing where it is left out, or where the runtime cannot run such networks: the run is worth more than that."""
+    """Empty where it is left out, or where the runtime cannot run such networks, which does not end the run."""
     wanted = prepared.settings.latency
     if not wanted.repeats:
         return {}
@@ -121,55 +130,42 @@ def _accuracy(prepared: Prepared, network: nn.Module, split: Split) -> float:
     return accuracy(logits, split.images, split.labels.to(device))
 
 
-def _budgets(prepared: Prepared, outcome: Outcome) -> list[dict[str, Any]]:
-    formats = {
-        b.cost: {"format": b.format} for b in prepared.settings.budgets if isinstance(b, StorageBudget)
-    }
-    return [
-        {
-            "cost": budget.cost.name,
-            "ratio": budget.ratio,
-            "limit": budget.limit,
-            "value": budget.cost(outcome.strategy.removed),
-            "met": budget.met(outcome.strategy.removed),
-            **formats.get(budget.cost.name, {}),
-        }
+def budget_figures(prepared: Prepared, removed: Sequence[int]) -> tuple[BudgetFigures, ...]:
+    """Every budget of the run, and what a strategy needs of it."""
+    formats = {b.cost: b.format for b in prepared.settings.budgets if isinstance(b, StorageBudget)}
+    return tuple(
+        BudgetFigures(
+            cost=budget.cost.name,
+            ratio=budget.ratio,
+            limit=budget.limit,
+            value=budget.cost(removed),
+            met=budget.met(removed),
+            format=formats.get(budget.cost.name),
+        )
         for budget in prepared.problem.budgets
-    ]
+    )
 
 
-def _search(prepared: Prepared, best: Scored, loop: Loop) -> dict[str, Any]:
-    agent, settings = prepared.settings.agent, prepared.settings
-    more: dict[str, Any] = _start(prepared, best.outcome)
-    if settings.stages:  # counts below are those of the last
-        more |= {"stages": list(settings.stages), "stage_episodes": settings.episodes}
-    if settings.schedule.rounds > 1:
-        more |= {"schedule": settings.schedule.shape, "rounds": settings.schedule.rounds}
-    return {
-        "agent": agent.name,
-        "episodes": loop.episodes,
-        "evaluations": loop.evaluations,
-        "cache_hits": loop.cache_hits,
-        **({"cut_short": loop.cut_short} if loop.evaluator.staged else {}),
-        "seconds": round(loop.seconds, 2),
-        "seed": prepared.settings.seed,
-        "best_reward": best.reward,
-        "search_accuracy": best.outcome.accuracy,
-        "precision": settings.scoring.precision,
-        "repair": best.outcome.repair,
-        "warmup": getattr(agent, "warmup_episodes", 0),
-        **more,
-    }
-
-
-def _export(export: Exported) -> dict[str, Any]:
-    return {
-        "format": export.format,
-        "path": export.path.name,
-        "bytes": export.bytes,
-        "max_difference": export.max_difference,
-        "error": export.error,
-    }
+def _search(prepared: Prepared, best: Scored, loop: Loop) -> SearchFigures:
+    settings, rounds = prepared.settings, prepared.settings.schedule.rounds
+    return SearchFigures(
+        agent=settings.agent.name,
+        episodes=loop.episodes,
+        evaluations=loop.evaluations,
+        cache_hits=loop.cache_hits,
+        seconds=round(loop.seconds, 2),
+        seed=settings.seed,
+        best_reward=best.reward,
+        search_accuracy=best.outcome.accuracy,
+        precision=settings.scoring.precision,
+        repair=best.outcome.repair,
+        warmup=getattr(settings.agent, "warmup_episodes", 0),
+        start=tuple(_start(prepared, best.outcome).get("start", ())),
+        stages=tuple(settings.stages),
+        stage_episodes=settings.episodes if settings.stages else None,
+        schedule=settings.schedule.shape if rounds > 1 else None,
+        rounds=rounds if rounds > 1 else None,
+    )
 
 
 def machine(device: str) -> dict[str, Any]:

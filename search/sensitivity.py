@@ -24,7 +24,7 @@ from search.output.progress import Progress
 from search.pipeline import Context, header
 from search.preparation import announce, prepare
 from search.ranking import Prepared
-from search.results import strategy_json, write_json
+from search.results import budget_figures, strategy_json, write_json
 from search.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -169,16 +169,5 @@ def _tell_picked(picked: Outcome, scanned: Scanned, prepared: Prepared) -> None:
         percent(whole.accuracy),
         ", ".join(costs),
     )
-    removed = picked.strategy.removed
-    budgets = [
-        {
-            "cost": budget.cost.name,
-            "ratio": budget.ratio,
-            "limit": budget.limit,
-            "value": budget.cost(removed),
-            "met": budget.met(removed),
-        }
-        for budget in prepared.problem.budgets
-    ]
-    for line, _ in budget_lines({"budgets": budgets, "base": whole.costs}):
+    for line, _ in budget_lines(budget_figures(prepared, picked.strategy.removed), whole.costs):
         log.info("budget: %s", line)

@@ -1,9 +1,9 @@
-"""What is said of a network whose weights are masked: counted on the weights that are delivered."""
+"""Figures of a network whose weights are masked, counted on the delivered weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +12,23 @@ from amc_env import sparse
 from amc_env.pruning.granularity import NM, Channel, FineGrained, Granularity, Kernel, Masked, Vector
 from amc_env.storage import Storage, params_beside_weights
 from amc_env.strategy import Strategy
+from search.output.run_result import GranularityFigures, LayerRow, MaskedFigures, Pattern
 from search.ranking import Ranked
 
 
-def granularity_of(granularity: Granularity) -> dict[str, Any]:
-    """What decisions remove units of, for result.json, and which hardware gains by it."""
-    known = {"name": granularity.name, "masked": granularity.masked, "speed": granularity.speed}
+def granularity_of(granularity: Granularity) -> GranularityFigures:
+    """What decisions remove units of, and which hardware gains by it."""
+    known = granularity.name, granularity.masked, granularity.speed
     if isinstance(granularity, NM):
-        return known | {"unit": "weights", "n": granularity.n, "m": granularity.m}
+        return GranularityFigures(*known, "weights", granularity.n, granularity.m)
     if isinstance(granularity, Vector):
-        return known | {"unit": f"kernel {granularity.axis}s"}
+        return GranularityFigures(*known, f"kernel {granularity.axis}s")
     units = {Channel: "channels", FineGrained: "weights", Kernel: "kernels"}
-    return known | {"unit": units.get(type(granularity), "units")}
+    return GranularityFigures(*known, units.get(type(granularity), "units"))
 
 
-def sparsity_of(ranked: Ranked, network: nn.Module, strategy: Strategy) -> dict[str, Any]:
-    """The entries of result.json for masked weights; nothing where channels are cut.
+def masked_figures(ranked: Ranked, network: nn.Module, strategy: Strategy) -> MaskedFigures | None:
+    """Counts of masked weights; None where channels are cut.
 
     Args:
         ranked: The run's decisions.
@@ -35,18 +36,14 @@ def sparsity_of(ranked: Ranked, network: nn.Module, strategy: Strategy) -> dict[
         strategy: What it was masked by.
     """
     if not ranked.masked:
-        return {}
+        return None
     weights = {name: _weight(network, name) for name in strategy.names}
-    layers = {
-        name: {"weights": weight.numel(), "nonzero": int(weight.count_nonzero())}
-        for name, weight in weights.items()
-    }
-    found: dict[str, Any] = {"layers": layers, "storage": stored_sizes(ranked, weights, strategy.removed)}
-    granularity = ranked.settings.granularity
+    layers = {name: LayerRow(weight.numel(), int(weight.count_nonzero())) for name, weight in weights.items()}
+    pattern, granularity = None, ranked.settings.granularity
     if isinstance(granularity, NM):
         chosen = [name for name, decision in strategy.decisions.items() if decision.removed]
-        found["pattern"] = _pattern({name: weights[name] for name in chosen}, granularity.n, granularity.m)
-    return found
+        pattern = _pattern({name: weights[name] for name in chosen}, granularity.n, granularity.m)
+    return MaskedFigures(layers, stored_sizes(ranked, weights, strategy.removed), pattern)
 
 
 def _weight(network: nn.Module, layer: str) -> Tensor:
@@ -85,10 +82,10 @@ def stored_sizes(ranked: Ranked, weights: Mapping[str, Tensor], removed: Sequenc
     return sizes | {"dense_4bit": size("eie", nothing), "eie": size("eie", removed)}
 
 
-def _pattern(weights: Mapping[str, Tensor], n: int, m: int) -> dict[str, Any]:
+def _pattern(weights: Mapping[str, Tensor], n: int, m: int) -> Pattern:
     """Whether weights that are to have the n:m pattern have it, packed and unpacked to the bit."""
     holds = all(
         sparse.check(weight, n, m) and torch.equal(sparse.unpack(sparse.pack(weight, n, m)), weight)
         for weight in weights.values()
     )
-    return {"n": n, "m": m, "layers": list(weights), "holds": holds}
+    return Pattern(n, m, tuple(weights), holds)

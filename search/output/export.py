@@ -1,21 +1,22 @@
-"""What is left of a search to take away: the small network as weights, as a torch.export program, as ONNX.
+"""The small network in files: weights, a torch.export program, ONNX.
 
 - model.safetensors + channels.json restore onto the unpruned class (`load_pruned`), bit for bit.
 - model.pt2 (torch.export) and model.onnx (one file) load without this project: fp32, CPU, any batch size.
 
-Every file is written under a temporary name beside its target, loaded back, compared with the network, and
-only then put in place. ONNX is optional.
+Every file is written under a temporary name beside its target, read back, compared with the network, and only then
+put in place. ONNX is optional.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -30,9 +31,7 @@ from search import files
 
 log = logging.getLogger(__name__)
 
-FILES = {"safetensors": "model.safetensors", "pt2": "model.pt2", "onnx": "model.onnx"}
-"""Format -> file name in the run folder."""
-
+WEIGHTS_FILE = "model.safetensors"
 CHANNELS_FILE = "channels.json"
 CHANNELS_FORMAT = 1
 
@@ -57,8 +56,8 @@ class Exported:
     """One export.
 
     Attributes:
-        format: one of FILES.
-        path: the file asked for.
+        format: one of FORMATS.
+        path: the file.
         bytes: its size, 0 where the export failed.
         max_difference: largest |file - PyTorch| over the compared batches, None where the export failed.
         error: one line, None where the file was checked and kept.
@@ -71,48 +70,166 @@ class Exported:
     error: str | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Small:
+    """The network to export.
+
+    Attributes:
+        model: the small network.
+        example: one batch of normalised inputs, [N, ...] with N >= 1; the files are checked on it.
+        keeps: what `resize` was given to make it from the unpruned network.
+        name: the unpruned network's.
+        original: the unpruned network, see `save_pruned`.
+    """
+
+    model: nn.Module
+    example: Tensor
+    keeps: Keeps = field(default_factory=dict)
+    name: str = "model"
+    original: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses an example without rows."""
+        if self.example.dim() < 2 or self.example.numel() == 0:
+            raise UserError(
+                f"the example batch has shape {list(self.example.shape)}: it must be [N, ...] with N >= 1"
+            )
+
+
+class Format(ABC):
+    """A format that the small network is exported in; a new one is a subclass with a place in FORMATS.
+
+    Attributes:
+        name: as in conf.
+        file: its file in the run folder.
+        title: what the file is loaded with.
+        load_snippet: code that loads it from RUN_FOLDER.
+    """
+
+    name: ClassVar[str]
+    file: ClassVar[str]
+    title: ClassVar[str]
+    load_snippet: ClassVar[str]
+
+    def check(self) -> None:  # noqa: B027 -- most need nothing
+        """Refuses where a package is missing; called before the expensive part.
+
+        Raises:
+            UserError: the packages, with how to install them.
+        """
+
+    @abstractmethod
+    def write(self, small: Small, folder: Path) -> Exported:
+        """Writes the file, reads it back and compares; only then it is put in place.
+
+        Raises:
+            ExportError: the file read back differs from the network.
+            Exception: whatever the format's library raises for a network that it cannot express.
+        """
+
+
+class Safetensors(Format):
+    """Weights and kept channels, for the unpruned class; see `save_pruned`."""
+
+    name = "safetensors"
+    file = WEIGHTS_FILE
+    title = "Onto the unpruned class (this project)"
+    load_snippet = """from search import load_pruned
+
+module = ...  # the unpruned network, as you build it
+load_pruned(module, "RUN_FOLDER")  # model.safetensors and channels.json
+module.eval()
+logits = module(images)  # float32 [N, C, H, W], normalised"""
+
+    def write(self, small: Small, folder: Path) -> Exported:
+        return save_pruned(small.model, small.keeps, folder, name=small.name, original=small.original)
+
+
+class Program(Format):
+    """A file that computes the network without its class: fp32, CPU, any batch size; within TOLERANCE."""
+
+    @abstractmethod
+    def save(self, program: torch.export.ExportedProgram, path: Path) -> None:
+        """Writes a traced network."""
+
+    @abstractmethod
+    def load(self, path: Path) -> Run:
+        """Reads it back."""
+
+    def write(self, small: Small, folder: Path) -> Exported:
+        self.check()
+        path = folder / self.file
+        network, example = onnx_files.plain_copy(small.model, small.example)
+        with files.replacing(path) as temporary, onnx_files.quiet():
+            self.save(_traced(network, example), temporary)
+            difference = _difference(self.load(temporary), network, example, path)
+        return Exported(self.name, path, path.stat().st_size, difference)
+
+
+class TorchExport(Program):
+    """A torch.export program."""
+
+    name = "pt2"
+    file = "model.pt2"
+    title = "With PyTorch alone"
+    load_snippet = """import torch
+
+module = torch.export.load("RUN_FOLDER/model.pt2").module()
+logits = module(images)  # float32 [N, C, H, W], normalised"""
+
+    def save(self, program: torch.export.ExportedProgram, path: Path) -> None:
+        torch.export.save(program, path)
+
+    def load(self, path: Path) -> Run:
+        return torch.export.load(path).module()
+
+
+class Onnx(Program):
+    """One ONNX file with input "input" [batch, ...]."""
+
+    name = "onnx"
+    file = "model.onnx"
+    title = "With ONNX Runtime"
+    load_snippet = """import onnxruntime
+
+session = onnxruntime.InferenceSession("RUN_FOLDER/model.onnx")
+name = session.get_inputs()[0].name
+(logits,) = session.run(None, {name: images})  # NumPy float32 [N, C, H, W], normalised"""
+
+    def check(self) -> None:
+        onnx_files.require_packages("export to onnx", "leave onnx out of the formats")
+
+    def save(self, program: torch.export.ExportedProgram, path: Path) -> None:
+        onnx_files.write(program, path, _batch_shapes())
+
+    def load(self, path: Path) -> Run:
+        run = onnx_files.session(path)
+        return lambda batch: [torch.from_numpy(output) for output in run(batch)]
+
+
+FORMATS: dict[str, Format] = {each.name: each for each in (Safetensors(), TorchExport(), Onnx())}
+
+
 def check_formats(formats: Sequence[str]) -> None:
     """Refuses formats that are unknown, or known but not installed; call it before the expensive part.
 
     Raises:
         UserError: all unknown names with those allowed, or the missing packages with how to install them.
     """
-    _check_known(formats)
-    if "onnx" in formats:
-        _require_onnx()
+    for chosen in _formats(formats):
+        chosen.check()
 
 
-def export_all(
-    model: nn.Module,
-    keeps: Keeps,
-    example: Tensor,
-    folder: str | Path,
-    formats: Sequence[str],
-    name: str,
-    *,
-    original: nn.Module | None = None,
-) -> list[Exported]:
-    """Exports `model` (the small network) in every format; one that fails is reported, the others are kept.
-
-    Args:
-        example: one batch of normalised inputs, [N, ...] with N >= 1; the files are checked on it.
-        original: the unpruned network, see `save_pruned`.
+def export_all(small: Small, folder: Path, formats: Sequence[str]) -> list[Exported]:
+    """Exports a network in every format; one that fails is reported, the others are kept.
 
     Returns:
         One Exported per format, in the order asked for.
 
     Raises:
-        UserError: an unknown format, or an example without rows.
+        UserError: an unknown format.
     """
-    _check_known(formats)
-    _check_example(example)
-    paths = {wanted: Path(folder) / FILES[wanted] for wanted in formats}
-    exports: dict[str, Callable[[], Exported]] = {
-        "safetensors": lambda: save_pruned(model, keeps, folder, name=name, original=original),
-        "pt2": lambda: export_pt2(model, example, paths["pt2"]),
-        "onnx": lambda: export_onnx(model, example, paths["onnx"]),
-    }
-    return [_attempt(wanted, path, exports[wanted]) for wanted, path in paths.items()]
+    return [_attempt(chosen, small, folder) for chosen in _formats(formats)]
 
 
 def save_pruned(
@@ -140,7 +257,7 @@ def save_pruned(
         key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, value in model.state_dict().items()
     }
-    path = Path(folder) / FILES["safetensors"]
+    path = Path(folder) / WEIGHTS_FILE
     with files.replacing(path) as weights, files.replacing(Path(folder) / CHANNELS_FILE) as channels:
         save_file(state, weights, metadata={"format": "pt"})
         channels.write_text(json.dumps(record) + "\n", encoding="utf-8")
@@ -164,7 +281,7 @@ def load_pruned(module: nn.Module, folder: str | Path) -> nn.Module:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: load_pruned wants the run folder that holds {CHANNELS_FILE}")
-    weights = _existing(folder / FILES["safetensors"])
+    weights = _existing(folder / WEIGHTS_FILE)
     keeps = _read_channels(module, _existing(folder / CHANNELS_FILE))
     try:
         state = load_file(weights)
@@ -177,73 +294,32 @@ def load_pruned(module: nn.Module, folder: str | Path) -> nn.Module:
     return module.eval()
 
 
-def export_pt2(model: nn.Module, example: Tensor, path: str | Path) -> Exported:
-    """Writes `model` as a torch.export program that `torch.export.load` runs on any batch size; fp32, CPU.
-
-    Args:
-        example: as in `export_all`.
-
-    Raises:
-        UserError: an example without rows.
-        ExportError: the file read back differs from the network by more than TOLERANCE; nothing is kept.
-        Exception: whatever torch.export raises for a network that it cannot trace.
-    """
-    path = Path(path)
-    network, example = _prepared(model, example)
-    with files.replacing(path) as temporary, onnx_files.quiet():
-        torch.export.save(_traced(network, example), temporary)
-        difference = _difference(torch.export.load(temporary).module(), network, example, path)
-    return Exported("pt2", path, path.stat().st_size, difference)
-
-
-def export_onnx(model: nn.Module, example: Tensor, path: str | Path) -> Exported:
-    """Writes `model` as one ONNX file with input "input" [batch, ...]; fp32, read back by onnxruntime.
-
-    Args:
-        example: as in `export_all`.
-
-    Raises:
-        UserError: an example without rows, or a missing package with how to install it.
-        ExportError: the file read back differs from the network by more than TOLERANCE; nothing is kept.
-        Exception: whatever torch.export or torch.onnx raise for a network that they cannot express.
-    """
-    _require_onnx()
-    path = Path(path)
-    network, example = _prepared(model, example)
-    with files.replacing(path) as temporary, onnx_files.quiet():
-        onnx_files.write(_traced(network, example), temporary, _batch_shapes())
-        difference = _difference(_onnx_run(temporary), network, example, path)
-    return Exported("onnx", path, path.stat().st_size, difference)
-
-
 # Formats and failures
 
 
-def _check_known(formats: Sequence[str]) -> None:
+def _formats(names: Sequence[str]) -> list[Format]:
     # A bare string is a sequence of letters; taken as such it would give a baffling message.
-    wanted = [formats] if isinstance(formats, str) else list(formats)
-    if unknown := [one for one in wanted if one not in FILES]:
+    wanted = [names] if isinstance(names, str) else list(names)
+    if unknown := [one for one in wanted if one not in FORMATS]:
         raise UserError(
-            f"unknown export format {', '.join(map(repr, unknown))}: allowed are {', '.join(FILES)}"
+            f"unknown export format {', '.join(map(repr, unknown))}: allowed are {', '.join(FORMATS)}"
         )
-    if isinstance(formats, str):
-        raise UserError(f"export formats are a list, got {formats!r}: write [{formats}]")
+    if isinstance(names, str):
+        raise UserError(f"export formats are a list, got {names!r}: write [{names}]")
+    return [FORMATS[name] for name in wanted]
 
 
-def _require_onnx() -> None:
-    onnx_files.require_packages("export to onnx", "leave onnx out of the formats")
-
-
-def _attempt(wanted: str, path: Path, export: Callable[[], Exported]) -> Exported:
+def _attempt(chosen: Format, small: Small, folder: Path) -> Exported:
     """Runs one export; any failure (tracer, converter, disk) becomes a report, as the others still count."""
+    path = folder / chosen.file
     try:
-        return export()
+        return chosen.write(small, folder)
     except Exception as error:
         log.debug("export of %s failed", path.name, exc_info=True)
         stale = f"; {path.name} from before was left as it is" if path.exists() else ""
         message = f"{_one_line(error)}{stale}"
         log.warning("%s was not exported: %s", path.name, message)
-        return Exported(wanted, path, 0, None, message)
+        return Exported(chosen.name, path, 0, None, message)
 
 
 def _one_line(error: BaseException) -> str:
@@ -330,9 +406,7 @@ def _unfit(
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise UserError(
-            f"no file {path}: load_pruned wants {FILES['safetensors']} and {CHANNELS_FILE} of one export"
-        )
+        raise UserError(f"no file {path}: load_pruned wants {WEIGHTS_FILE} and {CHANNELS_FILE} of one export")
     return path
 
 
@@ -369,16 +443,6 @@ def _listed(problems: Sequence[str]) -> str:
 # Programs
 
 
-def _check_example(example: Tensor) -> None:
-    if example.dim() < 2 or example.numel() == 0:
-        raise UserError(f"the example batch has shape {list(example.shape)}: it must be [N, ...] with N >= 1")
-
-
-def _prepared(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
-    _check_example(example)
-    return onnx_files.plain_copy(model, example)
-
-
 def _batch_shapes() -> tuple[dict[int, Any], ...]:
     return ({0: torch.export.Dim("batch")},)
 
@@ -391,11 +455,6 @@ def _traced(network: nn.Module, example: Tensor) -> torch.export.ExportedProgram
         for node in graph.graph.nodes if isinstance(graph, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)  # source lines and paths of this machine
     return program
-
-
-def _onnx_run(path: Path) -> Run:
-    run = onnx_files.session(path)
-    return lambda batch: [torch.from_numpy(output) for output in run(batch)]
 
 
 def _batches(example: Tensor) -> list[Tensor]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+
+from search.output.run_result import BudgetFigures, GranularityFigures, NetworkFigures, RunResult
 
 STAGES = {"base": "original", "pruned": "pruned", "finetuned": "fine-tuned"}
 SPLITS = {
@@ -115,140 +116,128 @@ def cost_name(cost: str, masked: bool = False) -> str:
     return f"non-zero {name}" if masked and cost in ("macs", "params") else name
 
 
-def masked(result: Mapping[str, Any]) -> bool:
-    """Whether a run set weights to zero instead of cutting channels out."""
-    return bool((result.get("granularity") or {}).get("masked"))
-
-
-def comparison(result: Mapping[str, Any]) -> Comparison:
-    """The table of a run's result.json. Ratios are to the original; differences of accuracy are in points.
+def comparison(result: RunResult) -> Comparison:
+    """The table of a run. Ratios are to the original; differences of accuracy are in points.
 
     Every accuracy names its split: in the row's title where all stages share it, else in each cell. Of masked weights
     MACs and parameters are given twice: those that are not zero, and all as dense hardware computes them.
     """
-    present = {key: result[key] for key in STAGES if result.get(key)}
+    present = result.networks
     rows = {_accuracy_title(present): tuple(_accuracy_cell(present, key) for key in present)}
     for cost, title in _cost_titles(result).items():
-        if any(stage.get(cost) is not None for stage in present.values()):
-            rows[title] = tuple(_cost_cell(present, key, cost) for key in present)
+        if any(network.figure(cost) is not None for network in present.values()):
+            rows[title] = tuple(_cost_cell(network, result.base, cost) for network in present.values())
     return Comparison(tuple(STAGES[key] for key in present), rows)
 
 
-def _cost_titles(result: Mapping[str, Any]) -> dict[str, str]:
-    what = ", non-zero" if masked(result) else ""
-    formats = [b["format"] for b in result.get("budgets") or [] if b.get("format")]
+def _cost_titles(result: RunResult) -> dict[str, str]:
+    what = ", non-zero" if result.granularity.masked else ""
+    formats = [format_name(result.granularity, b.format) for b in result.budgets if b.format]
     return {
         "macs": f"MACs{what}",
         "dense_macs": "MACs, dense",
         "params": f"parameters{what}",
         "dense_params": "parameters, dense",
-        "storage": ", ".join(["stored size", *(_format_name(result, name) for name in formats)]),
+        "storage": ", ".join(["stored size", *formats]),
         "cycles": "cycles",
         "memory": "peak memory, one image",
-        "latency_ms": _latency_title(result),
+        "latency_ms": f"latency, batch {result.latency_batch}, {result.latency_runtime}",
         "latency_spread": "latency, spread",
     }
 
 
-def _latency_title(result: Mapping[str, Any]) -> str:
-    batch, runtime = result.get("latency_batch"), result.get("latency_runtime")
-    parts = [f"batch {batch}"] if batch else []
-    return ", ".join(["latency", *parts, *([runtime] if runtime else [])])
+def format_name(granularity: GranularityFigures, name: str) -> str:
+    """A format of stored weights, or a granularity, as people write it; n:m by its numbers."""
+    return f"{granularity.n}:{granularity.m}" if name == "nm" else FORMATS.get(name, name)
 
 
-def _format_name(result: Mapping[str, Any], name: str) -> str:
-    granularity = result.get("granularity") or {}
-    return (
-        f"{granularity['n']}:{granularity['m']}"
-        if name == "nm" and "n" in granularity
-        else FORMATS.get(name, name)
-    )
+def budget_lines(
+    budgets: Sequence[BudgetFigures], original: Mapping[str, float], masked: bool = False
+) -> list[tuple[str, bool]]:
+    """One sentence per budget, with whether it is met.
+
+    Args:
+        budgets: with the values reached.
+        original: the original network's costs by name.
+        masked: whether weights are set to zero instead of cut out.
+    """
+    return [
+        (
+            f"{cost_name(b.cost, masked)} at most {amount(b.cost, b.limit)} ({percent(b.ratio, 1)}), reached "
+            f"{amount(b.cost, b.value)} ({percent(b.value / original[b.cost], 1)})"
+            f"{': met' if b.met else ': NOT met'}",
+            b.met,
+        )
+        for b in budgets
+    ]
 
 
-def budget_lines(result: Mapping[str, Any]) -> list[tuple[str, bool]]:
-    """One sentence per budget, tightest first, with whether it is met."""
-    budgets = result.get("budgets") or ([result["budget"]] if result.get("budget") else [])
-    base, zeros = result.get("base") or {}, masked(result)
-    return [(_budget_line(budget, base, zeros), bool(budget["met"])) for budget in budgets]
-
-
-def _budget_line(budget: Mapping[str, Any], base: Mapping[str, Any], zeros: bool) -> str:
-    cost = budget["cost"]
-    line = f"{cost_name(cost, zeros)} at most {amount(cost, budget['limit'])}"
-    if budget.get("ratio") is not None:
-        line += f" ({percent(budget['ratio'], 1)})"
-    line += f", reached {amount(cost, budget['value'])}"
-    whole = base.get(cost)
-    if whole:
-        line += f" ({percent(budget['value'] / whole, 1)})"
-    return line + (": met" if budget["met"] else ": NOT met")
-
-
-def _accuracy_title(present: Mapping[str, Mapping[str, Any]]) -> str:
-    splits = {stage["split"] for stage in present.values()}
+def _accuracy_title(present: Mapping[str, NetworkFigures]) -> str:
+    splits = {network.split for network in present.values()}
     return f"accuracy, {split_name(splits.pop())}" if len(splits) == 1 else "accuracy"
 
 
-def _accuracy_cell(present: Mapping[str, Mapping[str, Any]], key: str) -> Cell:
-    stage, base = present[key], present.get("base")
-    text = percent(stage["accuracy"])
-    if len({other["split"] for other in present.values()}) > 1:
-        text += f", {split_name(stage['split'])}"
+def _accuracy_cell(present: Mapping[str, NetworkFigures], key: str) -> Cell:
+    network, base = present[key], present["base"]
+    text = percent(network.accuracy)
+    if len({other.split for other in present.values()}) > 1:
+        text += f", {split_name(network.split)}"
     # Accuracies on different images cannot be subtracted.
-    comparable = base is not None and key != "base" and base["split"] == stage["split"]
-    return Cell(text, f"{100 * (stage['accuracy'] - base['accuracy']):+.2f}" if comparable and base else "")
+    comparable = key != "base" and base.split == network.split
+    return Cell(text, f"{100 * (network.accuracy - base.accuracy):+.2f}" if comparable else "")
 
 
-def _cost_cell(present: Mapping[str, Mapping[str, Any]], key: str, cost: str) -> Cell:
-    value, whole = present[key].get(cost), present.get("base", {}).get(cost)
+def _cost_cell(network: NetworkFigures, base: NetworkFigures, cost: str) -> Cell:
+    value, original = network.figure(cost), base.figure(cost)
     if value is None:
         return Cell(DASH, "")
     # What is dense never changes, and a spread says how sure a figure is.
-    compared = whole and key != "base" and not cost.startswith("dense_") and cost != "latency_spread"
-    return Cell(amount(cost, value), percent(value / whole, 1) if compared else "")
+    compared = original and network is not base and not cost.startswith("dense_") and cost != "latency_spread"
+    return Cell(amount(cost, value), percent(value / original, 1) if original and compared else "")
 
 
-def storage_rows(result: Mapping[str, Any]) -> list[Stored]:
-    """The sizes of a masked network that its run stated."""
-    sizes = result.get("storage") or {}
-    known = {
-        "dense_fp32": ("dense", "32 bits", ""),
-        "csr": (_format_name(result, "csr"), "32 bits", "dense_fp32"),
-        "nm": (_format_name(result, "nm"), "32 bits", "dense_fp32"),
-        "dense_4bit": ("dense", "4 bits", ""),
-        "eie": (_format_name(result, "eie"), "4 bits", "dense_4bit"),
-    }
+def storage_rows(result: RunResult) -> list[Stored]:
+    """The sizes of a masked network."""
+    if result.masked is None:
+        return []
+    sizes = result.masked.storage
+    known = {"dense_fp32": ("32 bits", ""), "csr": ("32 bits", "dense_fp32"), "nm": ("32 bits", "dense_fp32")}
+    known |= {"dense_4bit": ("4 bits", ""), "eie": ("4 bits", "dense_4bit")}
     return [
-        Stored(format, weights, size(sizes[key]), percent(sizes[key] / sizes[whole], 1) if whole else "")
-        for key, (format, weights, whole) in known.items()
+        Stored(
+            "dense" if not dense else format_name(result.granularity, key),
+            bits,
+            size(sizes[key]),
+            percent(sizes[key] / sizes[dense], 1) if dense else "",
+        )
+        for key, (bits, dense) in known.items()
         if key in sizes
     ]
 
 
-def pattern_line(result: Mapping[str, Any]) -> tuple[str, bool] | None:
-    """What the check of an n:m pattern on the delivered weights came to, and whether it holds."""
-    pattern = result.get("pattern")
+def pattern_line(result: RunResult) -> tuple[str, bool] | None:
+    """Whether the n:m pattern holds in the delivered weights, in words and as a fact; None without one."""
+    pattern = result.masked and result.masked.pattern
     if not pattern:
         return None
-    what, count = f"{pattern['n']}:{pattern['m']}", len(pattern["layers"])
-    where = f"{count} of the {len(result.get('strategy') or {})} layers that it fits"
-    if not pattern["holds"]:
+    what = f"{pattern.n}:{pattern.m}"
+    where = f"{len(pattern.layers)} of the {len(result.strategy)} layers that it fits"
+    if not pattern.holds:
         return f"{what} does NOT hold in all of {where}", False
     return f"{what} holds in {where}, checked on the delivered weights; the others are dense", True
 
 
-def history_line(result: Mapping[str, Any]) -> str:
-    """Through which weights the network came, and over how many rounds; '' where it was cut once from the original."""
-    search = result.get("search") or {}
-    parts = []
-    if search.get("start"):
-        adopted = [start for start in search["start"] if start.startswith("round ")]
-        before = [start for start in search["start"] if start not in adopted]
+def history_line(result: RunResult) -> str:
+    """The weights that led to the network, and the rounds of pruning; '' where the original was pruned at once."""
+    search, parts = result.search, []
+    if search.start:
+        adopted = [start for start in search.start if start.startswith("round ")]
+        before = [start for start in search.start if start not in adopted]
         rounds = [f"{len(adopted)} rounds" if len(adopted) > 1 else adopted[0]] if adopted else []
         parts.append(" → ".join([*before, *rounds, "this network"]))
-    if search.get("rounds") and result.get("finetuned"):
+    if search.rounds and result.finetuned:
         parts.append(
-            f"fine-tuned over {search['rounds']} rounds of pruning ({search['schedule']}), where 'pruned' is the same "
+            f"fine-tuned over {search.rounds} rounds of pruning ({search.schedule}), where 'pruned' is the same "
             "strategy at once"
         )
     return "; ".join(parts)

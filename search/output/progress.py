@@ -1,11 +1,11 @@
-"""What a run shows while it goes and when it ends. Nothing else in the project writes to the terminal except logging."""
+"""What a run shows in the terminal, besides its log: progress, and a table at the end."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -30,11 +30,11 @@ from search.output.formatting import (
     comparison,
     duration,
     history_line,
-    masked,
     pattern_line,
     percent,
     storage_rows,
 )
+from search.output.run_result import RunResult
 
 _FILE_WIDTH = 160
 
@@ -224,7 +224,7 @@ class Stage:
 
 
 def final_table(
-    result: Mapping[str, Any],
+    result: RunResult,
     folder: Path | None = None,
     report: Path | None = None,
     console: Console | None = None,
@@ -232,7 +232,7 @@ def final_table(
     """Print the outcome of a run: original / pruned / fine-tuned, the budget, and where to look further.
 
     Args:
-        result: the content of result.json.
+        result: the figures of the run.
         folder: the run folder.
         report: the report page.
         console: where to print; standard output by default.
@@ -244,9 +244,10 @@ def final_table(
         for title, cells in compared.rows.items()
     ]
     print_table(("", *compared.stages), rows, console=console)
-    for line, met in budget_lines(result):
+    for line, met in budget_lines(result.budgets, result.base.costs, result.granularity.masked):
         console.print(Text(f"budget: {line}", style="" if met else "bold red"), soft_wrap=True)
-    _tell_masked(result, console)
+    if result.granularity.masked:
+        _print_masked(result, console)
     if history := history_line(result):
         console.print(Text(f"weights: {history}"), soft_wrap=True)
     for name, path in (("run folder", folder), ("report", report)):
@@ -289,13 +290,13 @@ def _standard_output() -> Console:
     return console if console.is_terminal else Console(width=_FILE_WIDTH)
 
 
-def _tell_masked(result: Mapping[str, Any], console: Console) -> None:
-    """What zeros bring: stored size, whether an n:m pattern holds, and which hardware gains."""
-    if not masked(result):
-        return
-    if rows := storage_rows(result):
-        sizes = [f"{s.format} {s.weights} {s.size}" + (f" ({s.share})" if s.share else "") for s in rows]
-        console.print(Text(f"stored: {', '.join(sizes)}"), soft_wrap=True)
+def _print_masked(result: RunResult, console: Console) -> None:
+    """Stored sizes, whether an n:m pattern holds, and which hardware gains."""
+    sizes = [
+        f"{s.format} {s.weights} {s.size}" + (f" ({s.share})" if s.share else "")
+        for s in storage_rows(result)
+    ]
+    console.print(Text(f"stored: {', '.join(sizes)}"), soft_wrap=True)
     if pattern := pattern_line(result):
         console.print(Text(f"pattern: {pattern[0]}", style="" if pattern[1] else "bold red"), soft_wrap=True)
-    console.print(Text(f"speed: {result['granularity']['speed']}"), soft_wrap=True)
+    console.print(Text(f"speed: {result.granularity.speed}"), soft_wrap=True)

@@ -70,9 +70,9 @@ def test_compress_gives_a_smaller_network_that_loads_onto_the_class(tmp_path: Pa
         folder=tmp_path,
         settings=quick(),
     )
-    assert small.result["pruned"]["macs"] <= 0.5 * small.result["base"]["macs"]
-    assert small.result["finetuned"]["split"] == "search"  # no test loader: the figures say so
-    assert sum(p.numel() for p in small.model.parameters()) == small.result["finetuned"]["params"]
+    assert small.result.pruned.costs["macs"] <= 0.5 * small.result.base.costs["macs"]
+    assert small.result.finetuned.split == "search"  # no test loader: the figures say so
+    assert sum(p.numel() for p in small.model.parameters()) == small.result.finetuned.costs["params"]
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
     restored = load_pruned(own(), tmp_path)
     x = torch.randn(5, 1, 6, 6)
@@ -94,12 +94,12 @@ def test_several_budgets_all_hold_and_the_test_split_is_named(tmp_path: Path) ->
         folder=tmp_path,
         settings=quick("uniform"),
     )
-    base, pruned = small.result["base"], small.result["pruned"]
-    assert pruned["macs"] <= 0.7 * base["macs"]
-    assert pruned["params"] <= 0.4 * base["params"]
-    assert {budget["cost"] for budget in small.result["budgets"]} == {"macs", "params"}
-    assert pruned["split"] == "test"
-    assert small.result["finetuned"] is None
+    base, pruned = small.result.base, small.result.pruned
+    assert pruned.costs["macs"] <= 0.7 * base.costs["macs"]
+    assert pruned.costs["params"] <= 0.4 * base.costs["params"]
+    assert {budget.cost for budget in small.result.budgets} == {"macs", "params"}
+    assert pruned.split == "test"
+    assert small.result.finetuned is None
 
 
 def test_budgets_may_be_settings_with_a_table_measured_elsewhere(tmp_path: Path) -> None:
@@ -126,9 +126,9 @@ def test_budgets_may_be_settings_with_a_table_measured_elsewhere(tmp_path: Path)
         folder=tmp_path / "run",
         settings=replace(quick(), latency=conditions),
     )
-    latency, params = small.result["budgets"]
-    assert (latency["cost"], latency["limit"], latency["met"]) == ("latency", 1e6, True)
-    assert (params["cost"], params["ratio"], params["met"]) == ("params", 0.6, True)
+    latency, params = small.result.budgets
+    assert (latency.cost, latency.limit, latency.met) == ("latency", 1e6, True)
+    assert (params.cost, params.ratio, params.met) == ("params", 0.6, True)
 
 
 def test_without_settings_channels_go_in_the_vectors_of_a_latency_budget(
@@ -224,8 +224,8 @@ def test_a_network_that_is_hard_to_trace_is_still_compressed(tmp_path: Path) -> 
         folder=tmp_path,
         settings=quick(),
     )
-    assert small.result["search"]["repair"] == "least_squares"  # sequential needs a symbolic trace
-    assert small.result["pruned"]["macs"] <= 0.5 * small.result["base"]["macs"]
+    assert small.result.search.repair == "least_squares"  # sequential needs a symbolic trace
+    assert small.result.pruned.costs["macs"] <= 0.5 * small.result.base.costs["macs"]
 
 
 def test_sequential_repair_of_such_a_network_is_refused_before_the_search(tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_weights_of_any_network_can_be_masked(tmp_path: Path) -> None:
         settings=replace(quick(), granularity=FineGrained()),
     )
     left = sum(int(parameter.count_nonzero()) for parameter in small.model.parameters())
-    assert left == small.result["finetuned"]["params"] <= 0.3 * small.result["base"]["params"]
+    assert left == small.result.finetuned.costs["params"] <= 0.3 * small.result.base.costs["params"]
     assert small.keeps == {}
     x = torch.randn(5, 1, 6, 6)
     with torch.no_grad():

@@ -80,11 +80,11 @@ def test_a_table_s_limit_is_what_the_search_keeps_to(small_data: Data, tmp_path:
     ratio = (1 + problem.least_ratio(problem.budgets[0].cost)) / 2
     settings = limited(tmp_path, ratio)
     finished = go(tmp_path, small_data, settings)
-    budget = finished.result["budget"]
-    assert (budget["cost"], budget["met"]) == ("latency", True)
-    assert budget["value"] <= budget["limit"] == pytest.approx(ratio * problem.cost([0] * 3)["latency"])
+    budget = finished.result.budget
+    assert (budget.cost, budget.met) == ("latency", True)
+    assert budget.value <= budget.limit == pytest.approx(ratio * problem.cost([0] * 3)["latency"])
     lines = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
-    assert all(line["costs"]["latency"] <= budget["limit"] * (1 + 1e-12) for line in lines[1:])
+    assert all(line["costs"]["latency"] <= budget.limit * (1 + 1e-12) for line in lines[1:])
     assert lines[0]["header"]["latency"] == [
         problem.cost([0] * 3)["latency"],
         problem.cost(problem.most)["latency"],
@@ -175,9 +175,9 @@ def test_several_budgets_hold_at_once_with_netadapt_too(small_data: Data, tmp_pa
     budgets = BudgetSettings("macs", 0.7), MemoryBudget(ratio=0.9), BudgetSettings("params", 0.6)
     agent, short = NetAdapt(reduction=0.1, decay=1.0), ShortTermSettings(0)
     finished = go(tmp_path, small_data, small("channel", agent=agent, short_term=short, budgets=budgets))
-    found = finished.result["budgets"]
-    assert [budget["cost"] for budget in found] == ["macs", "memory", "params"]
-    assert all(budget["met"] and budget["value"] <= budget["limit"] for budget in found)
+    found = finished.result.budgets
+    assert [budget.cost for budget in found] == ["macs", "memory", "params"]
+    assert all(budget.met and budget.value <= budget.limit for budget in found)
 
 
 def test_further_budgets_are_shares_beside_the_main_one() -> None:

@@ -108,7 +108,7 @@ def test_a_command_delivers_what_it_reports(
     whole = (
         {"conv1": "its 1 input channels (per group) are not divisible by m=4"} if granularity == "nm" else {}
     )
-    assert {entry["name"]: entry["reason"] for entry in result["whole"]} == whole
+    assert {entry["name"]: entry["reason"] for entry in result["skipped"]} == whole
 
 
 WHOLE = {"fine_grained": 0, "nm": 1, "vector": 3, "kernel": 3}
@@ -130,7 +130,7 @@ def test_every_agent_searches_every_granularity(
     )
     finished = go(tmp_path, small_data, settings, name="residual")
     result = assert_delivered(tmp_path, network("residual"), images(1), granularity)
-    assert (result["search"]["agent"], len(result["whole"])) == (name, WHOLE[granularity])
+    assert (result["search"]["agent"], len(result["skipped"])) == (name, WHOLE[granularity])
     assert result["finetuned"]["macs"] <= 0.7 * result["base"]["macs"]
     assert same_state(finished.model, load_pruned(network("residual"), tmp_path))
     assert finished.keeps == {}
@@ -139,21 +139,25 @@ def test_every_agent_searches_every_granularity(
 def test_two_budgets_hold_for_masks(small_data: Data, tmp_path: Path) -> None:
     budgets = (BudgetSettings("macs", 0.7), StorageBudget(ratio=0.6, format="csr"))
     result = go(tmp_path, small_data, small("fine_grained", budgets=budgets), name="residual").result
-    assert [budget["met"] for budget in result["budgets"]] == [True, True]
-    assert result["storage"]["csr"] == result["budgets"][1]["value"] <= 0.6 * result["storage"]["dense_fp32"]
-    assert result["pruned"]["macs"] <= 0.7 * result["base"]["macs"]
+    assert [budget.met for budget in result.budgets] == [True, True]
+    assert (
+        result.masked.storage["csr"] == result.budgets[1].value <= 0.6 * result.masked.storage["dense_fp32"]
+    )
+    assert result.pruned.costs["macs"] <= 0.7 * result.base.costs["macs"]
 
 
 def test_a_budget_on_memory_holds_beside_another(small_data: Data, tmp_path: Path) -> None:
     budgets = (MemoryBudget(ratio=0.6), BudgetSettings("params", 0.7))
     finished = go(tmp_path, small_data, small("channel", budgets=budgets), name="residual")
     result = finished.result
-    assert [budget["met"] for budget in result["budgets"]] == [True, True]
-    assert result["base"]["memory"] == 3 * 16 * 64 * 4  # a block's input, a convolution's output, its norm's
-    assert result["budgets"][0]["value"] == result["finetuned"]["memory"] <= 0.6 * result["base"]["memory"]
+    assert [budget.met for budget in result.budgets] == [True, True]
+    assert (
+        result.base.costs["memory"] == 3 * 16 * 64 * 4
+    )  # a block's input, a convolution's output, its norm's
+    assert result.budgets[0].value == result.finetuned.costs["memory"] <= 0.6 * result.base.costs["memory"]
     stream = weight(finished.model, "conv1").shape[0]
-    assert result["finetuned"]["memory"] >= 3 * stream * 64 * 4
-    assert result["finetuned"]["params"] <= 0.7 * result["base"]["params"]
+    assert result.finetuned.costs["memory"] >= 3 * stream * 64 * 4
+    assert result.finetuned.costs["params"] <= 0.7 * result.base.costs["params"]
 
 
 @pytest.mark.parametrize("repair", REPAIRS)
@@ -165,11 +169,11 @@ def test_no_repair_fills_the_zeros(small_data: Data, tmp_path: Path, granularity
         finetune=FinetuneSettings(epochs=0),
     )
     finished = go(tmp_path, small_data, settings)
-    assert finished.result["search"]["repair"] == repair
-    for layer, ratio in finished.strategy.items():
+    assert finished.result.search.repair == repair
+    for layer, ratio in finished.result.strategy.items():
         found = weight(finished.model, layer)
         assert int((found == 0).sum()) == round(ratio * found.numel())
-    assert counted(finished.model, images(1)).items() <= finished.result["pruned"].items()
+    assert counted(finished.model, images(1)).items() <= finished.result.pruned.costs.items()
 
 
 # --------------------------------------------------------------------------------------- episodes at once
@@ -260,8 +264,7 @@ def test_what_is_cut_short_is_counted_and_finalists_never_are(
     assert hits == pytest.approx([round(count) for count in hits])
     assert finalists
     assert not any("images" in line for line in finalists)
-    assert finished.result["search"]["cut_short"] == len(short)
-    assert finished.result["search"]["precision"] == "float32"
+    assert finished.result.search.precision == "float32"
     assert not {tuple(line["removed"]) for line in short} & {tuple(line["removed"]) for line in finalists}
 
 

@@ -136,7 +136,7 @@ def test_a_batch_of_more_images_than_there_are_is_measured_as_large_as_it_is_sai
 
     monkeypatch.setattr("search.results.measure", measured)
     settings = small("channel", latency=LatencySettings(batch=70, repeats=1))
-    assert go(tmp_path, small_data, settings).result["latency_batch"] == 70
+    assert go(tmp_path, small_data, settings).result.latency_batch == 70
     (example,) = seen
     assert len(small_data.search) == 32
     images = small_data.normalise(small_data.search.images)

@@ -1,5 +1,6 @@
 """What is counted on masked weights: non-zeros, sizes and patterns, against numbers by hand."""
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ from amc_env.pruning.granularity import NM, Channel, FineGrained, Granularity, K
 from amc_env.strategy import Strategy
 from search.costing import storage_of
 from search.data import Data, Split, fingerprint
+from search.output.run_result import LayerRow, Pattern
 from search.preparation import prepare
 from search.ranking import Prepared
 from search.settings import Settings
-from search.sparsity import granularity_of, sparsity_of, stored_sizes
+from search.sparsity import granularity_of, masked_figures, stored_sizes
 
 
 def prepared(granularity: Granularity, inputs: int = 48, hidden: int = 4) -> Prepared:
@@ -83,25 +85,31 @@ def test_zeros_are_counted_where_they_lie_and_not_where_the_search_began() -> No
 def test_non_zeros_of_every_layer_are_stated() -> None:
     ranked = prepared(FineGrained())
     chosen = strategy(ranked, 100, 4)
-    found = sparsity_of(ranked, ranked.builder.cut(chosen.removed), chosen)
-    assert found["layers"] == {"1": {"weights": 192, "nonzero": 92}, "3": {"weights": 16, "nonzero": 12}}
-    assert "pattern" not in found
+    found = masked_figures(ranked, ranked.builder.cut(chosen.removed), chosen)
+    assert found is not None
+    assert found.layers == {"1": LayerRow(192, 92), "3": LayerRow(16, 12)}
+    assert found.pattern is None
 
 
 def test_a_pattern_is_found_and_its_loss_too() -> None:
     ranked = prepared(NM(2, 4))
     chosen = strategy(ranked, 2, 0)
     network = ranked.builder.cut(chosen.removed)
-    assert sparsity_of(ranked, network, chosen)["pattern"] == {"n": 2, "m": 4, "layers": ["1"], "holds": True}
+
+    def pattern() -> Pattern | None:
+        found = masked_figures(ranked, network, chosen)
+        return found and found.pattern
+
+    assert pattern() == Pattern(2, 4, ("1",), holds=True)
     with torch.no_grad():
         network.get_submodule("1").weight.fill_(1.0)
-    assert not sparsity_of(ranked, network, chosen)["pattern"]["holds"]
+    assert pattern() == Pattern(2, 4, ("1",), holds=False)
 
 
 def test_channels_have_no_zeros_to_speak_of() -> None:
     ranked = prepared(Channel())
     chosen = strategy(ranked, 2)
-    assert sparsity_of(ranked, ranked.builder.cut(chosen.removed), chosen) == {}
+    assert masked_figures(ranked, ranked.builder.cut(chosen.removed), chosen) is None
 
 
 @pytest.mark.parametrize(
@@ -116,6 +124,6 @@ def test_channels_have_no_zeros_to_speak_of() -> None:
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_a_granularity_says_what_it_is(granularity: Granularity, says: dict[str, Any]) -> None:
-    found = granularity_of(granularity)
+    found = asdict(granularity_of(granularity))
     assert says.items() <= found.items()
     assert found["speed"] == granularity.speed

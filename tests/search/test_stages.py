@@ -20,6 +20,7 @@ from amc_env.pruning.regularization import L1, BNScale
 from amc_env.pruning.schedule import Schedule
 from search.data import Data
 from search.judging import make_evaluator, start_of
+from search.output.run_result import RunResult
 from search.preparation import prepare
 from search.ranking import builder_of
 from search.settings import FinalistSettings, Settings
@@ -36,10 +37,9 @@ def best(lines: list[dict[str, Any]], start: str) -> dict[str, Any]:
     return max((line for line in lines if line["start"] == start), key=lambda line: line["accuracy"])
 
 
-def figures(result: dict[str, Any]) -> dict[str, Any]:
+def figures(result: RunResult) -> RunResult:
     """All but how long it took and on what, and whether it was stopped in between."""
-    kept = {key: value for key, value in result.items() if key not in ("machine", "resumed")}
-    return kept | {"search": {key: value for key, value in result["search"].items() if key != "seconds"}}
+    return replace(result, machine={}, resumed=False, search=replace(result.search, seconds=0.0))
 
 
 @pytest.mark.parametrize("granularity", ["channel", "fine_grained"])
@@ -57,10 +57,10 @@ def test_each_stage_has_its_budget_and_begins_with_the_network_before(
         assert line["costs"]["params"] <= limit * whole
     assert any(line["costs"]["params"] > 0.4 * whole for line in lines[:5])
     assert (tracked.episodes, tracked.epochs) == (list(range(1, 11)), [1, 2, 3, 4])
-    assert finished.result["budget"]["ratio"] == 0.4
-    assert finished.result["search"]["evaluations"] == 5
+    assert finished.result.budget.ratio == 0.4
+    assert finished.result.search.evaluations == 5
     delivered = best(lines, "stage 1 (0.6)")
-    assert finished.result["pruned"]["params"] == round(delivered["costs"]["params"])
+    assert finished.result.pruned.costs["params"] == round(delivered["costs"]["params"])
     strategy = json.loads((tmp_path / "strategy.json").read_text())
     assert [d["removed"] for d in strategy["decisions"].values()] == delivered["removed"]
     assert strategy["start"] == ["original", "stage 1 (0.6)"]
@@ -68,7 +68,7 @@ def test_each_stage_has_its_budget_and_begins_with_the_network_before(
 
 def test_masks_of_the_first_stage_are_zeros_of_the_second_s_start(small_data: Data, tmp_path: Path) -> None:
     finished = go(tmp_path, small_data, small("fine_grained", **STAGED))
-    first = dict(zip(finished.strategy, best(journal(tmp_path), "original")["removed"], strict=True))
+    first = dict(zip(finished.result.strategy, best(journal(tmp_path), "original")["removed"], strict=True))
     start = load_file(tmp_path / "starts" / "stage-1.safetensors")
     assert [path.name for path in (tmp_path / "starts").iterdir()] == ["stage-1.safetensors"]
     original = network("concat").state_dict()
@@ -76,7 +76,9 @@ def test_masks_of_the_first_stage_are_zeros_of_the_second_s_start(small_data: Da
     for layer, removed in first.items():
         assert int((start[f"{layer}.weight"] == 0).sum()) == removed
         assert not torch.equal(start[f"{layer}.weight"], original[f"{layer}.weight"])
-    last = dict(zip(finished.strategy, best(journal(tmp_path), "stage 1 (0.6)")["removed"], strict=True))
+    last = dict(
+        zip(finished.result.strategy, best(journal(tmp_path), "stage 1 (0.6)")["removed"], strict=True)
+    )
     for layer, removed in last.items():
         gone = weight(finished.model, layer) == 0
         assert int(gone.sum()) >= removed
@@ -90,14 +92,16 @@ def test_channels_of_the_first_stage_are_zeros_of_the_second_s_start(
     finished = go(tmp_path, small_data, small("channel", **STAGED), name="mlp")
     first = best(journal(tmp_path), "original")["removed"]
     start = load_file(tmp_path / "starts" / "stage-1.safetensors")
-    assert list(finished.strategy) == ["1", "3"]
+    assert list(finished.result.strategy) == ["1", "3"]
     for layer, reader, removed in zip(("1", "3"), ("3", "5"), first, strict=True):
         silent = (start[f"{layer}.weight"] == 0).all(1)
         assert int(silent.sum()) == removed > 0
         assert (start[f"{layer}.bias"][silent] == 0).all()
         assert (start[f"{reader}.weight"][:, silent] == 0).all()
     parameters = sum(p.numel() for p in finished.model.parameters())
-    assert parameters == finished.result["finetuned"]["params"] <= 0.4 * finished.result["base"]["params"]
+    assert (
+        parameters == finished.result.finetuned.costs["params"] <= 0.4 * finished.result.base.costs["params"]
+    )
 
 
 def scored_anew(
@@ -184,7 +188,7 @@ def test_sparse_training_comes_before_and_the_base_stays_the_network_given(
     assert scales[0] < scales[1] - 0.5  # 24 scales, 4 steps of 0.01 with a pull of 1
     assert {line["start"] for line in journal(tmp_path)} == {"regularised"}
     plain = go(tmp_path / "plain", small_data, small("channel"))
-    assert finished.result["base"] == plain.result["base"]
+    assert finished.result.base == plain.result.base
     lines = journal(tmp_path)
     accuracies = [line["accuracy"] for line in lines]
     assert (
@@ -198,7 +202,9 @@ def test_a_loss_term_during_fine_tuning_alone(small_data: Data, tmp_path: Path) 
     for during in (True, False):
         settings = small("fine_grained", regularization=L1(weight=0.1, before_epochs=0, during=during))
         finished = go(tmp_path / str(during), small_data, settings)
-        sums.append(sum(float(weight(finished.model, layer).abs().sum()) for layer in finished.strategy))
+        sums.append(
+            sum(float(weight(finished.model, layer).abs().sum()) for layer in finished.result.strategy)
+        )
         assert not (tmp_path / str(during) / "starts").exists()
         assert {line["start"] for line in journal(tmp_path / str(during))} == {"original"}
     assert sums[0] < 0.95 * sums[1]

@@ -63,8 +63,8 @@ def test_rounds_begin_with_what_the_winner_was_tuned_to(
     strategy = json.loads((tmp_path / "strategy.json").read_text())
     assert [d["removed"] for d in strategy["decisions"].values()] == rounds[-1]["removed"]
     assert strategy["start"] == [line["start"] for line in rounds]
-    assert finished.result["pruned"]["params"] == round(rounds[-1]["costs"]["params"])
-    assert finished.result["search"]["search_accuracy"] == rounds[-1]["accuracy"]
+    assert finished.result.pruned.costs["params"] == round(rounds[-1]["costs"]["params"])
+    assert finished.result.search.search_accuracy == rounds[-1]["accuracy"]
 
 
 def test_what_is_delivered_is_the_last_round_s_network(small_data: Data, tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_stopped_run_goes_on_in_its_round(
         go(tmp_path / "stopped", small_data, settings, track=Tracked(stop_at))
     known = len(journal(tmp_path / "stopped"))
     again = go(tmp_path / "stopped", small_data, settings)
-    assert again.result["resumed"]
+    assert again.result.resumed
     assert known == stop_at
     for file in ("evaluations.jsonl", "strategy.json", "metrics.csv"):
         assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
@@ -162,7 +162,7 @@ def test_a_rate_that_is_too_large_is_named_as_the_short_term_s(small_data: Data,
 def test_masked_weights_stay_zero_through_the_steps(small_data: Data, tmp_path: Path) -> None:
     finished = go(tmp_path, small_data, small("fine_grained", **ADAPTS))
     removed = states(journal(tmp_path))[-1]["removed"]
-    for layer, count in zip(finished.strategy, removed, strict=True):
+    for layer, count in zip(finished.result.strategy, removed, strict=True):
         assert int((weight(finished.model, layer) == 0).sum()) >= count
 
 

@@ -20,14 +20,13 @@ from amc_env.errors import UserError
 from amc_env.layers import LayerGraph, keeps_of
 from amc_env.pruning.candidate import Keeps, resize
 from search.output.export import (
-    FILES,
+    FORMATS,
     TOLERANCE,
     Exported,
     ExportError,
+    Small,
     check_formats,
     export_all,
-    export_onnx,
-    export_pt2,
     load_pruned,
     save_pruned,
 )
@@ -35,6 +34,7 @@ from search.output.export import (
 ROOT = Path(__file__).resolve().parents[3]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SHAPE = (3, 8, 8)
+FILES = {"safetensors": "model.safetensors", "pt2": "model.pt2", "onnx": "model.onnx"}
 
 
 class Residual(nn.Module):
@@ -166,9 +166,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
         folder, cut = tmp_path_factory.mktemp(name), pruned(name)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            results = export_all(
-                cut.model, cut.keeps, batch(4), folder, list(FILES), name, original=cut.original
-            )
+            small = Small(cut.model, batch(4), cut.keeps, name, cut.original)
+            results = export_all(small, folder, list(FORMATS))
         made[name] = folder, cut, results
     return made
 
@@ -322,9 +321,9 @@ def test_without_the_original_totals_are_unknown_and_loading_still_works(tmp_pat
 # The network is left alone, and so is the terminal
 
 
-@pytest.mark.parametrize("export, file", [(export_pt2, "model.pt2"), (export_onnx, "model.onnx")])
+@pytest.mark.parametrize("name, file", [("pt2", "model.pt2"), ("onnx", "model.onnx")])
 def test_export_leaves_the_network_as_it_was_and_says_nothing(
-    export, file: str, tmp_path: Path, capfd
+    name: str, file: str, tmp_path: Path, capfd
 ) -> None:
     model = unpruned("residual")
     model.train()
@@ -333,8 +332,9 @@ def test_export_leaves_the_network_as_it_was_and_says_nothing(
     before = copy.deepcopy(model.state_dict())
     flags = [module.training for module in model.modules()]
     example = batch(1)  # torch.export would make a traced batch of one a constant
-    result = export(model, example, tmp_path / file)
+    result = FORMATS[name].write(Small(model, example), tmp_path)
     assert result.error is None
+    assert result.path == tmp_path / file
     assert result.path.is_file()
     assert flags == [module.training for module in model.modules()]
     assert [p.requires_grad for p in model.parameters()] == [
@@ -350,14 +350,14 @@ def test_channels_last_networks_are_exported_without_a_warning(tmp_path: Path) -
     model = unpruned("residual").to(memory_format=torch.channels_last)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = export_pt2(model, batch(2), tmp_path / "model.pt2")
+        result = FORMATS["pt2"].write(Small(model, batch(2)), tmp_path)
     assert result.error is None
     assert model.inner.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_half_precision_networks_are_exported_in_fp32(tmp_path: Path) -> None:
     model = unpruned("mlp").half()
-    result = export_pt2(model, batch(2).half(), tmp_path / "model.pt2")
+    result = FORMATS["pt2"].write(Small(model, batch(2).half()), tmp_path)
     assert result.max_difference == 0
     assert torch.export.load(result.path).module()(batch(2)).dtype == torch.float32
     assert model.first.weight.dtype == torch.float16
@@ -369,7 +369,7 @@ def test_half_precision_networks_are_exported_in_fp32(tmp_path: Path) -> None:
 def test_a_failing_export_keeps_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     (tmp_path / "model.pt2").write_bytes(b"earlier")
-    safetensors, pt2, onnx = export_all(FixedBatch(), {}, torch.randn(2, 4), tmp_path, list(FILES), "fixed")
+    safetensors, pt2, onnx = export_all(Small(FixedBatch(), torch.randn(2, 4)), tmp_path, list(FORMATS))
     assert safetensors.error is None
     assert safetensors.path.is_file()
     assert (pt2.bytes, pt2.max_difference) == (onnx.bytes, onnx.max_difference) == (0, None)
@@ -385,10 +385,12 @@ def test_a_failing_export_keeps_the_others(tmp_path: Path, monkeypatch: pytest.M
     assert "model.pt2 was not exported" in caplog.text
 
 
-@pytest.mark.parametrize("export, file", [(export_pt2, "model.pt2"), (export_onnx, "model.onnx")])
-def test_a_program_that_differs_on_another_batch_size_is_not_kept(export, file: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name, file", [("pt2", "model.pt2"), ("onnx", "model.onnx")])
+def test_a_program_that_differs_on_another_batch_size_is_not_kept(
+    name: str, file: str, tmp_path: Path
+) -> None:
     with pytest.raises(ExportError, match=rf"{file} differs from the network by .* on a batch of 1, allowed"):
-        export(BatchBranch(), torch.randn(4, 4), tmp_path / file)
+        FORMATS[name].write(Small(BatchBranch(), torch.randn(4, 4)), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -396,7 +398,7 @@ def test_a_network_whose_output_is_not_finite_is_not_kept(tmp_path: Path) -> Non
     model = unpruned("mlp")
     model.head.bias.data.fill_(torch.nan)
     with pytest.raises(ExportError, match="own output on a batch of 4 is not finite"):
-        export_pt2(model, batch(4), tmp_path / "model.pt2")
+        FORMATS["pt2"].write(Small(model, batch(4)), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -416,7 +418,7 @@ def test_unknown_formats_are_listed_with_those_allowed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         check_formats(["pt2", "tflite", "pb"])
     with pytest.raises(UserError, match=message):
-        export_all(Mlp(), {}, batch(2), tmp_path, ["tflite", "pb"], "mlp")
+        export_all(Small(Mlp(), batch(2)), tmp_path, ["tflite", "pb"])
     with pytest.raises(UserError, match=r"are a list, got 'onnx': write \[onnx\]"):
         check_formats("onnx")
     check_formats(["safetensors", "pt2"])
@@ -434,9 +436,9 @@ def test_missing_onnx_packages_are_named_with_the_way_to_install_them(
 
 
 @pytest.mark.parametrize("example", [torch.zeros(0, *SHAPE), torch.zeros(3)])
-def test_an_example_without_rows_is_refused(example: Tensor, tmp_path: Path) -> None:
+def test_an_example_without_rows_is_refused(example: Tensor) -> None:
     with pytest.raises(UserError, match=r"example batch has shape .* must be \[N, \.\.\.\] with N >= 1"):
-        export_all(Mlp(), {}, example, tmp_path, ["pt2"], "mlp")
+        Small(Mlp(), example)
 
 
 @pytest.fixture

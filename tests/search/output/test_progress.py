@@ -6,33 +6,12 @@ import sys
 from typing import Any
 
 import pytest
+from made_results import budget, network, pattern_result, result, search
 from rich.console import Console
 
 from search.output import progress as module
 from search.output.formatting import amount, comparison, duration, percent, quantity
 from search.output.progress import Progress, SearchStatus, final_table
-
-
-def stage(accuracy: float, macs: float, split: str = "test") -> dict[str, Any]:
-    return {
-        "accuracy": accuracy,
-        "macs": macs,
-        "params": macs / 100,
-        "latency_ms": macs / 1e7,
-        "latency_spread": 0.034,
-        "split": split,
-    }
-
-
-def result(**changes: Any) -> dict[str, Any]:
-    return {
-        "base": stage(0.9173, 40.55e6),
-        "pruned": stage(0.8421, 20.23e6),
-        "finetuned": stage(0.9052, 20.23e6),
-        "budget": {"cost": "macs", "ratio": 0.5, "limit": 20.275e6, "value": 20.23e6, "met": True},
-        "latency_batch": 1,
-        "latency_runtime": "eager",
-    } | changes
 
 
 def status(done: int) -> SearchStatus:
@@ -187,27 +166,14 @@ class TestFinalTable:
         assert "fine-tuned" not in text_of(console)
         assert "pruned" in text_of(console)
 
-    def test_zeros_are_counted_stored_and_told_who_gains(self) -> None:
+    def test_masked_weights_have_their_sizes_and_pattern(self) -> None:
         console = plain(100)
-        masked = result(
-            granularity={
-                "name": "nm",
-                "masked": True,
-                "speed": "GPUs gain.",
-                "unit": "weights",
-                "n": 2,
-                "m": 4,
-            },
-            storage={"dense_fp32": 1000, "nm": 531, "dense_4bit": 200, "eie": 150},
-            pattern={"n": 2, "m": 4, "layers": ["conv"], "holds": True},
-            strategy={"conv": 0.5},
-            search={"start": ["original", "stage 1 (0.5)"]},
-        )
-        final_table(masked, console=console)
+        final_table(pattern_result(search=search(start=("original", "stage 1 (0.5)"))), console=console)
         text = text_of(console)
         for line in (
-            "stored: dense 32 bits 1.00 kB, 2:4 32 bits 531 B (53.1%), dense 4 bits 200 B, EIE 4 bits 150 B (75.0%)",
-            "pattern: 2:4 holds in 1 of the 1 layers that it fits",
+            "stored: dense 32 bits 1.00 kB, CSR 32 bits 900 B (90.0%), 2:4 32 bits 531 B (53.1%), dense 4 bits 200 B, "
+            "EIE 4 bits 150 B (75.0%)",
+            "pattern: 2:4 holds in 1 of the 3 layers that it fits",
             "speed: GPUs gain.",
             "weights: original → stage 1 (0.5) → this network",
             "| MACs, non-zero",
@@ -217,23 +183,26 @@ class TestFinalTable:
 
     def test_cut_channels_need_no_such_words(self) -> None:
         console = plain()
-        final_table(result(granularity={"name": "channel", "masked": False, "speed": "x"}), console=console)
+        final_table(result(), console=console)
         assert not {"stored:", "pattern:", "speed:", "weights:"} & set(text_of(console).split())
 
-    def test_no_budget_and_no_pruned_network(self) -> None:
+    def test_without_a_budget(self) -> None:
         console = plain()
-        final_table(result(budget=None, pruned=None, finetuned=None), console=console)
+        final_table(result(budgets=()), console=console)
         assert "original" in text_of(console)
         assert "budget" not in text_of(console)
 
     def test_a_budget_missed_is_said(self) -> None:
         console = plain()
-        missed = {"cost": "latency_ms", "ratio": None, "limit": 3.0, "value": 4.0, "met": False}
-        final_table(result(budget=missed), console=console)
-        assert "budget: latency at most 3.00 ms, reached 4.00 ms (98.6%): NOT met" in text_of(console)
+        missed = budget(cost="latency", ratio=0.75, limit=3.0, value=4.0, met=False)
+        networks = {name: network(0.9, 4e7, latency=4.0) for name in ("base", "pruned")}
+        final_table(result(budgets=(missed,), **networks), console=console)
+        assert "budget: latency at most 3.00 ms (75.0%), reached 4.00 ms (100.0%): NOT met" in text_of(
+            console
+        )
 
     def test_accuracies_of_different_splits_are_named_and_not_subtracted(self) -> None:
-        mixed = comparison(result(finetuned=stage(0.9, 2e7, split="search")))
+        mixed = comparison(result(finetuned=network(0.9, 2e7, split="search")))
         cells = mixed.rows["accuracy"]
         assert [cell.text for cell in cells] == [
             "91.73%, test split",

@@ -4,65 +4,32 @@ import base64
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from made_results import (
+    NAMES,
+    REMOVED,
+    TOTALS,
+    budget,
+    masked_result,
+    network,
+    pattern_result,
+    result,
+    search,
+)
 
-from amc_env.errors import UserError
 from search.output.plots import plot_finetune
 from search.output.report import headline, write_report
+from search.output.run_result import RunResult
 
-NAMES = ("layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1")
-REMOVED, TOTALS = (4, 16, 40), (16, 32, 64)
-
-
-def stage(accuracy: float, macs: float, split: str = "test") -> dict[str, Any]:
-    return {"accuracy": accuracy, "macs": macs, "params": 1000.0, "latency_ms": 2.5, "split": split}
+MISSED = budget(cost="params", ratio=0.6, limit=200e3, value=202.3e3, met=False)
 
 
-def whole_result() -> dict[str, Any]:
-    return {
-        "model": "ResNet-20",
-        "data": "cifar10",
-        "base": stage(0.9173, 40.55e6),
-        "pruned": stage(0.8421, 20.23e6),
-        "finetuned": stage(0.9052, 20.23e6),
-        "budget": {"cost": "macs", "ratio": 0.5, "limit": 20.275e6, "value": 20.23e6, "met": True},
-        "budgets": [
-            {"cost": "macs", "ratio": 0.5, "limit": 20.275e6, "value": 20.23e6, "met": True},
-            {"cost": "params", "ratio": None, "limit": 900.0, "value": 1000.0, "met": False},
-        ],
-        "search": {
-            "agent": "ddpg",
-            "episodes": 40,
-            "evaluations": 38,
-            "cache_hits": 2,
-            "seconds": 95.0,
-            "seed": 1,
-            "best_reward": -0.17,
-        },
-        "strategy": {
-            name: removed / total for name, removed, total in zip(NAMES, REMOVED, TOTALS, strict=True)
-        },
-        "whole": [
-            {"name": "conv1", "reason": "residual stream with a padded shortcut"},
-            {"name": "layer1.0.conv2", "reason": "residual stream with a padded shortcut"},
-            {"name": "fc", "reason": "the classifier's <outputs>"},
-        ],
-        "exports": [
-            {"format": "safetensors", "path": "model.safetensors", "bytes": 590_000},
-            {"format": "torch_export", "path": "model.pt2", "bytes": 710_000},
-            {"format": "onnx", "path": "model.onnx", "bytes": 585_000},
-        ],
-        "machine": {"system": "Linux", "threads": 2},
-        "command": "amc-search model=resnet20 seed=1 hydra.run.dir=outputs/here",
-        "latency_batch": 1,
-    }
-
-
-def leave_run(folder: Path, result: dict[str, Any]) -> Path:
+def leave_run(folder: Path, made: RunResult) -> Path:
     """A made-up run folder with everything in it."""
     decisions = {
         name: {"removed": removed, "total": total, "ratio": removed / total}
@@ -76,14 +43,14 @@ def leave_run(folder: Path, result: dict[str, Any]) -> Path:
         accuracy = 0.6 + 0.2 * math.sin(episode) ** 2
         removed = list(REMOVED) if episode == 30 else [episode % 16, 0, 0]
         costs = {"macs": 20e6 + 1e4 * episode, "params": 1000.0}
-        line = {"key": str(episode), "removed": removed, "accuracy": accuracy, "costs": costs, "met": True}
+        line = {"start": "original", "removed": removed, "accuracy": accuracy, "costs": costs, "met": True}
         lines.append(line | {"repair": "none"})
         rows.append(f"search,{episode},{accuracy - 1},{accuracy},")
     rows += [f"finetune,{epoch},,,{1 / (epoch + 1)}" for epoch in range(5)]
     (folder / ".hydra").mkdir(parents=True)
-    (folder / "result.json").write_text(json.dumps(result))
+    made.write(folder)
     (folder / "strategy.json").write_text(json.dumps({"decisions": decisions}))
-    (folder / "evaluations.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"key": "torn')
+    (folder / "evaluations.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"start": "torn')
     (folder / "metrics.csv").write_text("\n".join(rows) + "\n")
     (folder / ".hydra" / "config.yaml").write_text("seed: 1\nnote: 'a <b> & c'\n")
     (folder / ".hydra" / "overrides.yaml").write_text("- model=resnet20\n")
@@ -110,7 +77,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return leave_run(tmp_path / "run", whole_result())
+    return leave_run(tmp_path / "run", result(budgets=(budget(), MISSED)))
 
 
 def test_a_whole_run_shows_every_part(folder: Path) -> None:
@@ -126,7 +93,7 @@ def test_a_whole_run_shows_every_part(folder: Path) -> None:
         "accuracy, test split",
         "-1.21 points",
         "MACs at most 20.27 M (50.0%), reached 20.23 M (49.9%): met",
-        "parameters at most 900, reached 1.00 k (100.0%): NOT met",
+        "parameters at most 200.00 k (60.0%), reached 202.30 k (49.9%): NOT met",
         "12 / 16",
         "25.0%",
         "residual stream with a padded shortcut",
@@ -176,7 +143,7 @@ def test_writing_it_twice_gives_the_same_page(folder: Path) -> None:
 
 
 def test_without_fine_tuning_and_export(tmp_path: Path) -> None:
-    folder = leave_run(tmp_path, whole_result() | {"finetuned": None, "exports": []})
+    folder = leave_run(tmp_path, result(finetuned=None, exports=()))
     lines = (folder / "metrics.csv").read_text().splitlines()
     (folder / "metrics.csv").write_text(
         "\n".join(line for line in lines if not line.startswith("finetune")) + "\n"
@@ -189,27 +156,18 @@ def test_without_fine_tuning_and_export(tmp_path: Path) -> None:
 
 
 def test_an_export_that_failed_is_said_and_not_offered(tmp_path: Path) -> None:
-    result = whole_result()
-    result["exports"][2] |= {"bytes": 0, "error": "operator <x> is unknown"}
-    page = Page(write_report(leave_run(tmp_path, result)).read_text())
+    exports = result().exports
+    failed = replace(exports[2], bytes=0, max_difference=None, error="operator <x> is unknown")
+    page = Page(write_report(leave_run(tmp_path, result(exports=(*exports[:2], failed)))).read_text())
     assert "Export onnx failed: operator <x> is unknown" in page.words
     assert "onnxruntime" not in page.words
     assert "model.pt2" in page.words
 
 
 def test_with_result_json_alone(tmp_path: Path) -> None:
-    bare = {
-        "base": stage(0.9, 1e6),
-        "pruned": None,
-        "finetuned": None,
-        "budget": None,
-        "search": {},
-        "strategy": {},
-    }
-    (tmp_path / "result.json").write_text(json.dumps(bare))
+    result().write(tmp_path)
     page = Page(write_report(tmp_path).read_text())
-    assert "no pruned network was delivered" in page.words
-    assert "90.00%" in page.words
+    assert "90.52%" in page.words
     assert page.resources == []
 
 
@@ -226,43 +184,15 @@ def test_any_other_file_may_be_missing(folder: Path, missing: str) -> None:
         assert len(page.resources) < 4
 
 
-@pytest.mark.parametrize("content", [None, '{"base": '])
-def test_a_run_that_has_not_ended_is_a_users_mistake(tmp_path: Path, content: str | None) -> None:
-    if content is not None:
-        (tmp_path / "result.json").write_text(content)
-    with pytest.raises(UserError, match=r"no readable result\.json.*hydra\.run\.dir"):
-        write_report(tmp_path)
-
-
 def test_headline_names_both_splits_where_they_differ() -> None:
-    mixed = whole_result() | {"finetuned": stage(0.9052, 20.23e6, split="search")}
+    mixed = result(finetuned=network(0.9052, 20.23e6, split="search"))
     assert "91.73% on the test split → 90.52% on the search split after fine-tuning." in headline(mixed)
 
 
 def test_headline_speaks_of_the_cost_that_was_bounded() -> None:
-    bounded = {"cost": "latency_ms", "ratio": 0.5, "limit": 3.0, "value": 2.5, "met": True}
-    slow = whole_result() | {"budget": bounded, "base": stage(0.9173, 40.55e6) | {"latency_ms": 5.0}}
-    assert headline(slow).startswith("ResNet-20 to 50.0% of its latency: ")
-
-
-def masked_result() -> dict[str, Any]:
-    dense = {"dense_macs": 40.55e6, "dense_params": 1000}
-    whole = whole_result()
-    for name in ("base", "pruned", "finetuned"):
-        whole[name] |= dense
-    return whole | {
-        "granularity": {
-            "name": "fine_grained",
-            "masked": True,
-            "speed": "Sparsity only: <no>.",
-            "unit": "weights",
-        },
-        "layers": {
-            name: {"weights": total, "nonzero": total - removed}
-            for name, removed, total in zip(NAMES, REMOVED, TOTALS, strict=True)
-        },
-        "storage": {"dense_fp32": 4000, "csr": 2000, "dense_4bit": 800, "eie": 600},
-    }
+    bounded = budget(cost="latency", limit=3.0, value=2.5)
+    slow = {"base": network(0.9, 4e7, latency=5.0), "finetuned": network(0.9, 2e7, latency=2.5)}
+    assert headline(result(budgets=(bounded,), **slow)).startswith("ResNet-20 to 50.0% of its latency: ")
 
 
 def test_a_masked_run_says_what_is_zero_and_who_gains(tmp_path: Path) -> None:
@@ -287,17 +217,13 @@ def test_a_masked_run_says_what_is_zero_and_who_gains(tmp_path: Path) -> None:
 
 
 def test_without_a_budget_a_masked_run_is_measured_by_its_parameters() -> None:
-    free = masked_result() | {"budget": None, "budgets": []}
-    free["finetuned"]["params"] = 400.0
+    free = masked_result(budgets=(), finetuned=network(0.9052, 20.23e6, params=0.4 * 405.5e3))
     assert headline(free).startswith("ResNet-20 to 40.0% of its non-zero parameters: ")
 
 
 @pytest.mark.parametrize("holds", [True, False])
 def test_layers_of_a_pattern_are_dense_or_have_it(tmp_path: Path, holds: bool) -> None:
-    result = masked_result()
-    result["granularity"] |= {"name": "nm", "n": 2, "m": 4}
-    result["pattern"] = {"n": 2, "m": 4, "layers": ["layer1.0.conv1"], "holds": holds}
-    folder = leave_run(tmp_path, result)
+    folder = leave_run(tmp_path, pattern_result(holds))
     counts = {name: {"removed": 2 * (name == NAMES[0]), "total": 4} for name in NAMES}
     (folder / "strategy.json").write_text(json.dumps({"decisions": counts}))
     text = write_report(folder).read_text()
@@ -319,12 +245,11 @@ def test_stages_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
         return plot
 
-    monkeypatch.setattr("search.output.report.plot_reward", note("reward"))
-    monkeypatch.setattr("search.output.report.plot_tradeoff", note("tradeoff"))
-    result = whole_result()
-    chain = ["original", "stage 1 (0.7)"]
-    result["search"] |= {"stages": [0.7, 0.5], "stage_episodes": 20, "start": chain}
-    folder = leave_run(tmp_path, result)
+    monkeypatch.setattr("search.output.sections.plot_reward", note("reward"))
+    monkeypatch.setattr("search.output.sections.plot_tradeoff", note("tradeoff"))
+    chain = ("original", "stage 1 (0.7)")
+    staged = search(stages=(0.7, 0.5), stage_episodes=20, start=chain)
+    folder = leave_run(tmp_path, result(search=staged))
     rows = (folder / "metrics.csv").read_text().replace("search,0,", "search,40,")  # steps count from 1
     (folder / "metrics.csv").write_text(rows)
     lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()[:-1]]
@@ -348,22 +273,19 @@ def test_stages_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_resumed_run_says_whose_time_it_is(tmp_path: Path) -> None:
-    page = Page(write_report(leave_run(tmp_path, whole_result() | {"resumed": True})).read_text())
+    page = Page(write_report(leave_run(tmp_path, result(resumed=True))).read_text())
     assert "search time, this session 1:35" in page.words
 
 
 @pytest.mark.parametrize("precision, said", [("int8", True), ("float32", False)])
 def test_a_coarser_precision_of_the_scoring_is_said(tmp_path: Path, precision: str, said: bool) -> None:
-    result = whole_result()
-    result["search"]["precision"] = precision
-    page = Page(write_report(leave_run(tmp_path, result)).read_text())
+    made = result(search=search(precision=precision))
+    page = Page(write_report(leave_run(tmp_path, made)).read_text())
     assert (f"scored in {precision}" in page.words) == said
 
 
 def test_one_strategy_is_no_search(tmp_path: Path) -> None:
-    result = whole_result()
-    result["search"] |= {"episodes": 1, "evaluations": 1}
-    folder = leave_run(tmp_path, result)
+    folder = leave_run(tmp_path, result(search=search(episodes=1, evaluations=1)))
     rows = (folder / "metrics.csv").read_text().splitlines()
     (folder / "metrics.csv").write_text("\n".join([rows[0], rows[2], *rows[-5:]]) + "\n")
     lines = (folder / "evaluations.jsonl").read_text().splitlines()

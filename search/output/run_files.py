@@ -1,0 +1,116 @@
+"""The files that a run left in its folder, parsed."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from amc_env.strategy import Decision
+from search.output.run_result import RunResult
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A line of evaluations.jsonl.
+
+    Attributes:
+        start: the weights that the strategy was cut from.
+        removed: the strategy's counts.
+        accuracy: on the search split, in [0, 1].
+        costs: by name.
+        met: whether every budget was met.
+    """
+
+    start: str
+    removed: tuple[int, ...]
+    accuracy: float
+    costs: Mapping[str, float]
+    met: bool
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run left in its folder; an absent file is an empty value.
+
+    Attributes:
+        result: result.json.
+        decisions: in forward order (strategy.json).
+        header: the first line of evaluations.jsonl.
+        evaluations: its other lines.
+        metrics: the rows of metrics.csv, as text.
+        configuration: the resolved configuration as YAML or JSON text.
+        overrides: the choices made on the command line.
+    """
+
+    folder: Path
+    result: RunResult
+    decisions: Mapping[str, Decision]
+    header: Mapping[str, Any]
+    evaluations: tuple[Evaluation, ...]
+    metrics: tuple[dict[str, str], ...]
+    configuration: str
+    overrides: str
+
+    @classmethod
+    def read(cls, folder: Path) -> RunFiles:
+        """Read a run folder.
+
+        Raises:
+            UserError: if there is no readable result.json.
+        """
+        result = RunResult.read(folder)
+        lines = list(_json_lines(folder / "evaluations.jsonl"))
+        header: dict[str, Any] = next((line["header"] for line in lines if "header" in line), {})
+        config = header.get("config")
+        return cls(
+            folder=folder,
+            result=result,
+            decisions=_decisions(folder / "strategy.json"),
+            header=header,
+            evaluations=tuple(_evaluation(line) for line in lines if "accuracy" in line),
+            metrics=tuple(csv.DictReader(_text(folder / "metrics.csv").splitlines())),
+            configuration=_text(folder / ".hydra" / "config.yaml")
+            or (json.dumps(config, indent=2) if config else ""),
+            overrides=_text(folder / ".hydra" / "overrides.yaml"),
+        )
+
+    def series(self, name: str) -> dict[int, float]:
+        """Step -> value of one metric, in the order of steps; rows without it are left out."""
+        found = {int(row["step"]): float(row[name]) for row in self.metrics if row.get(name)}
+        return dict(sorted(found.items()))
+
+    def first_of_rounds(self) -> list[Evaluation]:
+        """The first evaluation of every round of an agent that adopts weights; none for other agents."""
+        starts = self.result.search.start
+        if not any(start.startswith("round ") for start in starts):
+            return []
+        firsts: dict[str, Evaluation] = {}
+        for evaluation in self.evaluations:
+            firsts.setdefault(evaluation.start, evaluation)
+        return [firsts[start] for start in starts if start in firsts]
+
+
+def _evaluation(line: Mapping[str, Any]) -> Evaluation:
+    return Evaluation(line["start"], tuple(line["removed"]), line["accuracy"], line["costs"], line["met"])
+
+
+def _decisions(path: Path) -> dict[str, Decision]:
+    # JSON objects keep their order: the decisions are in forward order.
+    entries = json.loads(_text(path) or "{}").get("decisions", {})
+    return {name: Decision(entry["removed"], entry["total"]) for name, entry in entries.items()}
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in _text(path).splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:  # the incomplete last line of a killed run
+            return
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
