@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from amc_env.latency import Timing, measure
 from search import wiring
-from search.output.export import load_pruned
 from search.output.run_files import RunFiles
 from search.output.run_result import RunResult
+from search.output.weights import load_pruned
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 

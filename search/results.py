@@ -98,8 +98,8 @@ def _networks(
             accuracy=_accuracy(prepared, network, split),
             split=name,
             costs=rounded | dense,
-            latency_ms=timing and timing.median_ms,
-            latency_spread=timing and timing.spread,
+            latency_ms=timing.median_ms if timing else None,
+            latency_spread=timing.spread if timing else None,
         )
     return figures
 

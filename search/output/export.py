@@ -9,46 +9,31 @@ put in place. ONNX is optional.
 
 from __future__ import annotations
 
-import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from amc_env import onnx_files
 from amc_env.errors import UserError
-from amc_env.layers import Side, channels_of
-from amc_env.pruning.candidate import Keeps, resize
+from amc_env.pruning.candidate import Keeps
 from search import files
+from search.output.weights import WEIGHTS_FILE, ExportError, one_line, save_pruned
 
 log = logging.getLogger(__name__)
 
-WEIGHTS_FILE = "model.safetensors"
-CHANNELS_FILE = "channels.json"
-CHANNELS_FORMAT = 1
 
 TOLERANCE = 1e-4
 """Largest accepted |file - PyTorch|, as a share of max(1, largest |PyTorch output|); fp32 on the CPU."""
 
-_SIDES: tuple[Side, ...] = ("in", "out")
 _TRACED_BATCH = 2  # torch.export treats sizes 0 and 1 as constants, so the traced batch must be larger
-_PROBLEMS_SHOWN = 8
-_ERROR_WIDTH = 300
-_WAY_OUT = "give a fresh, unpruned instance of the class that was pruned"
 
 Run = Callable[[Tensor], Any]
-
-
-class ExportError(RuntimeError):
-    """An exported file does not compute what the network computes."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +127,8 @@ module.eval()
 logits = module(images)  # float32 [N, C, H, W], normalised"""
 
     def write(self, small: Small, folder: Path) -> Exported:
-        return save_pruned(small.model, small.keeps, folder, name=small.name, original=small.original)
+        path = save_pruned(small.model, small.keeps, folder, name=small.name, original=small.original)
+        return Exported(self.name, path, path.stat().st_size, 0.0)
 
 
 class Program(Format):
@@ -232,68 +218,6 @@ def export_all(small: Small, folder: Path, formats: Sequence[str]) -> list[Expor
     return [_attempt(chosen, small, folder) for chosen in _formats(formats)]
 
 
-def save_pruned(
-    model: nn.Module, keeps: Keeps, folder: str | Path, *, name: str, original: nn.Module | None = None
-) -> Exported:
-    """Writes model.safetensors and channels.json of the small network `model`.
-
-    Args:
-        keeps: what `resize` was given to make `model` from the unpruned network.
-        name: the unpruned network's name, for whoever reads the file.
-        original: the unpruned network, whose sizes become in_total and out_total; without it they are null,
-            and `load_pruned` can only check that the kept channels exist and that the weights fit.
-
-    Raises:
-        ValueError: `keeps` does not describe `model` (every disagreement listed).
-        ExportError: the file read back is not equal to the state dict, bit for bit.
-    """
-    record = {
-        "format": CHANNELS_FORMAT,
-        "model": name,
-        "channels": _channels(model, keeps, original),
-    }
-    # Copies, because safetensors refuses tensors that share memory (tied layers, views).
-    state = {
-        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, value in model.state_dict().items()
-    }
-    path = Path(folder) / WEIGHTS_FILE
-    with files.replacing(path) as weights, files.replacing(Path(folder) / CHANNELS_FILE) as channels:
-        save_file(state, weights, metadata={"format": "pt"})
-        channels.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        _check_same(state, load_file(weights), path)
-    return Exported("safetensors", path, path.stat().st_size, 0.0)
-
-
-def load_pruned(module: nn.Module, folder: str | Path) -> nn.Module:
-    """Restores a network that `save_pruned` wrote onto a fresh, unpruned instance of its class.
-
-    Args:
-        module: unpruned; it is resized and filled in place, and keeps its device.
-
-    Returns:
-        The same module, small, in eval mode.
-
-    Raises:
-        UserError: a file that is missing or unreadable, channels that do not fit the module (then unchanged),
-            or weights that do not fit the resized module (all names and shapes that differ).
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"no folder {folder}: load_pruned wants the run folder that holds {CHANNELS_FILE}")
-    weights = _existing(folder / WEIGHTS_FILE)
-    keeps = _read_channels(module, _existing(folder / CHANNELS_FILE))
-    try:
-        state = load_file(weights)
-    except SafetensorError as error:
-        raise UserError(f"{weights} cannot be read as safetensors ({error}): export it again") from error
-    resize(module, keeps)
-    if problems := _misfits(module.state_dict(), state):
-        raise UserError(f"{weights} does not fit {type(module).__name__}: {_listed(problems)}; {_WAY_OUT}")
-    module.load_state_dict(state, strict=True)
-    return module.eval()
-
-
 # Formats and failures
 
 
@@ -317,127 +241,9 @@ def _attempt(chosen: Format, small: Small, folder: Path) -> Exported:
     except Exception as error:
         log.debug("export of %s failed", path.name, exc_info=True)
         stale = f"; {path.name} from before was left as it is" if path.exists() else ""
-        message = f"{_one_line(error)}{stale}"
+        message = f"{one_line(error)}{stale}"
         log.warning("%s was not exported: %s", path.name, message)
         return Exported(chosen.name, path, 0, None, message)
-
-
-def _one_line(error: BaseException) -> str:
-    """Type and beginning of the innermost cause, on one line: torch.onnx wraps it in a page of advice."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {shorten(str(error), _ERROR_WIDTH, placeholder=' ...')}"
-
-
-# channels.json
-
-
-def _channels(model: nn.Module, keeps: Keeps, original: nn.Module | None) -> dict[str, dict[str, Any]]:
-    """The "channels" part of channels.json, checked against the small network."""
-    modules = dict(model.named_modules())
-    whole = dict(original.named_modules()) if original is not None else {}
-    entries: dict[str, dict[str, Any]] = {}
-    problems: list[str] = []
-    for name, sides in keeps.items():
-        if name not in modules:
-            problems.append(f"no module {name!r}")
-            continue
-        entries[name] = {side: keep.tolist() for side, keep in sides.items()}
-        for side in _SIDES:
-            size = channels_of(modules[name], side)
-            if side in sides and size != len(sides[side]):
-                problems.append(f"{name}.{side} has {size} channels, {len(sides[side])} are kept")
-            entries[name][f"{side}_total"] = channels_of(whole[name], side) if name in whole else None
-    if problems:
-        raise ValueError(f"keeps do not describe {type(model).__name__}: {_listed(problems)}")
-    return entries
-
-
-def _read_channels(module: nn.Module, path: Path) -> Keeps:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        version, channels = record["format"], record["channels"]
-        entries = [(name, entry, _sides(entry)) for name, entry in channels.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not a file of save_pruned ({_one_line(error)}): export it again"
-        ) from error
-    if version != CHANNELS_FORMAT:
-        raise UserError(f"{path} has format {version!r}: this version reads {CHANNELS_FORMAT}")
-    modules = dict(module.named_modules())
-    problems = [
-        problem for name, entry, sides in entries for problem in _unfit(modules.get(name), name, entry, sides)
-    ]
-    if problems:
-        made_for = f" (made for {record['model']})" if "model" in record else ""
-        raise UserError(
-            f"{path}{made_for} does not fit {type(module).__name__}: {_listed(problems)}; {_WAY_OUT}"
-        )
-    return {name: sides for name, _, sides in entries}
-
-
-def _sides(entry: Mapping[str, Any]) -> dict[str, Tensor]:
-    sides = {side: entry[side] for side in _SIDES if side in entry}
-    for side, keep in sides.items():
-        if not (isinstance(keep, list) and keep and all(type(index) is int for index in keep)):
-            raise ValueError(f"{side!r} must be a list of channel numbers, not empty")
-        if keep != sorted(set(keep)) or keep[0] < 0:
-            raise ValueError(f"{side!r} must hold rising channel numbers from 0 on")
-    return {side: torch.tensor(keep, dtype=torch.int64) for side, keep in sides.items()}
-
-
-def _unfit(
-    module: nn.Module | None, name: str, entry: Mapping[str, Any], sides: Mapping[str, Tensor]
-) -> Iterator[str]:
-    """What speaks against cutting `module` as the file says, one line each."""
-    if module is None:
-        yield f"no module {name!r}"
-        return
-    for side in _SIDES:
-        size, total = channels_of(module, side), entry.get(f"{side}_total")
-        if total is not None and total != size:
-            yield f"{name}.{side} has {size} channels, the file expects {total}"
-        elif side in sides and int(sides[side][-1]) >= size:
-            yield f"{name}.{side} has {size} channels, the file keeps number {int(sides[side][-1])}"
-
-
-# Weights
-
-
-def _existing(path: Path) -> Path:
-    if not path.is_file():
-        raise UserError(f"no file {path}: load_pruned wants {WEIGHTS_FILE} and {CHANNELS_FILE} of one export")
-    return path
-
-
-def _misfits(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    problems = [f"{name} is not in the file" for name in wanted if name not in found]
-    problems += [f"{name} is not in the network" for name in found if name not in wanted]
-    for name in wanted.keys() & found.keys():
-        network, file = _described(wanted[name]), _described(found[name])
-        if network != file:
-            problems.append(f"{name} is {network} in the network, {file} in the file")
-    return sorted(problems)
-
-
-def _described(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def _check_same(state: Mapping[str, Tensor], read: Mapping[str, Tensor], path: Path) -> None:
-    # Bytes and not values are compared, so that a NaN equals itself.
-    differ = [name for name in state if name not in read or _bytes(state[name]) != _bytes(read[name])]
-    if differ or len(read) != len(state):
-        raise ExportError(f"{path.name} read back is not what was written: {_listed(differ)}")
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def _listed(problems: Sequence[str]) -> str:
-    more = len(problems) - _PROBLEMS_SHOWN
-    return "; ".join([*problems[:_PROBLEMS_SHOWN], *([f"and {more} more"] if more > 0 else [])])
 
 
 # Programs

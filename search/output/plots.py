@@ -7,7 +7,7 @@ Ito's, which keeps apart for the colour-blind; light grey is always the original
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -142,7 +142,6 @@ def plot_tradeoff(
     split: str = "search split",
     limit: float | None = None,
     best: Candidate | None = None,
-    base: float | None = None,
     masked: bool = False,
     rounds: Sequence[Candidate] = (),
 ) -> Path:
@@ -152,7 +151,6 @@ def plot_tradeoff(
         cost: its name, for the axis; `split` likewise: what the accuracies were measured on.
         limit: the budget, as a share of the original's cost.
         best: the evaluation that was delivered.
-        base: accuracy of the original network on the same split.
         masked: weights are masked: MACs and parameters count those that are not zero.
         rounds: what an agent that adopts weights began each round with, in order.
     """
@@ -164,8 +162,6 @@ def plot_tradeoff(
         axes.plot(costs, accuracies, ".-", color=INK, lw=1.2, ms=5, label="rounds")
     if limit is not None:
         axes.axvline(limit, color=INK, lw=1, ls="--", label="budget")
-    if base is not None:
-        axes.axhline(base, color=INK, lw=1, ls=":", label="original")
     if best is not None:
         star: dict[str, Any] = {
             "s": 150,
@@ -200,26 +196,14 @@ def _scatter(axes: Axes, candidates: Sequence[Candidate]) -> None:
             axes.scatter(costs, accuracies, s=14, color=colour, alpha=0.55, lw=0, label=label)
 
 
-def plot_finetune(losses: Sequence[float], path: Path, accuracies: Mapping[int, float] | None = None) -> Path:
-    """Training loss per fine-tuning epoch; accuracies (epoch from 0 -> [0, 1]) on an axis below where measured."""
-    figure = _figure(height=3.0 if not accuracies else 4.2)
-    panels: Any = figure.subplots(2 if accuracies else 1, 1, sharex=True, squeeze=False)[:, 0]
-    epochs = np.arange(1, len(losses) + 1)
-    panels[0].plot(epochs, losses, "o-", ms=4, lw=1.8, color=BLUE)
-    panels[0].set_ylabel("training loss")
-    if accuracies:
-        panels[1].plot(
-            [epoch + 1 for epoch in accuracies],
-            list(accuracies.values()),
-            "o-",
-            ms=4,
-            lw=1.8,
-            color=VERMILION,
-        )
-        panels[1].set_ylabel("accuracy")
-        panels[1].yaxis.set_major_formatter(_PERCENT)
-    panels[-1].set_xlabel("epoch")
-    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+def plot_finetune(losses: Sequence[float], path: Path) -> Path:
+    """Training loss per fine-tuning epoch."""
+    figure = _figure(height=3.0)
+    axes = figure.subplots()
+    axes.plot(np.arange(1, len(losses) + 1), losses, "o-", ms=4, lw=1.8, color=BLUE)
+    axes.set_ylabel("training loss")
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _save(figure, path)
 
 

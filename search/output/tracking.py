@@ -192,12 +192,13 @@ class WandbTracker:
         import wandb
 
         note = self.folder / "wandb_id.txt"
+        chosen: Any = mode or os.environ.get("WANDB_MODE") or ("online" if _has_key(wandb) else "offline")
         self.run = wandb.init(
             dir=str(self.folder.resolve()),
             id=note.read_text().strip() if note.exists() else os.environ.get("WANDB_RUN_ID"),
             resume="allow",
             reinit="create_new",  # several runs in one process: a multirun
-            mode=mode or os.environ.get("WANDB_MODE") or ("online" if _has_key(wandb) else "offline"),
+            mode=chosen,
             settings=wandb.Settings(
                 silent=True,
                 console="off",

@@ -23,13 +23,11 @@ from search.output.export import (
     FORMATS,
     TOLERANCE,
     Exported,
-    ExportError,
     Small,
     check_formats,
     export_all,
-    load_pruned,
-    save_pruned,
 )
+from search.output.weights import ExportError, load_pruned, save_pruned
 
 ROOT = Path(__file__).resolve().parents[3]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -288,7 +286,7 @@ sys.modules["networks"] = networks
 spec.loader.exec_module(networks)
 import torch
 from safetensors.torch import save_file
-from search.output.export import load_pruned
+from search.output.weights import load_pruned
 model = load_pruned(networks.Depthwise(), folder)
 with torch.no_grad():
     save_file({"output": model(networks.batch(3))}, "output.safetensors")
