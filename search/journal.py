@@ -159,7 +159,6 @@ class Journal:
             line["met"],
             repair=line["repair"],
             start=line["start"],
-            images=line.get("images"),
         )
         return key, outcome
 
@@ -173,7 +172,6 @@ def _line(index: int, outcome: Outcome) -> dict[str, Any]:
         "accuracy": outcome.accuracy,
         "costs": dict(outcome.costs),
         "met": outcome.met,
-        **({} if outcome.images is None else {"images": outcome.images}),
     }
 
 

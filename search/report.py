@@ -216,8 +216,7 @@ def _of_the_search(search: Mapping[str, Any], resumed: bool) -> Iterator[tuple[s
         yield "scored in", search["precision"]
     if "evaluations" in search:
         again = f", {search['cache_hits']} met again" if search.get("cache_hits") is not None else ""
-        few = f", {search['cut_short']} on a part of the images" if search.get("cut_short") else ""
-        yield f"evaluations{last}", f"{search['evaluations']}{again}{few}"
+        yield f"evaluations{last}", f"{search['evaluations']}{again}"
     if search.get("seconds") is not None:
         yield f"search time{last}{', this session' if resumed else ''}", duration(search["seconds"])
     if search.get("best_reward") is not None:

@@ -149,7 +149,6 @@ def _search(prepared: Prepared, best: Scored, loop: Loop) -> dict[str, Any]:
         "episodes": loop.episodes,
         "evaluations": loop.evaluations,
         "cache_hits": loop.cache_hits,
-        **({"cut_short": loop.cut_short} if loop.evaluator.staged else {}),
         "seconds": round(loop.seconds, 2),
         "seed": prepared.settings.seed,
         "best_reward": best.reward,
