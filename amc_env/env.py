@@ -44,7 +44,6 @@ class EnvHandle:
             strategy is scored. Not in AMC: its bound only raises actions, so episodes often end far below the
             budget.
         score_all: Scores several strategies at once, in order, as ``score`` would; None: one after the other.
-        close: Ends what scores, when an environment is closed; None: nothing is to be ended.
     """
 
     problem: Problem
@@ -54,7 +53,6 @@ class EnvHandle:
     enforce_budget: bool = True
     fill_budget: bool = False
     score_all: Callable[[Sequence[Strategy]], Sequence[Outcome]] | None = None
-    close: Callable[[], None] | None = None
 
     def __copy__(self) -> EnvHandle:
         return self
@@ -163,11 +161,6 @@ class PruningEnv(gymnasium.Env[Observation, Action]):
             reward = episode.judge(strategy, self.handle.score(strategy), info)
         return episode.observation, reward, episode.over, False, info
 
-    def close(self) -> None:
-        """Ends what scores."""
-        if self.handle.close is not None:
-            self.handle.close()
-
 
 class PruningVectorEnv(VectorEnv[Observation, Action, npt.NDArray[Any]]):
     """Several episodes of a `PruningEnv` side by side, whose strategies are scored together.
@@ -246,11 +239,6 @@ class PruningVectorEnv(VectorEnv[Observation, Action, npt.NDArray[Any]]):
             infos = self._add_info(infos, info, i)
         ended = np.full(self.num_envs, over)
         return self._observations(), rewards, ended, np.zeros_like(ended), infos
-
-    def close_extras(self, **kwargs: Any) -> None:
-        """Ends what scores."""
-        if self.handle.close is not None:
-            self.handle.close()
 
     def _observations(self) -> Observation:
         return np.stack([episode.observation for episode in self._episodes])

@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,12 +18,9 @@ from amc_env.latency.runtimes import using_threads
 from amc_env.precision import FLOAT32, INT8, arithmetic, dtype_of
 from amc_env.pruning.candidate import Builder, Keeps, Masks
 from amc_env.pruning.folding import Folder
+from amc_env.pruning.quantization import Int8Folder
 from amc_env.pruning.repair import FrontToBack, Repair
-from amc_env.staging import Score, Staged, Tally, score
 from amc_env.strategy import Strategy
-
-if TYPE_CHECKING:
-    from amc_env.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +42,6 @@ class Outcome:
         met: Whether every budget holds.
         repair: Name of the repair that it was scored with.
         start: Name of the weights that it was cut from.
-        images: How many images the accuracy is of, where they were not all: enough to see that it does not matter.
     """
 
     strategy: Strategy
@@ -56,7 +50,6 @@ class Outcome:
     met: bool
     repair: str
     start: str = ORIGINAL
-    images: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +80,6 @@ class Key:
 
 _BATCH_PIXELS = {"cpu": 2**16, "cuda": 2**20}
 _SMALLEST_BATCH = 4
-_RANGED = 16  # images that the ranges of a candidate's values in eight bits are found on
 
 
 def batch_size_for(images: Tensor, device: torch.device, precision: str = FLOAT32) -> int:
@@ -124,13 +116,45 @@ def accuracy(
         UserError: A logit is not a number.
     """
     batch_size = batch_size or batch_size_for(images, labels.device)
-    tally = Tally(labels.device)
+    tally = _Tally(labels.device)
     with torch.inference_mode(), arithmetic(precision):
         for batch, wanted in zip(
             torch.split(images, batch_size), torch.split(labels, batch_size), strict=True
         ):
             tally.add(model(batch), wanted)
     return tally.accuracy
+
+
+class _Tally:
+    """Counts hits without waiting for a GPU until the result is read.
+
+    Attributes:
+        images: Images counted.
+    """
+
+    def __init__(self, device: torch.device):
+        self.images = 0
+        self._hits = torch.zeros((), dtype=torch.int64, device=device)
+        self._broken = torch.zeros((), dtype=torch.bool, device=device)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Counts a batch: logits [N, classes] whose largest is the label, int64 [N]."""
+        self._hits += (logits.argmax(1) == labels).sum()
+        self._broken |= logits.isnan().any()
+        self.images += len(labels)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of hits, in [0, 1].
+
+        Raises:
+            UserError: A logit is not a number.
+        """
+        if self._broken:
+            raise UserError(
+                "the network's outputs are not numbers (NaN): look for NaN in its weights and in the data"
+            )
+        return int(self._hits) / self.images
 
 
 class Scorer:
@@ -166,20 +190,13 @@ class Scorer:
                 "the search images hold values that are infinite or not numbers (NaN): look for them in the data, and "
                 "for zeros in the standard deviations that it is normalised by"
             )
-        few = images[:4].float()  # a worker is given them as they are scored
-        channels_last = channels_last and images.ndim == 4 and _runs_channels_last(model, few)
+        channels_last = channels_last and images.ndim == 4 and _runs_channels_last(model, images[:4])
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        dtype = dtype_of(precision)
-        self.images = images.to(dtype).contiguous(memory_format=layout)
+        self.images = images.to(dtype_of(precision)).contiguous(memory_format=layout)
         self._precision = precision
         self.channels_last = channels_last
         batch_size = batch_size or batch_size_for(images, labels.device, precision)
-        few = few.contiguous(memory_format=layout)
-        spread = self.images[:: -(-len(images) // _RANGED)]  # a user's may be in the order of their labels
-        ranging = spread.contiguous(memory_format=layout) if precision == INT8 else None
-        self.folder = Folder(
-            model, few, channels_last=channels_last, dtype=dtype, batch_size=batch_size, ranging=ranging
-        )
+        self.folder = _folder(model, self.images, channels_last, precision, batch_size)
         network = _checked(self.folder, model, self.images[:2], precision)
         # a network that cannot be traced may keep things between its layers: one batch at a time
         self._side_by_side = labels.device.type == "cpu" and isinstance(network, fx.GraphModule)
@@ -188,7 +205,7 @@ class Scorer:
 
     def __call__(self, model: nn.Module) -> float:
         """Accuracy of a cut network, in [0, 1]."""
-        tally = Tally(self.images.device)
+        tally = _Tally(self.images.device)
         with closing(self.outputs(self.fold(model))) as batches:
             for logits, labels in batches:
                 tally.add(logits, labels)
@@ -220,6 +237,13 @@ class Scorer:
 
     def forget(self) -> None:
         """Lets go of what is kept for candidates to come, where anything is."""
+
+
+def _folder(model: nn.Module, images: Tensor, channels_last: bool, precision: str, batch_size: int) -> Folder:
+    if precision == INT8:
+        return Int8Folder(model, images, channels_last=channels_last, batch_size=batch_size)
+    example = images[:4].float()
+    return Folder(model, example, channels_last=channels_last, dtype=dtype_of(precision))
 
 
 def _checked(folder: Folder, model: nn.Module, images: Tensor, precision: str) -> nn.Module:
@@ -288,11 +312,11 @@ class Bench:
         self._start: Start | None = None
         self._repairs: dict[str, Repair] = {}
 
-    def score(self, start: Start, repair: str, removed: Removed, floor: float = 0.0) -> Score:
-        """What a candidate scores; fewer images will do where it is below ``floor``."""
+    def score(self, start: Start, repair: str, removed: Removed) -> float:
+        """Score of a candidate, in [0, 1]."""
         with using_threads(self._threads):
             model, _ = self._mended(start, repair, removed)
-            return score(self.scorer, model, floor)
+            return self.scorer(model)
 
     def pruned(self, start: Start, repair: str, removed: Removed) -> Pruned:
         """The candidate that `score` scores, as a network of its own."""
@@ -323,7 +347,7 @@ class Bench:
         return self._repairs[name]
 
     def _forget(self) -> None:
-        if isinstance(self.scorer, Scorer | Staged):
+        if isinstance(self.scorer, Scorer):
             self.scorer.forget()
 
 
@@ -338,8 +362,7 @@ def _own(model: nn.Module) -> nn.Module:
 class Evaluator:
     """Turns strategies into outcomes; the same one is never scored twice.
 
-    Scoring is a pure function of (start, repair, strategy), and in stages of the floor that was given: it draws
-    nothing, and leaves the global random state alone. What was scored on few images is remembered so.
+    Scoring is a pure function of (start, repair, strategy): it does not touch the global random state.
 
     Args:
         start: The weights that a search begins with.
@@ -347,8 +370,6 @@ class Evaluator:
         scorer: Accuracy of a cut network.
         repair: Name of the repair that strategies are scored with by default.
         memo: Accuracies known already; a journal keeps them across runs.
-        workers: Processes that score candidates side by side; None: this one does. They end with `close`, or with the
-            block where the evaluator is used as a context manager.
         threads: Of torch while candidates are cut, mended and scored; None leaves them as they are.
     """
 
@@ -360,7 +381,6 @@ class Evaluator:
         repair: str,
         memo: MutableMapping[Key, Outcome] | None = None,
         *,
-        workers: Workers | None = None,
         threads: int | None = None,
     ):
         self.problem = problem
@@ -369,22 +389,8 @@ class Evaluator:
         self.hits = 0
         self.evaluations = 0
         self._bench = Bench(scorer, threads)
-        self._workers = workers
         self._starts = {start.name: start}
         self._memo: MutableMapping[Key, Outcome] = {} if memo is None else memo
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Ends the workers, whatever they are at."""
-        if self._workers is not None:
-            self._workers.close()
 
     def begin(self, start: Start) -> None:
         """Makes further weights known, for example those that an earlier outcome was tuned to.
@@ -418,61 +424,44 @@ class Evaluator:
         """The `outcomes` of strategies, all of them."""
         return list(self.outcomes(strategies, start=start, repair=repair))
 
-    @property
-    def staged(self) -> bool:
-        """Whether candidates that do not matter are scored on fewer images."""
-        return isinstance(self._bench.scorer, Staged)
-
     def outcomes(
         self,
         strategies: Sequence[Strategy],
         *,
         start: str | None = None,
         repair: str | None = None,
-        floors: Sequence[float] | None = None,
     ) -> Iterator[Outcome]:
         """Scores strategies and gives each as soon as it and those before it are known; from memory where they are.
 
         Args:
-            strategies: What to score; workers get all of them at once.
+            strategies: What to score.
             start: Name of the weights that they are cut from; by default those that the search began with.
             repair: Name of the repair; by default the search's.
-            floors: For each the least accuracy that matters; below it, fewer images will do. By default all do.
 
         Raises:
-            UserError: A candidate's outputs are not numbers, the repair is unknown, or workers cannot go on.
+            UserError: A candidate's outputs are not numbers, or the repair is unknown.
             ValueError: The start is unknown.
         """
         begun, mend = self._known_start(start or self.start), repair or self.repair
-        keys = [Key(begun.name, mend, strategy.removed) for strategy in strategies]
-        least = dict(zip(keys, floors or [0.0] * len(keys), strict=True))
-        unknown = {key.removed: floor for key, floor in least.items() if self._memo.get(key) is None}
-        with self._scoring(begun, mend, unknown) as score_of:
-            for key, strategy in zip(keys, strategies, strict=True):
-                outcome = self._memo.get(key)
-                if outcome is None:
-                    outcome = self._outcome(key, strategy, score_of(key.removed))
-                    self._memo[key] = outcome
-                    self.evaluations += 1
-                else:
-                    self.hits += 1
-                yield outcome
-
-    def _scoring(
-        self, start: Start, repair: str, unknown: Mapping[Removed, float]
-    ) -> AbstractContextManager[Callable[[Removed], Score]]:
-        if self._workers is None or len(unknown) < 2:  # one alone is as quick here
-            return nullcontext(lambda removed: self._bench.score(start, repair, removed, unknown[removed]))
-        return self._workers.scoring(start, repair, unknown)
+        for strategy in strategies:
+            key = Key(begun.name, mend, strategy.removed)
+            outcome = self._memo.get(key)
+            if outcome is None:
+                outcome = self._outcome(key, strategy, self._bench.score(begun, mend, strategy.removed))
+                self._memo[key] = outcome
+                self.evaluations += 1
+            else:
+                self.hits += 1
+            yield outcome
 
     def _known_start(self, name: str) -> Start:
         if name not in self._starts:
             raise ValueError(f"unknown start {name!r}; there are {', '.join(self._starts)}")
         return self._starts[name]
 
-    def _outcome(self, key: Key, strategy: Strategy, found: Score) -> Outcome:
+    def _outcome(self, key: Key, strategy: Strategy, accuracy: float) -> Outcome:
         costs, met = self.problem.cost(strategy.removed), self.problem.met(strategy.removed)
-        return Outcome(strategy, found.accuracy, costs, met, key.repair, key.start, found.images)
+        return Outcome(strategy, accuracy, costs, met, key.repair, key.start)
 
     def apply(self, strategy: Strategy, *, start: str | None = None, repair: str | None = None) -> Pruned:
         """Prunes and mends without scoring.

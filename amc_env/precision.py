@@ -5,7 +5,6 @@ Repairs and what is delivered are always computed in full float32: only scoring 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,7 +16,6 @@ FLOAT32, TF32, BFLOAT16, INT8 = "float32", "tf32", "bfloat16", "int8"
 PRECISIONS = (FLOAT32, TF32, BFLOAT16, INT8)
 """float32; its matrix products and convolutions rounded to 10 bits of mantissa (NVIDIA, from Ampere on); everything in
 8 bits of mantissa; convolutions in whole numbers of 8 bits (processors)."""
-_SIZE, _TRIES = 512, 10  # of matrices, and products
 
 
 def check_precision(precision: str, device: str) -> None:
@@ -36,27 +34,6 @@ def check_precision(precision: str, device: str) -> None:
             f"evaluator.precision=int8 is computed by processors, and the device is {device}; use bfloat16, tf32 or "
             "float32, or device=cpu"
         )
-
-
-def pays(precision: str) -> bool:
-    """Whether this processor multiplies faster in a precision than in float32: by the quickest of a few products."""
-    if precision == FLOAT32:
-        return True
-    a, b = torch.ones(2, _SIZE, _SIZE)
-
-    def seconds(dtype: torch.dtype) -> float:
-        left, right = a.to(dtype), b.to(dtype)
-        product = torch._int_mm if dtype == torch.int8 else torch.mm
-        started = time.perf_counter()
-        product(left, right)
-        return time.perf_counter() - started
-
-    coarse = torch.int8 if precision == INT8 else dtype_of(precision)
-    times: dict[torch.dtype, list[float]] = {coarse: [], torch.float32: []}
-    for _ in range(_TRIES):  # in turn: others may be at work
-        for dtype, found in times.items():
-            found.append(seconds(dtype))
-    return min(times[coarse]) < min(times[torch.float32])
 
 
 def dtype_of(precision: str) -> torch.dtype:

@@ -26,6 +26,8 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from amc_env.staging import Staged
+from amc_env.workers import _Batch
 from benchmark_baseline import Baseline
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
@@ -39,8 +41,6 @@ from amc_env.pruning import masked_repair, repair
 from amc_env.pruning.candidate import Candidates, MaskedCandidates
 from amc_env.pruning.folding import Folder
 from amc_env.pruning.quantization import obstacle
-from amc_env.staging import Staged
-from amc_env.workers import _Batch
 from search import wiring
 from search.data import seeded
 from search.job import prepared_of

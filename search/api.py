@@ -168,9 +168,6 @@ def make_vec_env(
 ) -> gymnasium.vector.VectorEnv[Any, Any, Any]:
     """`make_env`'s environment several times side by side, as one; see `PruningVectorEnv`.
 
-    The strategies of all are scored together: ``settings.scoring.workers`` processes share them out; they end with the
-    environment's ``close``.
-
     Args:
         module: As for `compress`.
         train_loader: As for `make_env`.
@@ -198,8 +195,7 @@ def _env_handle(
     base = replace(settings or _defaults(Random(), budgets), agent=Random(), budgets=budgets)
     network = copy.deepcopy(module).cpu().eval()
     prepared = prepare(network, _data(network, train_loader, val_loader, None, base), base)
-    evaluator = make_evaluator(prepared)
-    return replace(env_handle(prepared, Loop(evaluator, base.reward)), close=evaluator.close)
+    return env_handle(prepared, Loop(make_evaluator(prepared), base.reward))
 
 
 def _data(
@@ -282,7 +278,7 @@ def _folder(folder: str | Path | None) -> Path:
 def _config(settings: Settings, data: Data) -> dict[str, Any]:
     """What evaluations depend on, for the journal's header."""
     parts = ("agent", "budgets", "granularity", "criterion", "repair", "short_term", "reward", "scoring")
-    settings = replace(settings, scoring=replace(settings.scoring, workers=0, threads=None))
+    settings = replace(settings, scoring=replace(settings.scoring, threads=None))
     config: dict[str, Any] = {part: repr(getattr(settings, part)) for part in parts}
     config["search"] = {"episodes": settings.episodes, "images": len(data.search)}
     for name in ("seed", "device", "enforce_budget", "fill_budget"):

@@ -157,7 +157,6 @@ class Journal:
             line["met"],
             repair=line["repair"],
             start=line["start"],
-            images=line.get("images"),
         )
         return key, outcome
 
@@ -171,7 +170,6 @@ def _line(index: int, outcome: Outcome) -> dict[str, Any]:
         "accuracy": outcome.accuracy,
         "costs": dict(outcome.costs),
         "met": outcome.met,
-        **({} if outcome.images is None else {"images": outcome.images}),
     }
 
 

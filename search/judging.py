@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
 
-import torch
-from torch import Tensor
-
-from amc_env.evaluator import ORIGINAL, Evaluator, Start, accuracy, batch_size_for
+from amc_env.evaluator import ORIGINAL, Evaluator, Start, accuracy
 from amc_env.layers import LayerGraph
-from amc_env.precision import FLOAT32, pays
-from amc_env.prefix import ROOM, PrefixScorer
-from amc_env.pruning.candidate import Builder, Candidates, MaskedCandidates
+from amc_env.precision import FLOAT32
+from amc_env.prefix import PrefixScorer
+from amc_env.pruning.candidate import Candidates, MaskedCandidates
 from amc_env.pruning.masked_repair import MaskedLeastSquares, MaskedSequential
 from amc_env.pruning.repair import BatchNorm, Both, LeastSquares, NoRepair, Repair, Sequential
 from amc_env.pruning.topology import Topology
-from amc_env.staging import Staged
-from amc_env.workers import Workers
 from search.journal import Journal
 from search.ranking import Prepared, Ranked
 from search.settings import SHORT_TERM, RepairSettings
@@ -106,62 +99,21 @@ def _calibration_images(graph: LayerGraph, wanted: int) -> int:
     return min(room, wanted)
 
 
-@dataclass(frozen=True, eq=False)
-class Materials:
-    """What any process scores the candidates of a run with; see `amc_env.workers.Materials`.
-
-    Attributes:
-        run: The network, its decisions and the training images.
-        images: Normalised images of the search split, [N, C, H, W].
-        labels: Their labels, int64 [N].
-    """
-
-    run: Ranked
-    images: Tensor
-    labels: Tensor
-
-    @classmethod
-    def of(cls, prepared: Prepared) -> Materials:
-        """Those of a run, without what only the process of the run needs."""
-        search, settings = prepared.data.search, prepared.settings
-        if settings.scoring.first_images:  # a user's may be in the order of their labels
-            draws = torch.Generator().manual_seed(settings.seed)
-            search = search.take(torch.randperm(len(search), generator=draws))
-        data = replace(prepared.data, test=None, search=search)
-        if not prepared.settings.short_term_steps:  # nothing is trained but at the end
-            data = replace(data, loader=None, stream=None)
-        run = Ranked(prepared.model, data, prepared.settings, prepared.graph, prepared.grids)
-        return cls(run, prepared.images(search), search.labels.to(prepared.settings.device))
-
-    def scorer(self) -> PrefixScorer | Staged:
-        """Accuracy on the search split; the processes of a run share the room for values that candidates share."""
-        scoring = self.run.settings.scoring
-        every = len(self.images)
-        few = scoring.first_images or every
-        batch = scoring.batch_size or batch_size_for(self.images, self.labels.device, scoring.precision)
-        scorer = PrefixScorer(
-            self.run.model,
-            self.images,
-            self.labels,
-            batch_size=batch if batch < every else few,  # else there would be nothing to spare
-            channels_last=scoring.channels_last,
-            precision=scoring.precision,
-            room=ROOM // (1 + scoring.workers),
-        )
-        return Staged(scorer, few) if few < every else scorer
-
-    def start(self, name: str, candidates: Builder, removed: tuple[int, ...]) -> Start:
-        """See `start_of`."""
-        return start_of(self.run, name, cast(Candidates | MaskedCandidates, candidates), removed)
-
-
-def _exactly(start: Start, materials: Materials) -> float:
-    """Accuracy of the weights to begin with, in float32."""
-    return accuracy(start.candidates.original, materials.images, materials.labels)
+def scorer_of(prepared: Prepared) -> PrefixScorer:
+    """Accuracy of cut networks on the search split."""
+    search, scoring = prepared.data.search, prepared.settings.scoring
+    return PrefixScorer(
+        prepared.model,
+        prepared.images(search),
+        search.labels.to(prepared.settings.device),
+        batch_size=scoring.batch_size,
+        channels_last=scoring.channels_last,
+        precision=scoring.precision,
+    )
 
 
 def make_evaluator(prepared: Prepared, memo: Journal | None = None, start: Start | None = None) -> Evaluator:
-    """The evaluator that judges every policy of this run; `Evaluator.close` ends the workers that it may have.
+    """The evaluator that judges every policy of this run.
 
     Args:
         prepared: The run.
@@ -170,8 +122,7 @@ def make_evaluator(prepared: Prepared, memo: Journal | None = None, start: Start
     """
     settings = prepared.settings
     start = start or start_of(prepared, ORIGINAL, prepared.builder)
-    materials = Materials.of(prepared)
-    scorer = materials.scorer()
+    scorer = scorer_of(prepared)
     original = scorer(start.candidates.original)
     precision = settings.scoring.precision
     log.info(
@@ -181,12 +132,15 @@ def make_evaluator(prepared: Prepared, memo: Journal | None = None, start: Start
         100 * original,
         ""
         if precision == FLOAT32
-        else f" in {precision}, {100 * _exactly(start, materials):.2f}% in {FLOAT32}",
+        else f" in {precision}, {100 * _in_float32(start, prepared):.2f}% in {FLOAT32}",
     )
     if original < 2 / len(prepared.data.classes):
         log.warning("that is near chance: are the images scaled and normalised as in the network's training?")
-    if torch.device(settings.device).type == "cpu" and not pays(precision):
-        log.warning("this processor computes no faster in %s than in %s", precision, FLOAT32)
-    workers, threads = settings.scoring.workers, settings.scoring.threads
-    pool = Workers(replace(materials, images=scorer.images), workers, threads) if workers else None
-    return Evaluator(start, prepared.problem, scorer, settings.scored_by, memo, workers=pool, threads=threads)
+    threads = settings.scoring.threads
+    return Evaluator(start, prepared.problem, scorer, settings.scored_by, memo, threads=threads)
+
+
+def _in_float32(start: Start, prepared: Prepared) -> float:
+    search = prepared.data.search
+    labels = search.labels.to(prepared.settings.device)
+    return accuracy(start.candidates.original, prepared.images(search), labels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -13,8 +12,6 @@ from amc_env.errors import UserError
 from amc_env.evaluator import Evaluator, Outcome, Start
 from amc_env.rewards import RewardFunction
 from amc_env.strategy import Strategy
-
-_ACCURACY = 1e-6  # to which a floor is found: below one image of any split
 
 
 @dataclass(frozen=True)
@@ -50,14 +47,12 @@ class Loop:
     Attributes:
         seconds: Of the search, when it is over.
         episodes: So far.
-        cut_short: Different strategies so far that were not scored on all images.
 
     Args:
         evaluator: Judges strategies.
         reward: Turns outcomes into rewards.
         on_episode: Called after every episode.
         moved: Makes the start with an outcome's network, for agents that adopt weights: (outcome, round from 1).
-        matter: How many of the best are to be told apart, where strategies are scored in stages; at least 1.
     """
 
     def __init__(
@@ -66,19 +61,16 @@ class Loop:
         reward: RewardFunction,
         on_episode: Callable[[Episode], None] | None = None,
         moved: Callable[[Outcome, int], Start] | None = None,
-        matter: int = 1,
     ):
         self.evaluator = evaluator
         self.seconds = 0.0
         self.episodes = 0
-        self.cut_short = 0
         self._reward = reward
         self._on_episode = on_episode
         self._best: Scored | None = None
         self._ranked: dict[Removed, Scored] = {}
         self._before = 0  # different evaluations from the weights before
         self._moved = moved
-        self._matter = matter
         self._rounds = 0
         self._finalists = 0
         self._started = time.perf_counter()
@@ -99,25 +91,7 @@ class Loop:
 
     def outcomes(self, strategies: Sequence[Strategy]) -> list[Outcome]:
         """Scores the strategies of several environments, in order: one episode each."""
-        floors = [self._floor(strategy) for strategy in strategies] if self.evaluator.staged else None
-        return [scored.outcome for scored in self._episodes(strategies, floors)]
-
-    def _floor(self, strategy: Strategy) -> float:
-        """The least accuracy with which a strategy would be among the best so many; rewards rise with it."""
-        best = heapq.nlargest(self._matter, self._ranked.values(), key=_order)
-        if len(best) < self._matter:
-            return 0.0
-        problem, last = self.evaluator.problem, best[-1]
-        costs, met = problem.cost(strategy.removed), problem.met(strategy.removed)
-        if met is not last.outcome.met:
-            return 0.0 if met else math.inf
-        low, high = 0.0, 1.0
-        if self._reward(high, costs, met) < last.reward:
-            return math.inf
-        while high - low > _ACCURACY:
-            middle = (low + high) / 2
-            low, high = (low, middle) if self._reward(middle, costs, met) >= last.reward else (middle, high)
-        return high
+        return [scored.outcome for scored in self._episodes(strategies)]
 
     def score(self, proposals: Sequence[Removed]) -> list[Result]:
         """Scores whole strategies, in order: one episode each."""
@@ -126,10 +100,8 @@ class Loop:
             Result(s.outcome.strategy.removed, s.outcome.accuracy, s.reward, s.outcome.met) for s in scored
         ]
 
-    def _episodes(
-        self, strategies: Sequence[Strategy], floors: Sequence[float] | None = None
-    ) -> list[Scored]:
-        outcomes = self.evaluator.outcomes(strategies, floors=floors)  # shown as they come
+    def _episodes(self, strategies: Sequence[Strategy]) -> list[Scored]:
+        outcomes = self.evaluator.outcomes(strategies)  # shown as they come
         return [self._episode(self._rewarded(outcome)) for outcome in outcomes]
 
     def adopt(self, removed: Removed) -> None:
@@ -155,8 +127,6 @@ class Loop:
 
     def _episode(self, scored: Scored) -> Scored:
         self.episodes += 1
-        new = scored.outcome.strategy.removed not in self._ranked
-        self.cut_short += new and scored.outcome.images is not None
         self._ranked.setdefault(scored.outcome.strategy.removed, scored)
         if self._best is None or _order(scored) > _order(self._best):
             self._best = scored
@@ -169,7 +139,7 @@ class Loop:
         """The strategy to deliver.
 
         Args:
-            finalists: The best so many, none that was cut short, are scored once more with ``repair``, and the best of
+            finalists: The best so many are scored once more with ``repair``, and the best of
                 those is delivered as it was scored; 0 delivers the best as the search scored it.
             repair: Name of that repair.
 
@@ -185,8 +155,7 @@ class Loop:
                 "(enforce_budget=true)"
             )
         if finalists > 0 and repair != self.evaluator.repair and not self._rounds:
-            whole = [scored.outcome for scored in ranked if scored.outcome.images is None]
-            strategies = [outcome.strategy for outcome in whole[:finalists] if outcome.met]
+            strategies = [scored.outcome.strategy for scored in ranked[:finalists] if scored.outcome.met]
             self._finalists = len(strategies)
             again = self.evaluator.evaluate(strategies, repair=repair)
             ranked = sorted((self._rewarded(outcome) for outcome in again), key=_order, reverse=True)

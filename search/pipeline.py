@@ -92,7 +92,7 @@ def search(
     def moved(outcome: Outcome, number: int) -> Start:
         return adopted(prepared, evaluator, outcome, number, context.folder)
 
-    loop = Loop(evaluator, settings.reward, watcher, moved, settings.told_apart)
+    loop = Loop(evaluator, settings.reward, watcher, moved)
     task = SearchTask(
         problem=prepared.problem,
         envs=partial(PruningVectorEnv, env_handle(prepared, loop)),
@@ -102,12 +102,11 @@ def search(
         on_update=latest.update,
         adopt=loop.adopt,
     )
-    with evaluator:
-        try:
-            settings.agent.search(task)
-        except TaskError as error:  # agents know no UserError
-            raise UserError(str(error)) from error
-        return loop.best(settings.rescored, settings.finalists.repair), loop
+    try:
+        settings.agent.search(task)
+    except TaskError as error:  # agents know no UserError
+        raise UserError(str(error)) from error
+    return loop.best(settings.rescored, settings.finalists.repair), loop
 
 
 def env_handle(prepared: Prepared, loop: Loop) -> EnvHandle:
@@ -196,12 +195,6 @@ def refuse_early(prepared: Prepared) -> None:
             does not fit the network.
     """
     settings = prepared.settings
-    if settings.scoring.first_images is not None and not settings.agent.steps:
-        log.warning(
-            "evaluator.first_images=%d changes nothing: agent=%s compares all its strategies with each other",
-            settings.scoring.first_images,
-            settings.agent.name,
-        )
     try:
         settings.agent.check(prepared.problem, settings.episodes)
     except TaskError as error:  # agents know no UserError
@@ -274,16 +267,9 @@ def header(prepared: Prepared, context: Context) -> dict[str, Any]:
         "data": prepared.data.fingerprint,
         "threads": prepared.settings.scoring.threads or torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "numpy", "gymnasium", "stable-baselines3")},
-        **_told_apart(prepared.settings),
         **_training(prepared.settings),
         **_table(prepared),
     }
-
-
-def _told_apart(settings: Settings) -> dict[str, Any]:
-    """In stages, who is scored on all images depends on how many of the best are."""
-    staged = settings.scoring.first_images is not None and settings.agent.steps
-    return {"finalists": settings.told_apart} if staged else {}
 
 
 def _table(prepared: Prepared) -> dict[str, Any]:

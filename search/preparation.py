@@ -14,7 +14,6 @@ from amc_env.latency import runtime
 from amc_env.layers import LayerGraph
 from amc_env.precision import check_precision
 from amc_env.pruning.topology import Topology
-from amc_env.workers import check_guard
 from search.costing import costs_of
 from search.data import Data
 from search.output.export import check_formats
@@ -31,10 +30,8 @@ def check(settings: Settings) -> None:
     """Finds out whether this machine can do what is asked.
 
     Raises:
-        UserError: The device, an export format or the latency's runtime is unknown, or not there; or this is a
-            worker that was to score candidates and came to a script instead.
+        UserError: The device, an export format or the latency's runtime is unknown, or not there.
     """
-    check_guard()
     check_formats(settings.export)
     _check_device(settings.device)
     check_precision(settings.scoring.precision, settings.device)
@@ -58,7 +55,6 @@ def prepare(model: nn.Module, data: Data, settings: Settings) -> Prepared:
         raise UserError(f"weights are not finite (NaN or infinity) in {', '.join(bad[:8])}")
     model = model.to(settings.device).eval()
     example = data.normalise(data.search.images[:2].to(settings.device))
-    _check_stages(settings, len(data.search))
     granularity = settings.granularity
     graph = (LayerGraph.layers_of if granularity.masked else LayerGraph.trace)(model, example)
     with torch.no_grad():
@@ -131,14 +127,6 @@ def _with_possible_repairs(settings: Settings, topology: Topology) -> Settings:
         )
         return replace(settings, finalists=FinalistSettings(count=0, repair=settings.repair.name))
     return settings
-
-
-def _check_stages(settings: Settings, images: int) -> None:
-    first = settings.scoring.first_images
-    if first is not None and first >= images:
-        raise UserError(
-            f"evaluator.first_images={first} must be below the {images} search images; null scores all at once"
-        )
 
 
 def _check_device(device: str) -> None:

@@ -309,27 +309,17 @@ class ScoringSettings:
         batch_size: Images of a batch; None: see `amc_env.evaluator.batch_size_for`.
         channels_last: Memory format of images and convolution weights.
         precision: One of `amc_env.precision.PRECISIONS`.
-        workers: Processes that score candidates side by side, where an agent asks for several at once; 0: none.
         threads: Of torch for a candidate; None: the run's.
-        first_images: Images that a strategy of the environment is scored on first, and on twice as many while it can
-            still be among the finalists; None: on all at once.
     """
 
     batch_size: int | None = None
     channels_last: bool = True
     precision: str = FLOAT32
-    workers: int = 0
     threads: int | None = None
-    first_images: int | None = None
 
     def __post_init__(self) -> None:
         require(
             {
-                "evaluator.first_images": (
-                    self.first_images is None or self.first_images >= 1,
-                    self.first_images,
-                    "at least 1, or null to score all images at once",
-                ),
                 "evaluator.batch_size": (
                     self.batch_size is None or self.batch_size >= 1,
                     self.batch_size,
@@ -340,7 +330,6 @@ class ScoringSettings:
                     self.precision,
                     f"one of {', '.join(PRECISIONS)}",
                 ),
-                "evaluator.workers": (self.workers >= 0, self.workers, "at least 0"),
                 "evaluator.threads": (
                     self.threads is None or self.threads >= 1,
                     self.threads,
@@ -513,11 +502,6 @@ class Settings:
         What was tuned is compared as it is: such a repair without the training would not be better.
         """
         return 0 if self.scored_by in (SHORT_TERM, self.finalists.repair) else self.finalists.count
-
-    @property
-    def told_apart(self) -> int:
-        """How many of the best strategies scoring in stages must tell apart."""
-        return max(1, self.rescored)
 
     @property
     def trains_between(self) -> bool:

@@ -271,13 +271,12 @@ def header_config(cfg: DictConfig) -> Mapping[str, Any]:
     plain = _plain(resolved(cfg)) | {"device": _device(cfg.device)}
     for section in _NOT_OF_THE_SEARCH:
         plain.pop(section, None)
-    how_many = (("evaluator", "workers"), ("evaluator", "threads"))  # the header states threads itself
     for section, key in (
         ("model", "weights"),
         ("model", "url"),
         ("data", "path"),
         ("budget", "table"),
-        *how_many,
+        ("evaluator", "threads"),  # the header states threads itself
     ):
         plain.get(section, {}).pop(key, None)
     return plain

@@ -26,7 +26,7 @@ FLOORS = (
     ),
     ("amc_env.budget",),
     ("amc_env.encoding",),
-    ("amc_env.evaluator", "amc_env.prefix", "amc_env.staging", "amc_env.workers"),
+    ("amc_env.evaluator", "amc_env.prefix"),
     ("amc_env.env",),
 )
 """Lowest first. A module may import what is on its own floor or below."""

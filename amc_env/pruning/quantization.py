@@ -9,21 +9,87 @@ The operators are those that torch.compile emits for quantized networks on a pro
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+import operator
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from amc_env.errors import first_line
-from amc_env.pruning.packing import FUSED, PackedConv2d, finite, packed
+from amc_env.errors import UserError, first_line
+from amc_env.precision import FLOAT32, INT8
+from amc_env.pruning.folding import Folder
+from amc_env.pruning.topology import added
 
 _BYTES, _WEIGHTS = 255, 127  # steps in the range of a value, and of a weight on either side of zero
 _CHANNELS = 32  # whose products of largest bytes and weights are to be summed exactly
 _ALIGNED = 8  # channels
-_SMALLEST = 1e-30  # range of what is zero everywhere
+_SMALLEST = 1e-30  # range of a tensor of zeros
+_IMAGES = 16  # that the ranges of a candidate's activations are measured on
+
+
+def identity(x: Tensor) -> Tensor:
+    """No activation."""
+    return x
+
+
+Activation = Callable[[Tensor], Tensor]
+FUSED: dict[Any, tuple[str, list[float], str]] = {
+    identity: ("none", [], ""),
+    functional.relu: ("relu", [], ""),
+    functional.relu6: ("hardtanh", [0.0, 6.0], ""),
+}
+"""What oneDNN calls activations: name, scalars and algorithm."""
+_BEHIND_ADDITIONS = (functional.relu,)
+_IN_PLACE = (operator.iadd, "add_")
+
+
+class Int8Folder(Folder):
+    """`Folder`, with convolutions computed in eight bits.
+
+    Args:
+        model: The unpruned network, in eval mode.
+        images: The images that will be scored; ranges of activations are measured on some of them.
+        channels_last: Must be true.
+        batch_size: Images of the batches that the network will be given.
+
+    Raises:
+        UserError: The network or this processor cannot do that.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, *, channels_last: bool, batch_size: int):
+        super().__init__(model, images[:4], channels_last=channels_last)
+        self._batch_size = batch_size
+        # evenly spaced: a user's images may be sorted by label
+        spread = images[:: -(-len(images) // _IMAGES)]
+        self._images = spread.contiguous(memory_format=self._format)
+        reason = self.reason or obstacle()
+        if not reason and not channels_last:
+            reason = "images are not in channels-last memory format, see evaluator.channels_last"
+        if not reason:
+            reason = self._quantize(self._images[:4])
+        if reason:
+            raise UserError(f"evaluator.precision={INT8} does not work here ({reason}); use {FLOAT32}")
+
+    def _quantize(self, example: Tensor) -> str:
+        """Replace the convolutions; the reason why that cannot be done, else an empty string."""
+        assert self._folded is not None
+        if overwrites(self._folded, example):
+            return "the network overwrites values that it reads again"
+        self._folded = quantized(self._folded, example)
+        if not any(isinstance(module, QuantizedConv2d) for module in self._folded.modules()):
+            return "the network has no convolution of the plain kind"
+        return ""
+
+    def __call__(self, model: nn.Module) -> nn.Module:
+        """The network to score in place of ``model``; valid until the next call."""
+        network = self._refresh(model)
+        settle(network, self._images, self._batch_size)
+        return network
 
 
 class Steps:
@@ -94,8 +160,14 @@ class Dequantize(nn.Module):
         return x.float().sub_(self._reads.zero).mul_(self._reads.size)
 
 
-class QuantizedConv2d(PackedConv2d):
-    """`PackedConv2d` in eight bits: bytes of inputs, and of the shortcut, to bytes or floats; of floats until it is packed.
+class QuantizedConv2d(nn.Conv2d):
+    """A convolution, an addition and an activation in eight bits; in floats until it is packed.
+
+    Args:
+        conv: The convolution; its parameters are shared.
+        size: Height and width of its inputs.
+        activation: Applied to the outputs, after the addition.
+        shortcut: Whether a second input is added to the outputs.
 
     Attributes:
         reads: Steps of the inputs.
@@ -112,10 +184,19 @@ class QuantizedConv2d(PackedConv2d):
     pads = padded = False
     _options: tuple[Any, ...]
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
+    def __init__(self, conv: nn.Conv2d, size: tuple[int, int], activation: Activation, shortcut: bool):
+        shape = conv.in_channels, conv.out_channels, conv.kernel_size
+        options: dict[str, Any] = {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation}
+        super().__init__(*shape, **options, groups=conv.groups, device="meta")  # type: ignore[arg-type]
+        self._parameters = dict(conv._parameters)
+        self._size, self._activation, self._shortcut = size, activation, shortcut
+        self._packed: Tensor | None = None
         self.depthwise = 1 < self.groups == self.in_channels == self.out_channels
         self.register_buffer("steps", None)
+
+    def unpack(self) -> None:
+        """Compute in floats again."""
+        self._packed = None
 
     def pack(self, images: int) -> None:
         """Rounds the weights and brings them into blocks; all steps are known."""
@@ -144,7 +225,7 @@ class QuantizedConv2d(PackedConv2d):
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """Outputs [N, out, H, W] for inputs [N, in, H, W], the shortcut [N, out, H, W] added, activated."""
         if self._packed is None:
-            outputs = self._plain(x, shortcut)
+            outputs = self._in_floats(x, shortcut)
             if self.gives is not None:
                 self.gives.note(outputs)
             return outputs
@@ -169,6 +250,21 @@ class QuantizedConv2d(PackedConv2d):
         )
         return result
 
+    def _in_floats(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
+        outputs = super().forward(x)
+        return self._activation(outputs if shortcut is None else outputs + shortcut)
+
+    @property
+    def _pointwise(self) -> bool:
+        """Whether it is a product of the channels at every position: oneDNN does that faster as a linear layer."""
+        whole = self.kernel_size == self.stride == (1, 1) and self.groups == 1
+        return whole and not any(int(side) for side in self.padding) and not self._shortcut
+
+    @property
+    def _how(self) -> tuple[list[int], list[int], list[int], int]:
+        padding = [int(side) for side in self.padding]
+        return padding, list(self.stride), list(self.dilation), self.groups
+
 
 def quantized(network: fx.GraphModule, example: Tensor) -> fx.GraphModule:
     """A network whose convolutions are computed in eight bits, once `settle` has been told what it is to compute.
@@ -177,18 +273,31 @@ def quantized(network: fx.GraphModule, example: Tensor) -> fx.GraphModule:
         network: A traced network on a processor, its activations in `torch.nn.functional`.
         example: A few of its inputs.
     """
-    twin = packed(network, example, QuantizedConv2d)
-    layers: dict[fx.Node, QuantizedConv2d] = {}
-    for node in twin.graph.nodes:
-        module = twin.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, QuantizedConv2d):
-            layers[node] = module
-    _give_bytes(twin, layers)
+    result = copy.deepcopy(network)
+    layers = _replaced(result, example)
+    _give_bytes(result, layers)
     _pad(layers)
-    _give_floats(twin, layers)
-    twin.graph.lint()
-    twin.recompile()
-    return twin
+    _give_floats(result, layers)
+    result.graph.lint()
+    result.recompile()
+    return result
+
+
+def _replaced(network: fx.GraphModule, example: Tensor) -> dict[fx.Node, QuantizedConv2d]:
+    """Replace plain convolutions, in place, and absorb additions and activations behind them."""
+    modules, shapes = dict(network.named_modules()), _shapes(network, example)
+    calls = Counter(str(node.target) for node in network.graph.nodes if node.op == "call_module")
+    layers: dict[fx.Node, QuantizedConv2d] = {}
+    for node in list(network.graph.nodes):
+        name = str(node.target)
+        if node.op == "call_module" and calls[name] == len(node.args) == 1 and _plain(modules[name]):
+            height, width = shapes[node.all_input_nodes[0]][2:]
+            node = _with_addition(node, shapes)
+            shortcut = len(node.args) == 2
+            activation = _absorbed(node, shortcut)
+            layers[node] = QuantizedConv2d(modules[name], (height, width), activation, shortcut)
+            network.set_submodule(name, layers[node])
+    return {node: layers[node] for node in network.graph.nodes if node in layers}
 
 
 def obstacle() -> str:
@@ -290,7 +399,7 @@ def _give_floats(network: fx.GraphModule, layers: Mapping[fx.Node, QuantizedConv
 
 
 @torch.no_grad()
-def settle(network: fx.GraphModule, images: Tensor, batch: int) -> None:
+def settle(network: nn.Module, images: Tensor, batch: int) -> None:
     """Finds the steps of a network as its weights are now, and rounds these; where one is not finite all stays in floats.
 
     Args:
@@ -316,3 +425,51 @@ def settle(network: fx.GraphModule, images: Tensor, batch: int) -> None:
     for giver in givers:
         if giver.gives is not None:
             giver.register_buffer("steps", giver.gives.buffer())
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether it is a plain convolution: a subclass may compute something else."""
+    plain = type(module) is nn.Conv2d and module.padding_mode == "zeros"
+    return plain and not isinstance(module.padding, str)
+
+
+def _shapes(network: fx.GraphModule, example: Tensor) -> dict[fx.Node, torch.Size]:
+    """Shapes of the tensors that operations give."""
+    lane = fx.Interpreter(network, garbage_collect_values=False)
+    with torch.no_grad():
+        lane.run(example)
+    return {node: value.shape for node, value in lane.env.items() if isinstance(value, Tensor)}
+
+
+def _with_addition(node: fx.Node, shapes: dict[fx.Node, torch.Size]) -> fx.Node:
+    """The convolution that takes the shortcut to be added as a second argument, if there is one, else as it was."""
+    shortcut = added(node)
+    if shortcut is None or shapes.get(shortcut) != shapes[node]:
+        return node
+    addition = next(iter(node.users))
+    if addition.target in _IN_PLACE and addition.args[0] is not node:  # others may read what it overwrites
+        return node
+    with node.graph.inserting_before(addition):
+        whole = node.graph.call_module(str(node.target), (node.args[0], shortcut))
+    shapes[whole] = shapes[node]
+    addition.replace_all_uses_with(whole)
+    node.graph.erase_node(addition)
+    node.graph.erase_node(node)
+    return whole
+
+
+def _absorbed(node: fx.Node, shortcut: bool) -> Activation:
+    """The activation that alone reads a convolution's outputs, taken out of the graph."""
+    users = list(node.users)
+    known = _BEHIND_ADDITIONS if shortcut else FUSED
+    if len(users) != 1 or users[0].target not in known:
+        return identity
+    users[0].replace_all_uses_with(node)
+    node.graph.erase_node(users[0])
+    activation: Activation = users[0].target  # type: ignore[assignment]
+    return activation
+
+
+def finite(network: nn.Module) -> bool:
+    """Whether all parameters and buffers are finite numbers."""
+    return all(bool(tensor.isfinite().all()) for tensor in (*network.parameters(), *network.buffers()))

@@ -307,18 +307,6 @@ def test_strategies_of_a_round_are_scored_together_and_never_alone() -> None:
     assert infos["final_info"]["outcome"][2].strategy is asked[0][2]
 
 
-@pytest.mark.parametrize("count", [None, 3])
-def test_closing_ends_what_scores(count: int | None) -> None:
-    closed: list[bool] = []
-    made = handle(close=lambda: closed.append(True))
-    env = PruningEnv(made) if count is None else side_by_side(made, count)
-    env.reset()
-    assert closed == []
-    env.close()
-    assert closed == [True]
-    (PruningEnv(handle()) if count is None else side_by_side(handle(), count)).close()  # nothing to be ended
-
-
 def test_gymnasiums_wrappers_take_the_episodes_side_by_side() -> None:
     envs = RecordEpisodeStatistics(side_by_side(handle(), 2))
     envs.reset()

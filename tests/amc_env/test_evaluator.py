@@ -2,8 +2,7 @@
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from amc_env.evaluator import (
     Evaluator,
     Key,
     Outcome,
-    Removed,
     Scorer,
     Start,
     accuracy,
@@ -33,7 +31,6 @@ from amc_env.pruning.candidate import Candidates
 from amc_env.pruning.quantization import obstacle
 from amc_env.pruning.repair import BatchNorm, Both, LeastSquares, NoRepair, Repair, Sequential
 from amc_env.pruning.topology import Topology
-from amc_env.staging import Score
 
 LABELS = torch.arange(60) % 4
 NO_BYTES = obstacle()
@@ -60,29 +57,6 @@ def evaluator(
     }
     scorer = Scorer(candidates.original, images(60), LABELS, batch_size=25)
     return Evaluator(Start(ORIGINAL, candidates, makers), problem, scorer, repair, memo)
-
-
-class Handed:
-    """Workers that are none: what was handed out, asked for and taken back is noted."""
-
-    def __init__(self) -> None:
-        self.notes: list[object] = []
-
-    @contextmanager
-    def scoring(
-        self, start: Start, repair: str, strategies: Mapping[Removed, float]
-    ) -> Iterator[Callable[[Removed], Score]]:
-        self.notes.append((start.name, repair, list(strategies)))
-
-        def score(removed: Removed) -> Score:
-            self.notes.append(removed)
-            return Score(sum(removed) / 1000)
-
-        yield score
-        self.notes.append("back")
-
-    def close(self) -> None:
-        self.notes.append("closed")
 
 
 def some(judge: Evaluator, count: int = 3):
@@ -156,7 +130,7 @@ def test_coarse_arithmetic_scores_nearly_what_float32_does(
 def test_ranges_are_of_images_from_all_over() -> None:
     model = prepared("residual")[0].original
     scorer = Scorer(model, images(60), LABELS, precision=INT8)
-    assert torch.equal(scorer.folder._ranging, images(60)[::4])
+    assert torch.equal(scorer.folder._images, images(60)[::4])
 
 
 class Float32Only(nn.Module):
@@ -368,44 +342,6 @@ def test_unknown_and_repeated_starts_are_refused() -> None:
         judge.evaluate(some(judge), start="nowhere")
     with pytest.raises(ValueError, match="known already"):
         judge.begin(Start(ORIGINAL, prepared("residual")[0], {}))
-
-
-def test_workers_get_all_that_is_unknown_at_once_and_each_once() -> None:
-    judge = evaluator(repair="none")
-    first, *others = some(judge, 4)
-    judge.evaluate([first])
-    workers = judge._workers = Handed()
-    a, b, c = (strategy.removed for strategy in others)
-    outcomes = judge.outcomes([others[0], first, *others, others[0]])
-    assert workers.notes == []
-    assert next(outcomes).accuracy == sum(a) / 1000
-    assert workers.notes == [(ORIGINAL, "none", [a, b, c]), a]
-    assert [outcome.strategy for outcome in outcomes] == [first, *others, others[0]]
-    assert workers.notes[2:] == [b, c, "back"]
-    assert (judge.hits, judge.evaluations) == (3, 4)
-
-
-def test_what_is_scored_between_two_outcomes_is_not_mixed_up() -> None:
-    judge = evaluator(repair="none")
-    judge._workers = Handed()
-    strategies = some(judge, 4)
-    found = []
-    for outcome in judge.outcomes(strategies):
-        found.append(outcome)
-        judge.evaluate(strategies[2:3])
-    assert [outcome.strategy for outcome in found] == strategies
-    assert [outcome.accuracy for outcome in found[1::2]] == [
-        sum(strategy.removed) / 1000 for strategy in strategies[1::2]
-    ]
-
-
-def test_one_strategy_alone_is_scored_here_and_the_workers_end_with_the_block() -> None:
-    with evaluator(repair="none") as judge:
-        workers = judge._workers = Handed()
-        (outcome,) = judge.evaluate(some(judge, 1))
-        assert outcome == evaluator(repair="none").evaluate(some(judge, 1))[0]
-        assert workers.notes == []
-    assert workers.notes == ["closed"]
 
 
 def test_candidates_have_their_own_number_of_threads() -> None:

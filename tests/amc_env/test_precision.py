@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from amc_env.errors import UserError
-from amc_env.precision import BFLOAT16, FLOAT32, INT8, TF32, arithmetic, check_precision, pays
+from amc_env.precision import BFLOAT16, FLOAT32, INT8, TF32, arithmetic, check_precision
 
 
 @pytest.mark.parametrize(("precision", "switch"), [(FLOAT32, "ieee"), (BFLOAT16, "ieee"), (TF32, "tf32")])
@@ -34,24 +34,3 @@ def test_int8_is_for_processors_alone() -> None:
     ):
         check_precision(INT8, "cuda:1")
     check_precision(INT8, "cpu")
-
-
-@pytest.mark.parametrize(("precision", "dtype"), [(BFLOAT16, torch.bfloat16), (INT8, torch.int8)])
-def test_a_precision_pays_where_its_products_are_faster(
-    precision: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = iter(range(1000))
-    steps = {dtype: 1, torch.float32: 2}
-
-    def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        for _ in range(steps[left.dtype]):
-            next(clock)
-        return right
-
-    monkeypatch.setattr("torch.mm", multiply)
-    monkeypatch.setattr("torch._int_mm", multiply)
-    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
-    assert pays(precision)
-    steps[dtype] = 3
-    assert not pays(precision)
-    assert pays(FLOAT32)

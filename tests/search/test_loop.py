@@ -1,7 +1,7 @@
 """The loop: counting, the best, finalists, rewards that are no numbers."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -72,47 +72,6 @@ def test_strategies_of_several_environments_are_asked_for_at_once() -> None:
     assert [outcome.strategy for outcome in given] == strategies
     assert [outcome.accuracy for outcome in given] == [0.8, 0.5, 0.8]
     assert (rounds, searching.episodes, searching.evaluations) == ([3], 3, 2)
-
-
-def test_what_matters_is_what_would_beat_the_best_reward_so_far() -> None:
-    table = Table([0.9, 0.5, 0.7, 0.8], least_met=1)
-    table.staged, table.problem.met = True, lambda removed: removed[0] >= 1  # type: ignore[method-assign]
-    searching = loop(table)
-    one, two, none = (table.problem.strategy([count]) for count in (1, 2, 0))
-    searching.outcomes([one, two])
-    searching.outcomes([one, none])
-    searching.score([(3,)])
-    assert table.floors[0] == [0.0, 0.0]
-    assert table.floors[1] == [pytest.approx(0.7, abs=2e-6), math.inf]  # the last misses the budget
-    assert table.floors[2] is None  # an agent compares whole strategies with each other
-
-
-def test_what_matters_is_what_would_be_among_the_best_so_many() -> None:
-    table = Table([0.9, 0.5, 0.7, 0.8])
-    table.staged = True
-    searching = loop(table, matter=2)
-    for count in (0, 0, 1, 3, 2):
-        searching.outcomes([table.problem.strategy([count])])
-    assert table.floors == [
-        [0.0],
-        [0.0],
-        [0.0],
-        [pytest.approx(0.5, abs=2e-6)],
-        [pytest.approx(0.8, abs=2e-6)],
-    ]
-
-
-def test_a_reward_that_counts_costs_asks_less_of_what_costs_less() -> None:
-    table = Table([0.9, 0.5, 0.7, 0.8])
-    table.staged = True
-
-    def reward(accuracy: float, costs: Mapping[str, float], met: bool) -> float:
-        return -(1 - accuracy) * costs["kept"]
-
-    searching = loop(table, reward)
-    searching.outcomes([table.problem.strategy([2])])  # -0.3 x 6
-    searching.outcomes([table.problem.strategy([count]) for count in (0, 3)])
-    assert table.floors[1] == pytest.approx([1 - 1.8 / 8, 1 - 1.8 / 5], abs=2e-6)
 
 
 def test_episodes_evaluations_and_repeats_are_counted() -> None:

@@ -51,8 +51,8 @@ from search.settings import (
         (ScoringSettings, {"batch_size": 0}, "evaluator.batch_size=0"),
         (
             ScoringSettings,
-            {"workers": -1, "threads": 0},
-            "evaluator.workers=-1 must be at least 0; evaluator.threads=0 must be at least 1, or null",
+            {"threads": 0},
+            "evaluator.threads=0 must be at least 1, or null",
         ),
         (
             LatencySettings,

@@ -8,9 +8,9 @@ from torch.nn import functional
 
 from amc_env.errors import UserError
 from amc_env.pruning import quantization
-from amc_env.pruning.folding import Folder
 from amc_env.pruning.quantization import (
     Dequantize,
+    Int8Folder,
     Quantize,
     QuantizedConv2d,
     Steps,
@@ -25,8 +25,8 @@ X = images(40).contiguous(memory_format=torch.channels_last)
 CONVOLUTIONAL = [name for name in NETWORKS if any(isinstance(m, nn.Conv2d) for m in network(name).modules())]
 
 
-def folder_of(model: nn.Module) -> Folder:
-    return Folder(model, X[:2], channels_last=True, batch_size=len(X), ranging=X)
+def folder_of(model: nn.Module) -> Int8Folder:
+    return Int8Folder(model, X, channels_last=True, batch_size=len(X))
 
 
 def distance(got: Tensor, want: Tensor) -> float:
@@ -218,7 +218,7 @@ class Overwriting(nn.Module):
 def test_networks_that_cannot_be_are_refused(model: nn.Module, channels_last: bool, reason: str) -> None:
     message = rf"evaluator.precision=int8 does not work here \({reason}.*\); use float32"
     with pytest.raises(UserError, match=message):
-        Folder(model.eval(), X[:2], channels_last=channels_last, ranging=X)
+        Int8Folder(model.eval(), X, channels_last=channels_last, batch_size=len(X))
 
 
 def test_processors_that_cannot_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +258,7 @@ def test_a_shortcut_may_come_in_another_memory_format() -> None:
 def test_images_need_not_be_square() -> None:
     model = network("residual")
     x = X.reshape(20, 3, 16, 8).contiguous(memory_format=torch.channels_last)
-    folder = Folder(model, x[:2], channels_last=True, batch_size=20, ranging=x)
+    folder = Int8Folder(model, x, channels_last=True, batch_size=20)
     assert distance(folder(model)(x), model(x)) < 0.1
 
 
