@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from amc_env.latency import Timing, measure
-from search import wiring
+from amc_env.costs.latency import Timing, measure
+from search.config import compose as wiring
 from search.output.run_files import RunFiles
 from search.output.run_result import RunResult
 from search.output.weights import load_pruned

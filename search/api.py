@@ -21,14 +21,12 @@ from amc_env.env import EnvHandle
 from amc_env.errors import UserError, first_line
 from amc_env.pruning.candidate import Keeps
 from amc_env.pruning.granularity import Channel
-from search.data import Data, from_loaders, seeded
-from search.judging import make_evaluator
-from search.loop import Loop
+from search.config.compose import default_agent
+from search.data.base import Data
+from search.data.loaders import from_loaders, seeded
 from search.output.report import write_report
 from search.output.run_result import RunResult
 from search.output.tracking import CsvTracker
-from search.pipeline import Context, env_handle, run
-from search.preparation import prepare
 from search.settings import (
     BudgetSettings,
     CyclesBudget,
@@ -39,7 +37,10 @@ from search.settings import (
     StorageBudget,
     channel_multiple,
 )
-from search.wiring import default_agent
+from search.study.evaluation import make_evaluator
+from search.study.pipeline import Context, env_handle, run
+from search.study.problem import prepare
+from search.study.study import Loop
 
 Asked = float | Mapping[str, float] | BudgetSettings | Sequence[BudgetSettings]
 """Budgets: the share of the MACs that may remain, shares by cost, or settings."""

@@ -10,14 +10,13 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from search import wiring
-from search.commands import command_line, run_folder
+from search.config import compose as wiring
+from search.config.command import command_line, run_folder
 from search.output.progress import final_table
 from search.output.report import write_report
 from search.output.run_result import RunResult
-from search.pipeline import Context, run
-from search.preparation import check, prepare
-from search.ranking import Prepared
+from search.study.pipeline import Context, run
+from search.study.problem import Prepared, check, prepare
 
 log = logging.getLogger(__name__)
 

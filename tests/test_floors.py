@@ -11,22 +11,22 @@ PACKAGES = ("amc_env", "agents", "search")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 LONGEST = 45  # lines of a function, its docstring left out
 FLOORS = (
-    ("amc_env.errors", "amc_env.heap", "amc_env.lanes", "amc_env.onnx_files", "amc_env.precision"),
-    ("amc_env.strategy", "amc_env.surgery"),
-    ("amc_env.layers",),
+    ("amc_env.errors", "amc_env.system", "amc_env.system", "amc_env.onnx", "amc_env.evaluation.precision"),
+    ("amc_env.space", "amc_env.graph.surgery"),
+    ("amc_env.graph.layers",),
     ("amc_env.pruning",),
     (
-        "amc_env.costs",
-        "amc_env.cycles",
-        "amc_env.memory",
-        "amc_env.storage",
+        "amc_env.costs.counts",
+        "amc_env.costs.cycles",
+        "amc_env.costs.memory",
+        "amc_env.costs.storage",
         "amc_env.sparse",
         "amc_env.rewards",
-        "amc_env.latency",
+        "amc_env.costs.latency",
     ),
-    ("amc_env.budget",),
+    ("amc_env.space",),
     ("amc_env.encoding",),
-    ("amc_env.evaluator", "amc_env.prefix"),
+    ("amc_env.evaluation.evaluator", "amc_env.evaluation.prefix"),
     ("amc_env.env",),
 )
 """Lowest first. A module may import what is on its own floor or below."""

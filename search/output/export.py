@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from amc_env import onnx_files
+from amc_env import onnx as onnx_files
 from amc_env.errors import UserError
 from amc_env.pruning.candidate import Keeps
 from search import files

@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from amc_env.precision import FLOAT32
+from amc_env.evaluation.precision import FLOAT32
 from search import files
 from search.output.formatting import (
     budget_lines,
@@ -94,14 +94,14 @@ def _asked(result: RunResult) -> Iterator[tuple[str, object]]:
     yield "granularity", format_name(result.granularity, result.granularity.name)
     yield "agent", search.agent
     yield "seed", search.seed
-    if search.stages or search.episodes != 1:  # else nothing was searched
+    if search.study.stages or search.episodes != 1:  # else nothing was searched
         yield from _of_the_search(search, result.resumed)
 
 
 def _of_the_search(search: SearchFigures, resumed: bool) -> Iterator[tuple[str, object]]:
-    last = ", last stage" if search.stages else ""
+    last = ", last stage" if search.study.stages else ""
     if last:
-        yield "stages", ", ".join(f"{100 * ratio:.3g}%" for ratio in search.stages)
+        yield "stages", ", ".join(f"{100 * ratio:.3g}%" for ratio in search.study.stages)
     yield f"episodes{last}", search.episodes
     if search.precision != FLOAT32:
         yield "scored in", search.precision

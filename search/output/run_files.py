@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amc_env.strategy import Decision
+from amc_env.space import Decision
 from search.output.run_result import RunResult
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from amc_env.errors import UserError
-from amc_env.layers import Side, channels_of
+from amc_env.graph.layers import Side, channels_of
 from amc_env.pruning.candidate import Keeps, resize
 from search import files
 

@@ -13,7 +13,7 @@ from PIL import Image
 from running import Command
 
 from agents.sensitivity import Curve
-from amc_env.evaluator import Bench
+from amc_env.evaluation.pruner import Bench
 from search import run_sensitivity
 from search.output.plots import DPI, plot_sensitivity
 

@@ -1,0 +1,275 @@
+"""The figures of a run: what goes into result.json and strategy.json."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from amc_env import sparse
+from amc_env.costs.latency import Timing, measure, processor
+from amc_env.costs.storage import Storage, params_beside_weights
+from amc_env.errors import UserError
+from amc_env.evaluation.evaluator import Outcome
+from amc_env.evaluation.pruner import ORIGINAL
+from amc_env.evaluation.scorer import accuracy
+from amc_env.pruning.granularity import NM, Channel, FineGrained, Granularity, Kernel, Masked, Vector
+from amc_env.space import Strategy
+from search import files
+from search.data.base import Split
+from search.output.export import Exported
+from search.output.run_result import (
+    BudgetFigures,
+    GranularityFigures,
+    LayerRow,
+    MaskedFigures,
+    NetworkFigures,
+    Pattern,
+    RunResult,
+    SearchFigures,
+    SkippedLayer,
+)
+from search.settings import StorageBudget
+from search.study.problem import Prepared, Ranked
+from search.study.stages import chain
+from search.study.study import Loop, Scored
+
+log = logging.getLogger(__name__)
+
+
+def strategy_json(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:
+    """The content of strategy.json: counts, granularity, criterion and, but for the original, the weights they were cut from.
+
+    Those are named as the chain that led to them: ``["original", "stage 1 (0.5)"]``.
+    """
+    settings = prepared.settings
+    made = {"granularity": settings.granularity.name, "criterion": settings.criterion.name}
+    return outcome.strategy.to_json() | made | _start(prepared, outcome)
+
+
+def _start(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:
+    return {"start": chain(prepared.settings, outcome.start)} if outcome.start != ORIGINAL else {}
+
+
+def result_of(
+    prepared: Prepared,
+    networks: Mapping[str, nn.Module],
+    best: Scored,
+    loop: Loop,
+    exports: Sequence[Exported],
+) -> RunResult:
+    """The run's result; the test split is read here, once.
+
+    Args:
+        prepared: The run's network, data and problem.
+        networks: ``base``, ``pruned`` and, where there was fine-tuning, ``finetuned``.
+        best: The strategy that is delivered.
+        loop: The search that found it.
+        exports: What was exported.
+    """
+    settings, strategy = prepared.settings, best.outcome.strategy
+    figures = _networks(prepared, networks, best.outcome)
+    return RunResult(
+        data=prepared.data.name,
+        granularity=granularity_of(settings.granularity),
+        base=figures["base"],
+        pruned=figures["pruned"],
+        finetuned=figures.get("finetuned"),
+        budgets=budget_figures(prepared, strategy.removed),
+        search=_search(prepared, best, loop),
+        strategy=dict(zip(strategy.names, strategy.ratios, strict=True)),
+        masked=masked_figures(prepared, networks.get("finetuned", networks["pruned"]), strategy),
+        skipped=tuple(SkippedLayer(layer.name, layer.reason) for layer in prepared.graph.whole),
+        exports=tuple(exports),
+        latency_batch=settings.latency.batch,
+        latency_runtime=settings.latency.runtime,
+        latency_threads=settings.latency.threads or torch.get_num_threads(),
+        machine=machine(settings.device),
+    )
+
+
+def _networks(
+    prepared: Prepared, networks: Mapping[str, nn.Module], outcome: Outcome
+) -> dict[str, NetworkFigures]:
+    data = prepared.data
+    name, split = ("search", data.search) if data.test is None else ("test", data.test)
+    latency = _latency(prepared, networks)
+    original = prepared.problem.cost([0] * len(prepared.problem.grids))
+    dense = {f"dense_{cost}": round(original[cost]) for cost in ("macs", "params") if prepared.masked}
+    figures = {}
+    for stage, network in networks.items():
+        costs = original if stage == "base" else outcome.costs
+        rounded = {c: round(v, 4) if c == "latency" else round(v) for c, v in costs.items()}
+        timing = latency.get(stage)
+        figures[stage] = NetworkFigures(
+            accuracy=_accuracy(prepared, network, split),
+            split=name,
+            costs=rounded | dense,
+            latency_ms=timing.median_ms if timing else None,
+            latency_spread=timing.spread if timing else None,
+        )
+    return figures
+
+
+def _latency(prepared: Prepared, networks: Mapping[str, nn.Module]) -> dict[str, Timing]:
+    """Empty where it is left out, or where the runtime cannot run such networks, which does not end the run."""
+    wanted = prepared.settings.latency
+    if not wanted.repeats:
+        return {}
+    example = prepared.batch(wanted.batch)
+    try:
+        return measure(
+            networks, example, runtime=wanted.runtime, threads=wanted.threads, repeats=wanted.repeats
+        )
+    except UserError as error:
+        log.warning("latency was not measured: %s", error)
+        return {}
+
+
+def _accuracy(prepared: Prepared, network: nn.Module, split: Split) -> float:
+    """Of a split that may be larger than the memory: its images are normalised batch by batch."""
+    device = prepared.settings.device
+
+    def logits(pixels: Tensor) -> Tensor:
+        found: Tensor = network(prepared.data.normalise(pixels.to(device)))
+        return found
+
+    return accuracy(logits, split.images, split.labels.to(device))
+
+
+def budget_figures(prepared: Prepared, removed: Sequence[int]) -> tuple[BudgetFigures, ...]:
+    """Every budget of the run, and what a strategy needs of it."""
+    formats = {b.cost: b.format for b in prepared.settings.budgets if isinstance(b, StorageBudget)}
+    return tuple(
+        BudgetFigures(
+            cost=budget.cost.name,
+            ratio=budget.ratio,
+            limit=budget.limit,
+            value=budget.cost(removed),
+            met=budget.met(removed),
+            format=formats.get(budget.cost.name),
+        )
+        for budget in prepared.problem.budgets
+    )
+
+
+def _search(prepared: Prepared, best: Scored, loop: Loop) -> SearchFigures:
+    settings, rounds = prepared.settings, prepared.settings.schedule.rounds
+    return SearchFigures(
+        agent=settings.agent.name,
+        episodes=loop.episodes,
+        evaluations=loop.evaluations,
+        cache_hits=loop.cache_hits,
+        seconds=round(loop.seconds, 2),
+        seed=settings.seed,
+        best_reward=best.reward,
+        search_accuracy=best.outcome.accuracy,
+        precision=settings.scoring.precision,
+        repair=best.outcome.repair,
+        warmup=getattr(settings.agent, "warmup_episodes", 0),
+        start=tuple(_start(prepared, best.outcome).get("start", ())),
+        stages=tuple(settings.stages),
+        stage_episodes=settings.episodes if settings.stages else None,
+        schedule=settings.schedule.shape if rounds > 1 else None,
+        rounds=rounds if rounds > 1 else None,
+    )
+
+
+def machine(device: str) -> dict[str, Any]:
+    """The machine and versions, for the record."""
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "python": platform.python_version(),
+        "torch": version("torch"),
+    }
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file in one step."""
+    files.write(path, json.dumps(content, indent=2) + "\n")
+
+
+def granularity_of(granularity: Granularity) -> GranularityFigures:
+    """What decisions remove units of, and which hardware gains by it."""
+    known = granularity.name, granularity.masked, granularity.speed
+    if isinstance(granularity, NM):
+        return GranularityFigures(*known, "weights", granularity.n, granularity.m)
+    if isinstance(granularity, Vector):
+        return GranularityFigures(*known, f"kernel {granularity.axis}s")
+    units = {Channel: "channels", FineGrained: "weights", Kernel: "kernels"}
+    return GranularityFigures(*known, units.get(type(granularity), "units"))
+
+
+def masked_figures(ranked: Ranked, network: nn.Module, strategy: Strategy) -> MaskedFigures | None:
+    """Counts of masked weights; None where channels are cut.
+
+    Args:
+        ranked: The run's decisions.
+        network: The masked network.
+        strategy: What it was masked by.
+    """
+    if not ranked.masked:
+        return None
+    weights = {name: _weight(network, name) for name in strategy.names}
+    layers = {name: LayerRow(weight.numel(), int(weight.count_nonzero())) for name, weight in weights.items()}
+    pattern, granularity = None, ranked.settings.granularity
+    if isinstance(granularity, NM):
+        chosen = [name for name, decision in strategy.decisions.items() if decision.removed]
+        pattern = _pattern({name: weights[name] for name in chosen}, granularity.n, granularity.m)
+    return MaskedFigures(layers, stored_sizes(ranked, weights, strategy.removed), pattern)
+
+
+def _weight(network: nn.Module, layer: str) -> Tensor:
+    weight = network.get_submodule(layer).weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().cpu()
+
+
+def stored_sizes(ranked: Ranked, weights: Mapping[str, Tensor], removed: Sequence[int]) -> dict[str, int]:
+    """Bytes of a masked network by format, each layer dense where that is smaller; see `Storage`.
+
+    The zeros are those of ``weights``: after stages or rounds they lie elsewhere than where the search began.
+
+    Args:
+        ranked: The run's decisions.
+        weights: The weights of their layers.
+        removed: Units removed from each.
+
+    Returns:
+        ``dense_fp32`` and at as many bits ``csr`` and, for n:m, ``nm``; ``dense_4bit`` and at as many bits ``eie``.
+    """
+    graph, grids, granularity = ranked.graph, ranked.grids, cast(Masked, ranked.settings.granularity)
+    # What is not zero stays longest: so every unit that was kept has a place before those that were removed.
+    places = {
+        name: granularity.places((weight != 0).double(), graph.layer(name))
+        for name, weight in weights.items()
+    }
+
+    def size(format: str, counts: Sequence[int]) -> int:
+        return round(Storage(graph.layers, grids, places, params_beside_weights(graph), format)(counts))
+
+    nothing = [0] * len(grids)
+    sizes = {"dense_fp32": size("csr", nothing), "csr": size("csr", removed)}
+    if isinstance(ranked.settings.granularity, NM):
+        sizes["nm"] = size("nm", removed)
+    return sizes | {"dense_4bit": size("eie", nothing), "eie": size("eie", removed)}
+
+
+def _pattern(weights: Mapping[str, Tensor], n: int, m: int) -> Pattern:
+    """Whether weights that are to have the n:m pattern have it, packed and unpacked to the bit."""
+    holds = all(
+        sparse.check(weight, n, m) and torch.equal(sparse.unpack(sparse.pack(weight, n, m)), weight)
+        for weight in weights.values()
+    )
+    return Pattern(n, m, tuple(weights), holds)
