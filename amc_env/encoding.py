@@ -20,9 +20,8 @@ import numpy.typing as npt
 from amc_env.errors import UserError
 
 if TYPE_CHECKING:
-    from amc_env.budget import Problem
-    from amc_env.layers import Layer, LayerGraph
-    from amc_env.strategy import Grid
+    from amc_env.graph.layers import Layer, LayerGraph
+    from amc_env.space import Grid, Problem
 
 FEATURES: Final = (
     "index",

@@ -18,9 +18,8 @@ from amc_env.errors import UserError
 from amc_env.rewards import RewardFunction
 
 if TYPE_CHECKING:
-    from amc_env.budget import Problem
-    from amc_env.evaluator import Outcome
-    from amc_env.strategy import Strategy
+    from amc_env.evaluation.evaluator import Outcome
+    from amc_env.space import Problem, Strategy
 
 Observation = npt.NDArray[np.float32]
 Action = npt.NDArray[np.float32]

@@ -16,10 +16,10 @@ from sklearn.linear_model import LinearRegression
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from amc_env.layers import Layer
+from amc_env.graph.layers import Layer
 from amc_env.pruning.calibration import Spots
-from amc_env.pruning.repair import repairable_consumers
-from search.ranking import Prepared
+from amc_env.pruning.repair.least_squares import repairable_consumers
+from search.study.problem import Prepared
 
 BATCH, BATCHES, POSITIONS = 50, 60, 10
 ROOM = 2 * 2**30

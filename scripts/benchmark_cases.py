@@ -34,25 +34,28 @@ from omegaconf import DictConfig
 from safetensors.torch import save_file
 
 from agents.ddpg import AMCDDPG
-from amc_env.evaluator import ORIGINAL, Bench, Evaluator, Scorer, accuracy
-from amc_env.latency.runtimes import using_threads
-from amc_env.precision import BFLOAT16, FLOAT32, INT8
-from amc_env.pruning import masked_repair, repair
+from amc_env.evaluation.evaluator import Evaluator
+from amc_env.evaluation.folding import Folder
+from amc_env.evaluation.int8 import obstacle
+from amc_env.evaluation.precision import BFLOAT16, FLOAT32, INT8
+from amc_env.evaluation.pruner import ORIGINAL, Bench
+from amc_env.evaluation.scorer import Scorer, accuracy
 from amc_env.pruning.candidate import Candidates, MaskedCandidates
-from amc_env.pruning.folding import Folder
-from amc_env.pruning.quantization import obstacle
-from search import wiring
+from amc_env.pruning.repair import least_squares as repair
+from amc_env.pruning.repair import masked as masked_repair
+from amc_env.system import using_threads
+from search.config import compose as wiring
 from search.data import seeded
 from search.job import prepared_of
-from search.journal import Journal
-from search.judging import Materials, start_of
-from search.loop import Loop
-from search.pipeline import Context, header
-from search.pipeline import search as searched
 from search.progress import Progress
-from search.ranking import Prepared
-from search.short_term import ShortTerm
-from search.stages import stage_of
+from search.study.evaluation import Materials, start_of
+from search.study.journal import Journal
+from search.study.pipeline import Context, header
+from search.study.pipeline import search as searched
+from search.study.problem import Prepared
+from search.study.stages import stage_of
+from search.study.study import Loop
+from search.training.short_term import ShortTerm
 
 Row = dict[str, float]
 """Figures by name; seconds end in " s"."""

@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from amc_env.latency import Timing, measure
-from search import wiring
+from amc_env.costs.latency import Timing, measure
+from search.config import compose as wiring
 from search.export import load_pruned
 from search.report import read_run, rounds_begun
 

@@ -27,14 +27,12 @@ from hydra import compose, initialize_config_module
 from matplotlib.figure import Figure
 from torch import nn
 
-from amc_env.evaluator import Scorer
-from search import wiring
+from amc_env.evaluation.scorer import Scorer
+from search.config import compose as wiring
 from search.data import Data
-from search.judging import make_evaluator
-from search.preparation import prepare
-from search.ranking import Prepared
-from search.rounds import finetuned
-from search.tuning import Tuner
+from search.study.evaluation import make_evaluator
+from search.study.problem import Prepared, prepare
+from search.study.tuning import Tuner, finetuned
 
 CRITERIA = ("l1", "l2", "bn_scale", "taylor", "obd", "apoz", "lasso", "fpgm", "random")
 CHANNEL_ONLY = ("bn_scale", "apoz", "lasso", "fpgm")

@@ -15,12 +15,12 @@ import time
 import hydra
 from omegaconf import DictConfig
 
-from amc_env.budget import Budget, Problem
-from amc_env.evaluator import accuracy
-from search.commands import application, run_command
+from amc_env.evaluation.scorer import accuracy
+from amc_env.space import Budget, Problem
+from search.config.command import application, run_command
 from search.job import prepared_of
-from search.judging import make_evaluator
 from search.settings import REPAIRS
+from search.study.evaluation import make_evaluator
 
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="search")

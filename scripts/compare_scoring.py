@@ -22,15 +22,15 @@ from scipy.stats import spearmanr
 from agents.base import SearchTask
 from amc_env.env import PruningVectorEnv
 from amc_env.errors import UserError
-from amc_env.evaluator import Outcome
-from amc_env.precision import BFLOAT16, INT8
-from search.commands import application, run_command
+from amc_env.evaluation.evaluator import Outcome
+from amc_env.evaluation.precision import BFLOAT16, INT8
+from search.config.command import application, run_command
 from search.job import prepared_of
-from search.judging import make_evaluator
-from search.loop import Episode, Loop
-from search.pipeline import env_handle
-from search.ranking import Prepared
 from search.settings import ScoringSettings
+from search.study.evaluation import make_evaluator
+from search.study.pipeline import env_handle
+from search.study.problem import Prepared
+from search.study.study import Episode, Loop
 
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="search")

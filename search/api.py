@@ -21,11 +21,8 @@ from amc_env.env import EnvHandle
 from amc_env.errors import UserError, first_line
 from amc_env.pruning.candidate import Keeps
 from amc_env.pruning.granularity import Channel
+from search.config.compose import default_agent
 from search.data import Data, from_loaders, seeded
-from search.judging import make_evaluator
-from search.loop import Loop
-from search.pipeline import Context, env_handle, run
-from search.preparation import prepare
 from search.report import write_report
 from search.settings import (
     BudgetSettings,
@@ -37,8 +34,11 @@ from search.settings import (
     StorageBudget,
     channel_multiple,
 )
+from search.study.evaluation import make_evaluator
+from search.study.pipeline import Context, env_handle, run
+from search.study.problem import prepare
+from search.study.study import Loop
 from search.tracking import CsvTracker
-from search.wiring import default_agent
 
 Asked = float | Mapping[str, float] | BudgetSettings | Sequence[BudgetSettings]
 """Budgets: the share of the MACs that may remain, shares by cost, or settings."""

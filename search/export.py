@@ -25,9 +25,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from amc_env import onnx_files
+from amc_env import onnx as onnx_files
 from amc_env.errors import UserError
-from amc_env.layers import Side, channels_of
+from amc_env.graph.layers import Side, channels_of
 from amc_env.pruning.candidate import Keeps, resize
 
 log = logging.getLogger(__name__)

@@ -10,13 +10,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from search import wiring
-from search.commands import command_line, run_folder
-from search.pipeline import Context, run
-from search.preparation import check, prepare
+from search.config import compose as wiring
+from search.config.command import command_line, run_folder
 from search.progress import final_table
-from search.ranking import Prepared
 from search.report import write_report
+from search.study.pipeline import Context, run
+from search.study.problem import Prepared, check, prepare
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from amc_env.errors import UserError
-from amc_env.precision import FLOAT32
+from amc_env.evaluation.precision import FLOAT32
 from search.formatting import (
     Comparison,
     amount,

@@ -13,14 +13,14 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from amc_env.errors import UserError
-from search import wiring
-from search.apply import fingerprint, read_strategy
-from search.commands import application, run_command
+from search.config import compose as wiring
+from search.config.command import application, run_command
 from search.job import run_job
+from search.study.apply import fingerprint, read_strategy
 
 log = logging.getLogger(__name__)
 
-_AGENTS = {"strategy": "search.apply.Given", "ratio": "agents.baselines.Uniform"}
+_AGENTS = {"strategy": "search.study.apply.Given", "ratio": "agents.baselines.Uniform"}
 """By what is given: who proposes it."""
 
 

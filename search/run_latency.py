@@ -12,15 +12,16 @@ import hydra
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from amc_env.costs.latency import runtime
 from amc_env.errors import UserError, require
-from amc_env.latency import runtime
-from search import wiring
-from search.commands import application, run_command, run_folder
+from search.config import compose as wiring
+from search.config.command import application, run_command, run_folder
+from search.config.typecheck import fits, said
 from search.data import seeded
-from search.latency import How, Subject, build, check_of, counted, read_table, show
-from search.preparation import check
 from search.settings import Settings
-from search.typecheck import fits, said
+from search.study.latency import check_of, show
+from search.study.latency_table import How, Subject, build, counted, read_table
+from search.study.problem import check
 
 log = logging.getLogger(__name__)
 

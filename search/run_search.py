@@ -8,10 +8,10 @@ from functools import partial
 import hydra
 from omegaconf import DictConfig
 
-from search import wiring
-from search.commands import application, run_command
+from search.config import compose as wiring
+from search.config.command import application, run_command
+from search.config.typecheck import check_types
 from search.job import run_job
-from search.typecheck import check_types
 
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="search")

@@ -10,11 +10,11 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from search import wiring
-from search.commands import application, command_line, run_command, run_folder
-from search.pipeline import Context
-from search.preparation import check
-from search.sensitivity import run
+from search.config import compose as wiring
+from search.config.command import application, command_line, run_command, run_folder
+from search.study.pipeline import Context
+from search.study.problem import check
+from search.study.sensitivity import run
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from typing import ClassVar, Literal
 
 from agents.base import Agent
 from agents.baselines import Uniform
+from amc_env.costs.latency import RUNTIMES
 from amc_env.errors import UserError, require
-from amc_env.latency import RUNTIMES
-from amc_env.precision import FLOAT32, PRECISIONS
+from amc_env.evaluation.precision import FLOAT32, PRECISIONS
 from amc_env.pruning.criteria import Criterion, Norm, check_fits
 from amc_env.pruning.granularity import Channel, Granularity
 from amc_env.pruning.regularization import NoRegularization, Regularization
@@ -58,7 +58,7 @@ class BudgetSettings:
 
 @dataclass(frozen=True)
 class StorageBudget(BudgetSettings):
-    """A limit on the stored size of a masked network; see `amc_env.storage.Storage`.
+    """A limit on the stored size of a masked network; see `amc_env.costs.storage.Storage`.
 
     Attributes:
         format: ``eie``, ``csr`` or ``nm``; each layer takes it or dense, whichever is smaller.
@@ -83,7 +83,7 @@ class StorageBudget(BudgetSettings):
 
 @dataclass(frozen=True)
 class CyclesBudget(BudgetSettings):
-    """A limit on the cycles of an array processor; see `amc_env.cycles.Cycles`.
+    """A limit on the cycles of an array processor; see `amc_env.costs.cycles.Cycles`.
 
     Attributes:
         input_parallel: Input channels multiplied at once.
@@ -111,7 +111,7 @@ class CyclesBudget(BudgetSettings):
 
 @dataclass(frozen=True)
 class MemoryBudget(BudgetSettings):
-    """A limit on the peak memory of one example's activations; see `amc_env.memory.Memory`."""
+    """A limit on the peak memory of one example's activations; see `amc_env.costs.memory.Memory`."""
 
     costs: ClassVar[tuple[str, ...]] = ("memory",)
 
@@ -120,14 +120,14 @@ class MemoryBudget(BudgetSettings):
 
 @dataclass(frozen=True)
 class LatencyBudget(BudgetSettings):
-    """A limit on predicted latency, under the conditions of LatencySettings; see `amc_env.latency.cost.Latency`.
+    """A limit on predicted latency, under the conditions of LatencySettings; see `amc_env.costs.latency.cost.Latency`.
 
     Attributes:
         table: A latency table's file; None: one is built for this network on this machine before the search.
         elsewhere: Use a table that was measured under other conditions (on a phone, say) as it is.
         vector_width: Channels that the hardware computes at once: what is kept of a layer is a multiple of them unless
             channel_multiple says otherwise.
-        tolerance: What interpolation in a table built here may miss; see `amc_env.latency.sampling.build_table`.
+        tolerance: What interpolation in a table built here may miss; see `amc_env.costs.latency.sampling.build_table`.
         points: The most that refining may time; see there.
         repeats: Timed passes of each of its points.
         kept: Where a table built here is written, and read when the run goes on.
@@ -270,7 +270,7 @@ class FinetuneSettings:
 
 @dataclass(frozen=True)
 class ShortTermSettings:
-    """Short-term fine-tuning of candidates before they are scored; see `search.short_term`.
+    """Short-term fine-tuning of candidates before they are scored; see `search.training.short_term`.
 
     Attributes:
         steps: Of SGD; 0 for none. None: 50 for an agent that adopts weights (netadapt), 0 for others.
@@ -306,9 +306,9 @@ class ScoringSettings:
     """How candidates are run for scoring; batch size and memory layout move logits by rounding only.
 
     Attributes:
-        batch_size: Images of a batch; None: see `amc_env.evaluator.batch_size_for`.
+        batch_size: Images of a batch; None: see `amc_env.evaluation.scorer.batch_size_for`.
         channels_last: Memory format of images and convolution weights.
-        precision: One of `amc_env.precision.PRECISIONS`.
+        precision: One of `amc_env.evaluation.precision.PRECISIONS`.
         threads: Of torch for a candidate; None: the run's.
     """
 
@@ -346,7 +346,7 @@ class LatencySettings:
     Attributes:
         batch: Images of the batch.
         repeats: Timed passes of each network; 0 leaves the measurement out.
-        runtime: What runs the networks; see `amc_env.latency.runtimes`.
+        runtime: What runs the networks; see `amc_env.costs.latency.runtimes`.
         threads: Of the processor for a pass; None: the run's own.
     """
 
@@ -448,7 +448,11 @@ class Settings:
         falling = all(a > b for a, b in pairwise(self.stages)) and all(0 < r <= 1 for r in self.stages)
         require(
             {
-                "search.stages": (falling, list(self.stages), "shares in (0, 1], each below the one before"),
+                "search.stages": (
+                    falling,
+                    list(self.stages),
+                    "shares in (0, 1], each below the one before",
+                ),
                 "schedule.rounds": (
                     rounds == 1 or rounds <= epochs,
                     rounds,

@@ -10,10 +10,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from amc_env.errors import UserError
 from amc_env.pruning.criteria import CRITERIA, Criterion
-from search import wiring
+from search.config import compose as wiring
+from search.config.typecheck import check_types
 from search.data import Data
-from search.models import ModelSource
-from search.typecheck import check_types
+from search.models.source import ModelSource
 
 CONF = Path(__file__).parents[1] / "conf"
 OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))

@@ -7,8 +7,8 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig
 
 from amc_env.pruning.granularity import FineGrained
-from search import wiring
-from search.typecheck import check_types
+from search.config import compose as wiring
+from search.config.typecheck import check_types
 
 EXPERIMENTS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "experiment").glob("*.yaml"))
 FINE_GRAINED = ["resnet20_fine_grained", "resnet50_fine_grained"]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from amc_env.layers import Layer
+from amc_env.graph.layers import Layer
 
 _CHUNK = 250  # images of a calibration batch
 

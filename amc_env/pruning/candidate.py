@@ -1,4 +1,4 @@
-"""From a strategy to its network, by index maps that are computed once."""
+"""Networks of strategies: channels cut out, or weights masked."""
 
 from __future__ import annotations
 
@@ -9,11 +9,40 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from amc_env.layers import LayerGraph, keeps_of
-from amc_env.strategy import Grid
-from amc_env.surgery import Keeps, cut_tensors, resize, set_sizes
+from amc_env.graph.layers import LayerGraph, keeps_of
+from amc_env.graph.surgery import Keeps, cut_tensors, resize, set_sizes, widened_tensors
+from amc_env.space import Grid
+
+
+def widen(slim: nn.Module, keeps: Keeps, original: nn.Module) -> nn.Module:
+    """A network in the original's shapes that computes what ``slim`` computes, in eval mode.
+
+    Slim's tensors lie among zeros: what a removed channel is written and read by is 0, and its batch norms give 0
+    (scale, shift and mean 0, variance 1). Cutting the same channels again gives slim's state dict bit for bit.
+
+    Args:
+        slim: What cutting ``keeps`` out of ``original`` gave, with any weights since.
+        keeps: What stayed of every module.
+        original: The uncut network; only its shapes are used, and it is not changed.
+
+    Raises:
+        ValueError: ``slim`` is not ``original`` cut to ``keeps``.
+    """
+    wide = copy.deepcopy(original)
+    for name, module in wide.named_modules():
+        small = slim.get_submodule(name)
+        tensors = widened_tensors(module, small, keeps.get(name, {}), name)
+        for key, tensor in tensors.items():
+            if key in module._parameters:
+                trained = bool(getattr(small, key).requires_grad)
+                module._parameters[key] = nn.Parameter(tensor, requires_grad=trained)
+            else:
+                module._buffers[key] = tensor
+    return wide.eval()
+
 
 __all__ = ["Builder", "Candidates", "Keeps", "MaskedCandidates", "resize"]
+
 
 Masks = dict[str, Tensor]
 """Layer name to a boolean tensor shaped like its weight; True stays."""

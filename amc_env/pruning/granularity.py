@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from amc_env.errors import UserError
-from amc_env.layers import ChannelGroup, Layer, LayerGraph, Whole
-from amc_env.strategy import Grid
+from amc_env.graph.layers import ChannelGroup, Layer, LayerGraph, Whole
+from amc_env.space import Grid
 
 _LARGEST_BLOCK = 256  # a place within a block is stored in a byte
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from amc_env.errors import UserError
-from amc_env.layers import LayerGraph, Side
+from amc_env.graph.layers import LayerGraph, Side
 
 LossTerm = Callable[[nn.Module], Tensor]
 """The network that is being trained to a scalar, which is added to its loss."""

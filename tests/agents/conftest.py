@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from agents.base import Agent, Result, SearchTask
-from amc_env.budget import Budget, Problem
 from amc_env.encoding import DecisionDescription, Encoder
 from amc_env.env import EnvHandle, PruningEnv, PruningVectorEnv
 from amc_env.rewards import Error, Infinity
-from amc_env.strategy import Grid, Strategy
+from amc_env.space import Budget, Grid, Problem, Strategy
 
 
 class ChainMacs:

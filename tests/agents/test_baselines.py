@@ -3,7 +3,7 @@
 import pytest
 
 from agents.baselines import Random, Uniform
-from amc_env.budget import Problem
+from amc_env.space import Problem
 
 
 def share(search, removed) -> float:

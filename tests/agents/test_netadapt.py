@@ -12,11 +12,11 @@ from torch import nn
 
 from agents.base import Removed, Result, SearchTask, TaskError
 from agents.netadapt import NetAdapt, cut
-from amc_env.budget import Budget, Problem
-from amc_env.costs import Macs, Params
-from amc_env.layers import LayerGraph
+from amc_env.costs.counts import Macs, Params
+from amc_env.graph.layers import LayerGraph
+from amc_env.graph.tracing import trace
 from amc_env.pruning.granularity import Channel
-from amc_env.strategy import Grid
+from amc_env.space import Budget, Grid, Problem
 
 
 class Rounds:
@@ -47,7 +47,7 @@ def chain() -> LayerGraph:
     widths = [3, 16, 32, 64, 10]
     layers = [nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(widths)]
     network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return LayerGraph.trace(network, torch.zeros(1, 3, 32, 32))
+    return trace(network, torch.zeros(1, 3, 32, 32))
 
 
 def test_the_worked_case_of_the_release() -> None:

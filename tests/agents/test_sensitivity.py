@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from agents.sensitivity import Curve, Sensitivity, TaskError, curves_of, pick, plan
-from amc_env.budget import Problem
-from amc_env.strategy import Grid
+from amc_env.space import Grid, Problem
 
 SLOPES = np.array([0.05, 0.1, 0.2, 0.4])
 

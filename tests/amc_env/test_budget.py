@@ -8,10 +8,9 @@ import pytest
 from masking import SUITABLE, masked
 from networks import prepared
 
-from amc_env.budget import Budget, Problem
-from amc_env.costs import Macs, Params
+from amc_env.costs.counts import Macs, Params
 from amc_env.errors import UserError
-from amc_env.strategy import Grid
+from amc_env.space import Budget, Grid, Problem
 
 
 class Product:

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from masking import masked
 
-from amc_env.budget import Problem
-from amc_env.costs import Macs
+from amc_env.costs.counts import Macs
 from amc_env.encoding import FEATURES, DecisionDescription, Encoder, describe
 from amc_env.errors import UserError
-from amc_env.strategy import Grid
+from amc_env.space import Grid, Problem
 
 
 class ChainMacs:

@@ -19,13 +19,12 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from masking import masked
 from stable_baselines3.common.env_checker import check_env as sb3_check
 
-from amc_env.budget import Budget, Problem
-from amc_env.costs import Macs, Params
+from amc_env.costs.counts import Macs, Params
 from amc_env.encoding import DecisionDescription, Encoder, describe
 from amc_env.env import EnvHandle, PruningEnv, PruningVectorEnv
 from amc_env.errors import UserError
 from amc_env.rewards import Error, ErrorFlops, Infinity
-from amc_env.strategy import Grid, Strategy
+from amc_env.space import Budget, Grid, Problem, Strategy
 
 
 class ChainMacs:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from amc_env.budget import Budget, Problem
 from amc_env.encoding import DecisionDescription, Encoder
 from amc_env.env import EnvHandle, PruningEnv
-from amc_env.evaluator import Outcome
+from amc_env.evaluation.evaluator import Outcome
 from amc_env.rewards import Error
-from amc_env.strategy import Grid, Strategy
+from amc_env.space import Budget, Grid, Problem, Strategy
 
 
 class Linear:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from amc_env import heap
+from amc_env import system as heap
 
 
 def resident_mib() -> float:

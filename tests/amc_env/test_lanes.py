@@ -7,8 +7,7 @@ from contextlib import closing
 import pytest
 import torch
 
-from amc_env.lanes import in_lanes, in_turn
-from amc_env.latency.runtimes import using_threads
+from amc_env.system import in_lanes, in_turn, using_threads
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])

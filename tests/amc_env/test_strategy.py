@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from amc_env.errors import UserError
-from amc_env.strategy import Decision, Grid, Grids, Strategy, as_ratios
+from amc_env.space import Decision, Grid, Grids, Strategy, as_ratios
 
 GRIDS = [
     Grid("g", total, step, most)

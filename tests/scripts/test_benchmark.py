@@ -17,11 +17,11 @@ import benchmark  # noqa: E402 -- scripts are no package
 import benchmark_baseline as baseline  # noqa: E402
 import benchmark_cases as cases  # noqa: E402
 
-from amc_env.evaluator import Scorer  # noqa: E402
-from amc_env.prefix import PrefixScorer  # noqa: E402
+from amc_env.evaluation.int8 import obstacle
+from amc_env.evaluation.prefix import PrefixScorer
+from amc_env.evaluation.scorer import Scorer
 from amc_env.pruning.calibration import Moments  # noqa: E402
-from amc_env.pruning.quantization import obstacle  # noqa: E402
-from amc_env.pruning.repair import _solve  # noqa: E402
+from amc_env.pruning.repair.least_squares import _solve
 
 TINY = ("search.images=60", "repair.images=60", "agent.hidden=[8,8]")
 

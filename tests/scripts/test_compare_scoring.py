@@ -9,9 +9,9 @@ sys.path.insert(0, str(SCRIPTS))
 
 import compare_scoring  # noqa: E402 -- scripts are no package
 
-from amc_env.evaluator import Outcome  # noqa: E402
-from amc_env.pruning.quantization import obstacle  # noqa: E402
-from amc_env.strategy import Strategy  # noqa: E402
+from amc_env.evaluation.evaluator import Outcome
+from amc_env.evaluation.int8 import obstacle
+from amc_env.space import Strategy
 
 
 def outcomes(accuracies: list[float], images: list[int | None]) -> list[Outcome]:

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from amc_env.errors import UserError
 from amc_env.pruning.granularity import NM, Channel, FineGrained
 from search import compress, load_pruned, make_env, make_vec_env
+from search.config.compose import default_agent
 from search.data import Data
 from search.settings import BudgetSettings, LatencyBudget, LatencySettings, RepairSettings, Settings
-from search.wiring import default_agent
 
 
 class Own(nn.Module):
@@ -285,7 +285,7 @@ def test_several_environments_side_by_side_give_what_one_gives() -> None:
 def test_an_environment_trains_nothing_though_the_settings_agent_would(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("search.judging.ShortTerm", lambda *args: pytest.fail("trained"))
+    monkeypatch.setattr("search.study.evaluation.ShortTerm", lambda *args: pytest.fail("trained"))
     env = make_env(own(), loader(64, 1), loader(32, 2), settings=quick("netadapt"))
     env.reset(seed=0)
     terminated = False

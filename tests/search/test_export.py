@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from amc_env.errors import UserError
-from amc_env.layers import LayerGraph, keeps_of
+from amc_env.graph.layers import keeps_of
+from amc_env.graph.tracing import trace
 from amc_env.pruning.candidate import Keeps, resize
 from search.export import (
     FILES,
@@ -129,7 +130,7 @@ def unpruned(name: str, seed: int = 0) -> nn.Module:
 def pruned(name: str) -> Pruned:
     """Every other channel of every group kept."""
     original = unpruned(name)
-    graph = LayerGraph.trace(original, torch.zeros(2, *SHAPE))
+    graph = trace(original, torch.zeros(2, *SHAPE))
     assert graph.groups
     keeps = keeps_of(graph.groups, [torch.arange(0, group.total, 2) for group in graph.groups])
     return Pruned(original, keeps, resize(copy.deepcopy(original), keeps))

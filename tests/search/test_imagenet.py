@@ -21,7 +21,7 @@ from amc_env.errors import UserError
 from search import imagenet as module
 from search.data import Data, Split
 from search.imagenet import centre_crop, imagenet
-from search.training import training_batches
+from search.training.batches import training_batches
 
 CONF = Path(__file__).parents[2] / "conf" / "data" / "imagenet.yaml"
 SHADES = range(0, 240, 6)  # of 40 training images: a row's shade is six times its number

@@ -12,17 +12,19 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from running import Command
 
+from amc_env.costs.latency import Timing
+from amc_env.costs.latency.sampling import Progress as Done
+from amc_env.costs.latency.table import LatencyTable
+from amc_env.costs.latency.units import Unit
+from amc_env.costs.memory import Activations
 from amc_env.errors import UserError
-from amc_env.latency import Timing
-from amc_env.latency.sampling import Progress as Done
-from amc_env.latency.table import LatencyTable
-from amc_env.latency.units import Unit
-from amc_env.memory import Activations
-from search import latency, run_latency
-from search.latency import TableProgress, described
+from search import run_latency
 from search.plots import DPI, plot_latency_check
 from search.progress import print_table
 from search.run_latency import overrides_of
+from search.study import latency, problem
+from search.study.latency import described
+from search.study.latency_table import TableProgress
 
 QUICK = ("device=cpu", "model=digits_mlp", "latency.repeats=3", "latency.threads=1", "hydra.run.dir=run")
 
@@ -153,7 +155,7 @@ def test_a_check_without_a_table_builds_one(
         counts.append(arguments)
         raise UserError("no trace")
 
-    monkeypatch.setattr(latency, "Activations", uncountable)
+    monkeypatch.setattr(problem, "Activations", uncountable)
     ended = amc_latency("check", *QUICK, "check.networks=4")
     assert ended.code == 0
     assert len(counts) == ended.out.count("predicted as a constant: no trace") == 1
@@ -170,7 +172,7 @@ def test_times_of_a_check_that_spread_are_warned_of_once(
     def wide(calls: Mapping[Any, Any], **_: Any) -> dict[Any, Timing]:
         return {key: Timing(ms, 0.5 * ms, 1.5 * ms, 3) for ms, key in enumerate(calls, start=1)}
 
-    monkeypatch.setattr("amc_env.latency.sampling.interleaved", wide)
+    monkeypatch.setattr("amc_env.costs.latency.sampling.interleaved", wide)
     ended = amc_latency("check", *QUICK, "table=mlp.json")
     assert ended.code == 0
     assert ended.out.count("of their median") == 1
@@ -192,8 +194,8 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_timed(
 
     (tmp_path / "a_file").write_text("")
     if table.startswith("full"):
-        monkeypatch.setattr("search.latency.tempfile.TemporaryFile", full)
-    monkeypatch.setattr("search.latency.build_table", lambda *_, **more: pytest.fail("timed"))
+        monkeypatch.setattr("search.study.latency_table.tempfile.TemporaryFile", full)
+    monkeypatch.setattr("search.study.latency_table.build_table", lambda *_, **more: pytest.fail("timed"))
     ended = amc_latency("build", *QUICK, f"table={table}")
     (line,) = ended.err.splitlines()
     assert ended.code == 2
@@ -300,7 +302,7 @@ def test_the_shape_is_known_for_our_data_and_read_from_the_user_s(monkeypatch: p
     ours = data_of(_target_="search.imagenet.imagenet", classes=100)
     assert run_latency._shape_of(ours) == ((3, 224, 224), 100)
     theirs = SimpleNamespace(image_shape=(2, 9, 9), classes=("a", "b", "c"))
-    monkeypatch.setattr("search.wiring.data_of", lambda cfg: theirs)
+    monkeypatch.setattr("search.config.compose.data_of", lambda cfg: theirs)
     assert run_latency._shape_of(data_of(_target_="mine.data")) == ((2, 9, 9), 3)
 
 

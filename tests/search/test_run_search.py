@@ -22,7 +22,7 @@ from running import QUICK, SMALL, Command, Ended
 from safetensors.torch import save_file
 
 from search import load_pruned
-from search.models import ResNet
+from search.models.resnet import ResNet
 from search.tracking import logged_rows
 
 RANDOM = (
@@ -330,7 +330,7 @@ def test_what_is_on_file_is_not_scored_again(
         scored.append(model)
         return 0.9
 
-    monkeypatch.setattr("amc_env.prefix.PrefixScorer.__call__", note)
+    monkeypatch.setattr("amc_env.evaluation.prefix.PrefixScorer.__call__", note)
     assert amc_search(*LONGER, "hydra.run.dir=run").code == 0
     assert len(scored) == 1  # the original, whose accuracy the log states
     assert (

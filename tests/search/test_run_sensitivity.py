@@ -13,7 +13,7 @@ from PIL import Image
 from running import Command
 
 from agents.sensitivity import Curve
-from amc_env.evaluator import Bench
+from amc_env.evaluation.pruner import Bench
 from search import run_sensitivity
 from search.plots import DPI, plot_sensitivity
 from search.progress import Progress
@@ -300,7 +300,7 @@ def test_the_picture_shows_what_was_picked(tmp_path: Path) -> None:
 
 
 def test_the_display_counts_evaluations(monkeypatch: pytest.MonkeyPatch) -> None:
-    from search.sensitivity import ScanProgress
+    from search.study.sensitivity import ScanProgress
 
     shown: list[tuple[Any, ...]] = []
     monkeypatch.setattr(Progress, "_advance", lambda self, *what: shown.append(what))

@@ -7,7 +7,7 @@ import pytest
 
 from agents.baselines import Random, Uniform
 from amc_env.errors import UserError
-from amc_env.pruning.activations import APoZ
+from amc_env.pruning.criteria.activations import APoZ
 from amc_env.pruning.granularity import FineGrained
 from amc_env.pruning.regularization import L2
 from amc_env.pruning.schedule import Schedule

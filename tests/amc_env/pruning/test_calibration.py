@@ -6,7 +6,7 @@ from networks import SMALL, images, network, traced
 from torch import nn
 from torch.nn import functional as F
 
-from amc_env.layers import LayerGraph
+from amc_env.graph.tracing import trace
 from amc_env.pruning.calibration import Moments, Spots, record, repairable
 
 CONVOLUTIONS = {
@@ -22,7 +22,7 @@ CONVOLUTIONS = {
 
 def layer_of(module: nn.Module):
     model = nn.Sequential(module, nn.Conv2d(8, 4, 1)).eval()
-    return LayerGraph.trace(model, images(1)).layer("0")
+    return trace(model, images(1)).layer("0")
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")

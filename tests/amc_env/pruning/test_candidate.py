@@ -7,10 +7,10 @@ from masking import SUITABLE, masked, weight
 from networks import NETWORKS, SMALL, images, network, prepared, random_removed, same_state, with_state
 from torch import nn
 
-from amc_env.layers import LayerGraph
+from amc_env.graph.tracing import trace_layers
 from amc_env.pruning.candidate import Candidates, MaskedCandidates
 from amc_env.pruning.granularity import FineGrained
-from search.models import ResNet
+from search.models.resnet import ResNet
 
 
 def pruned_by_the_library(model: nn.Module, candidates: Candidates, removed: tuple[int, ...]) -> nn.Module:
@@ -159,7 +159,7 @@ def test_a_shared_weight_loses_what_either_layer_loses() -> None:
     torch.manual_seed(0)
     model = Tied().eval()
     before = with_state(model)
-    _, grids = FineGrained().decisions(LayerGraph.layers_of(model, images(1)))
+    _, grids = FineGrained().decisions(trace_layers(model, images(1)))
     order = torch.arange(64, dtype=torch.int32).view(8, 8)
     places = {
         "into": torch.arange(8 * 192, dtype=torch.int32).view(8, 192),

@@ -7,7 +7,8 @@ from networks import images, traced
 from torch import Tensor, nn
 
 from amc_env.errors import UserError
-from amc_env.layers import Layer, LayerGraph
+from amc_env.graph.layers import Layer
+from amc_env.graph.tracing import trace, trace_layers
 from amc_env.pruning.granularity import NM, Channel, FineGrained, Kernel, Masked, Vector
 
 
@@ -68,7 +69,7 @@ class Mixed(nn.Module):
         return self.head(self.wide(self.point(self.depthwise(self.conv(x)))).mean((2, 3)))
 
 
-MIXED = LayerGraph.layers_of(Mixed(), torch.zeros(1, 4, 8, 8))
+MIXED = trace_layers(Mixed(), torch.zeros(1, 4, 8, 8))
 NOT_DIVISIBLE = "its {} input channels (per group) are not divisible by m={}"
 
 
@@ -174,7 +175,7 @@ def test_reasons_about_channels_are_dropped_and_those_about_other_layers_kept() 
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.up(self.second(self.first(x))).mean((2, 3)))
 
-    for graph in (LayerGraph.layers_of(Upsampled(), images(1)), LayerGraph.trace(Upsampled(), images(1))):
+    for graph in (trace_layers(Upsampled(), images(1)), trace(Upsampled(), images(1))):
         decided, grids = FineGrained().decisions(graph)
         assert [grid.name for grid in grids] == ["first", "second", "head"]
         assert [w.name for w in decided.whole] == ["up"]
@@ -193,12 +194,12 @@ def test_masks_need_no_tracer() -> None:
             return self.first(x) if float(x.sum()) > 1e9 else self.second(x)
 
     with pytest.raises(UserError):
-        LayerGraph.trace(Branching(), images(1))
-    graph = LayerGraph.layers_of(Branching(), images(1))
+        trace(Branching(), images(1))
+    graph = trace_layers(Branching(), images(1))
     assert [grid.name for grid in FineGrained().decisions(graph)[1]] == ["second"]  # the one that ran
     assert graph.other_params == 192 * 4 + 4
     with pytest.raises(UserError, match="no Conv2d or Linear layer"):
-        LayerGraph.layers_of(nn.Flatten(), images(1))
+        trace_layers(nn.Flatten(), images(1))
 
 
 def test_layers_alone_are_those_of_the_traced_graph() -> None:

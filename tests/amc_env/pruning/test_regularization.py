@@ -8,10 +8,11 @@ from networks import SMALL, images, network, traced
 from torch import Tensor, nn
 
 from amc_env.errors import UserError
-from amc_env.layers import LayerGraph, keeps_of
+from amc_env.graph.layers import LayerGraph, keeps_of
+from amc_env.graph.surgery import resize
+from amc_env.graph.tracing import trace
 from amc_env.pruning.regularization import L1, L2, BNScale, GroupLasso, NoRegularization, Regularization
-from amc_env.surgery import resize
-from search.models import ResNet
+from search.models.resnet import ResNet
 
 ALL = (L1(0.1), L2(0.1), BNScale(0.1), GroupLasso(0.1))
 
@@ -19,7 +20,7 @@ ALL = (L1(0.1), L2(0.1), BNScale(0.1), GroupLasso(0.1))
 def small() -> tuple[nn.Sequential, LayerGraph]:
     """Two hidden units: the first with weights 1, 2 and 2, the second with none but zeros."""
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
-    graph = LayerGraph.trace(model, torch.ones(1, 2))
+    graph = trace(model, torch.ones(1, 2))
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, 2.0], [0.0, 0.0]]))
         model[0].bias.fill_(9.0)
@@ -189,7 +190,7 @@ def test_group_lasso_wants_the_graph_of_the_network_that_is_trained(name: str) -
         GroupLasso().penalty(model, graph)(slim)
     with pytest.raises(UserError, match=r"group_lasso needs the layer graph"):
         GroupLasso().penalty(slim)
-    own = GroupLasso().penalty(slim, LayerGraph.trace(slim, images()))
+    own = GroupLasso().penalty(slim, trace(slim, images()))
     assert 0 < own(slim).item() < GroupLasso().penalty(model, graph)(model).item()
 
 

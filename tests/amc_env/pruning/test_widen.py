@@ -7,12 +7,12 @@ import torch
 from networks import SMALL, images, network, random_removed, same_state, traced, with_state
 from torch import Tensor, nn
 
-from amc_env.layers import LayerGraph
-from amc_env.pruning.candidate import Candidates
+from amc_env.graph.layers import LayerGraph
+from amc_env.pruning.candidate import Candidates, widen
 from amc_env.pruning.criteria import rank
+from amc_env.pruning.criteria.base import rank_after
 from amc_env.pruning.granularity import Channel
-from amc_env.pruning.widen import rank_after, widen
-from amc_env.strategy import Grid
+from amc_env.space import Grid
 
 NAMES = (*SMALL, "depthwise")
 

@@ -1,0 +1,1 @@
+"""What a strategy costs: one module per cost."""

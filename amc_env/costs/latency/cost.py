@@ -1,0 +1,108 @@
+"""Predicted latency as a cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import nn
+
+from amc_env.costs.counts import kept_channels
+from amc_env.costs.latency.table import Floats, Ints, LatencyTable, Lookup
+from amc_env.costs.latency.units import inside_units, units_of
+from amc_env.costs.memory import Activations
+from amc_env.errors import UserError
+from amc_env.graph.layers import LayerGraph
+
+
+class Latency:
+    """Predicted milliseconds of one pass of a pruned network; a `Cost`.
+
+    The sum of its units' times in the table, corrected. It never rises when more is removed: times are monotone,
+    operations give fewer elements, and neither of their factors is negative.
+
+    Args:
+        model: The uncut network.
+        graph: Its layers, one group a decision.
+        table: Times of its units.
+        activations: Elements of its operations, for the correction; None: the correction has no part for them.
+
+    Raises:
+        UserError: The table lacks a unit of the network, does not reach its channels, or corrects for elements
+            that are not given.
+    """
+
+    name = "latency"
+    unit = "ms"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: LayerGraph,
+        table: LatencyTable,
+        activations: Activations | None = None,
+    ):
+        units = units_of(model, graph)
+        missing = [f"{name} ({unit})" for name, unit in units.items() if unit not in table.units]
+        if missing:
+            raise UserError(
+                f"the latency table has no times for {len(missing)} layers, like {'; '.join(missing[:3])}: it is another "
+                "network's or image size's; build one with amc-latency build"
+            )
+        if table.correction.per_element_ms > 0 and activations is None:
+            raise UserError(
+                "the latency table corrects for activations, and this network's cannot be counted"
+            )
+        self._names = list(units)
+        self._calls = np.array([layer.calls for layer in graph.layers], dtype=np.float64)
+        self._sizes, self._per_unit = kept_channels(graph)
+        depthwise = np.array([unit.depthwise for unit in units.values()])
+        self._sizes[depthwise, 0], self._per_unit[depthwise, 0] = 1, 0
+        self._lookup = Lookup([(name, table.units[unit]) for name, unit in units.items()])
+        self._correction = table.correction
+        self._areas = np.array(
+            [
+                layer.weights / (inputs * layer.out_channels)
+                for layer, inputs in zip(graph.layers, self._sizes[:, 0], strict=True)
+            ]
+        )
+        self._elements = _elements(activations, inside_units(model, graph), len(graph.groups))
+
+    def __call__(self, removed: Sequence[int]) -> float:
+        """Milliseconds of the pruned network.
+
+        Raises:
+            UserError: The table does not reach its channels.
+        """
+        return self._correction(*self.parts(removed))
+
+    def parts(self, removed: Sequence[int]) -> tuple[float, float, float]:
+        """What the correction is of: the sum of the units' milliseconds, the elements that operations outside of units
+        give for one example, and the units' weights.
+        """
+        counts = np.asarray(removed, dtype=np.int64)
+        whole, per_unit = self._elements
+        kept = self._sizes - self._per_unit @ counts
+        weights = self._areas @ (kept[:, 0] * kept[:, 1])
+        return float(self._times(kept).sum()), float(whole - per_unit @ counts), float(weights)
+
+    def by_layer(self, removed: Sequence[int]) -> dict[str, float]:
+        """Milliseconds of every layer's unit by the layer's name, as timed alone: without the correction."""
+        times = self._times(self._sizes - self._per_unit @ np.asarray(removed, dtype=np.int64))
+        return dict(zip(self._names, times.tolist(), strict=True))
+
+    def _times(self, kept: Ints) -> Floats:
+        times: Floats = self._calls * self._lookup(kept[:, 0], kept[:, 1])
+        return times
+
+
+def _elements(activations: Activations | None, inside: frozenset[str], decisions: int) -> tuple[int, Ints]:
+    """Elements outside of units: of the uncut network, and how many fewer with one unit of each decision gone."""
+    none = [0] * decisions
+    if activations is None:
+        return 0, np.array(none)
+    whole = activations.elements(none, inside=inside)
+    ones = np.eye(decisions, dtype=np.int64)
+    return whole, np.array(
+        [whole - activations.elements(one.tolist(), inside=inside) for one in ones], dtype=np.int64
+    )

@@ -1,0 +1,245 @@
+"""What runs a network whose latency is measured: PyTorch itself, its compiler, ONNX Runtime, a graphics processor."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from amc_env import onnx as onnx_files
+from amc_env.costs.latency.timing import Call
+from amc_env.errors import UserError, first_line
+
+_CAPTURE_WARMUP = (
+    3  # passes before a CUDA graph is captured, in which libraries choose kernels and take memory
+)
+
+
+class Runtime(Protocol):
+    """Makes networks ready to be timed.
+
+    Attributes:
+        name: One of RUNTIMES.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def check(self) -> None:
+        """Finds out whether this machine can.
+
+        Raises:
+            UserError: It cannot, with what is missing.
+        """
+
+    def prepare(self, model: nn.Module, example: Tensor) -> Call:
+        """One pass of ``model`` over the batch ``example``, over when it returns.
+
+        Args:
+            model: In eval mode; it is left as it is.
+            example: [N, ...].
+
+        Raises:
+            UserError: It cannot run such a network.
+        """
+
+
+@dataclass(frozen=True)
+class Eager:
+    """PyTorch's eager mode, on the device of the network and the example."""
+
+    name: str = "eager"
+
+    def check(self) -> None:
+        """Every machine can."""
+
+    def prepare(self, model: nn.Module, example: Tensor) -> Call:
+        """See Runtime."""
+        return _pass(model, example)
+
+
+@dataclass(frozen=True)
+class Compile:
+    """torch.compile, on the device of the network and the example.
+
+    Attributes:
+        backend: Of torch.compile.
+    """
+
+    name: str = "compile"
+    backend: str | Callable[..., Any] = "inductor"
+
+    def check(self) -> None:
+        """Refuses a machine without the compiler that inductor calls."""
+        compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        if shutil.which(compiler) is None:
+            raise UserError(
+                f"latency.runtime=compile needs a C++ compiler, and there is no {compiler}: install it, name another in "
+                "the environment variable CXX, or use latency.runtime=eager"
+            )
+
+    def prepare(self, model: nn.Module, example: Tensor) -> Call:
+        """See Runtime; seconds for a layer, minutes for a large network."""
+
+        def forward(batch: Tensor) -> Any:
+            return model(batch)
+
+        # torch.compile keeps what it compiled by code object, and after a handful for the same one it gives up.
+        forward.__code__ = forward.__code__.replace()
+        call = _pass(torch.compile(forward, backend=self.backend, dynamic=False), example)
+        try:
+            call()
+        except Exception as error:
+            raise _cannot(self.name, model, error) from error
+        return call
+
+
+@dataclass(frozen=True)
+class Onnx:
+    """ONNX Runtime on the processor, with its default optimisations (it folds batch norms and activations itself).
+
+    Attributes:
+        threads: Of one pass.
+    """
+
+    threads: int
+    name: str = "onnx"
+
+    def check(self) -> None:
+        """Refuses a machine without the packages."""
+        onnx_files.require_packages("latency.runtime=onnx", "use latency.runtime=eager")
+
+    def prepare(self, model: nn.Module, example: Tensor) -> Call:
+        """See Runtime; some 10 ms for a layer."""
+        network, batch = onnx_files.plain_copy(model, example)
+        try:
+            run = onnx_files.session(onnx_files.fixed(network, batch), self.threads)
+        except Exception as error:
+            raise _cannot(self.name, model, error) from error
+
+        def call() -> None:
+            run(batch)
+
+        return call
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """PyTorch's eager mode on a graphics processor, timed there by events around the pass."""
+
+    name: str = "cuda"
+
+    def check(self) -> None:
+        """Refuses a machine without a graphics processor."""
+        if not torch.cuda.is_available():
+            raise UserError(
+                f"latency.runtime={self.name} needs a CUDA graphics processor, and torch finds none here: use "
+                "latency.runtime=eager"
+            )
+
+    def prepare(self, model: nn.Module, example: Tensor) -> Call:
+        """See Runtime; the network is copied to the example's graphics processor, or to the current one."""
+        self.check()
+        device = example.device if example.is_cuda else torch.device("cuda", torch.cuda.current_device())
+        network = copy.deepcopy(model).to(device)
+        batch = example.detach().to(device)
+        with torch.cuda.device(device):
+            return _between_events(self._run(network, batch), device)
+
+    def _run(self, network: nn.Module, batch: Tensor) -> Callable[[], Any]:
+        return lambda: network(batch)
+
+
+@dataclass(frozen=True)
+class CudaGraph(Cuda):
+    """A CUDA graph of the pass, captured once and replayed: without what it costs to start each kernel."""
+
+    name: str = "cuda_graph"
+
+    def _run(self, network: nn.Module, batch: Tensor) -> Callable[[], Any]:
+        graph = torch.cuda.CUDAGraph()
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # the warm-up must not run on the stream that is captured
+        aside.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.inference_mode():
+                with torch.cuda.stream(aside):
+                    for _ in range(_CAPTURE_WARMUP):
+                        network(batch)
+                torch.cuda.current_stream().wait_stream(aside)
+                with torch.cuda.graph(graph):
+                    network(batch)
+        except RuntimeError as error:
+            raise _cannot(self.name, network, error) from error
+
+        def replay(_kept: tuple[nn.Module, Tensor] = (network, batch)) -> None:
+            graph.replay()  # reads the memory of these two, which therefore has to live as long
+
+        return replay
+
+
+RUNTIMES = ("eager", "compile", "onnx", "cuda", "cuda_graph")
+
+
+def runtime(name: str, threads: int) -> Runtime:
+    """The runtime of a name.
+
+    Args:
+        name: One of RUNTIMES.
+        threads: Of the processor, for one pass. torch's own come from ``using_threads``, which has to be around both
+            the preparing and the timing.
+
+    Raises:
+        UserError: There is none of that name.
+    """
+    found: dict[str, Runtime] = {
+        each.name: each for each in (Eager(), Compile(), Onnx(threads), Cuda(), CudaGraph())
+    }
+    if name not in found:
+        raise UserError(f"unknown latency.runtime={name}: allowed are {', '.join(RUNTIMES)}")
+    return found[name]
+
+
+def _pass(run: Callable[[Tensor], Any], example: Tensor) -> Call:
+    """One pass in inference mode, waited for."""
+
+    @torch.inference_mode()
+    def call() -> None:
+        run(example)
+        if example.is_cuda:
+            torch.cuda.synchronize(example.device)
+
+    return call
+
+
+def _between_events(run: Callable[[], Any], device: torch.device) -> Call:
+    """One pass, with the milliseconds between the events that the device passes before and after it."""
+    started, ended = (_event() for _ in range(2))
+
+    @torch.inference_mode()
+    def call() -> float:
+        with torch.cuda.device(device):
+            started.record()
+            run()
+            ended.record()
+            ended.synchronize()
+        return float(started.elapsed_time(ended))
+
+    return call
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _cannot(name: str, model: nn.Module, error: Exception) -> UserError:
+    other = "eager" if name in ("compile", "onnx") else "cuda"
+    return UserError(
+        f"latency.runtime={name} cannot run {type(model).__name__} ({first_line(error)}): use latency.runtime={other}"
+    )

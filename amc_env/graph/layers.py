@@ -1,0 +1,198 @@
+"""The layers of a network and the channels that can only be cut together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from amc_env.graph.surgery import Keeps
+
+Side = Literal["in", "out"]
+
+
+CHANNELWISE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.PReLU)
+"""Modules with one entry per channel: they are cut with the channels that pass through them."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer.
+
+    Attributes:
+        name: Qualified module name.
+        index: Place in forward order, from 0.
+        kind: ``conv`` or ``linear``.
+        in_channels: Input channels (features).
+        out_channels: Output channels (features).
+        kernel: Height and width of the kernel, (1, 1) for a linear layer.
+        stride: Vertical and horizontal stride.
+        groups: Groups of the convolution.
+        bias: Whether it has a bias.
+        in_size: Height and width of its input; (positions, 1) for a linear layer.
+        out_size: Height and width of its output.
+        free: A fixed selection that costs nothing (an option-A shortcut): no MACs are charged, it is never
+            repaired.
+        calls: How often one pass runs it; the positions of all calls are in ``out_size``.
+    """
+
+    name: str
+    index: int
+    kind: Literal["conv", "linear"]
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    groups: int
+    bias: bool
+    in_size: tuple[int, int]
+    out_size: tuple[int, int]
+    free: bool = False
+    calls: int = 1
+
+    @property
+    def depthwise(self) -> bool:
+        """One filter per channel: input and output channels are the same thing."""
+        return 1 < self.groups == self.in_channels == self.out_channels
+
+    @property
+    def positions(self) -> int:
+        """Places at which the layer is applied to one example."""
+        return self.out_size[0] * self.out_size[1]
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, the bias left out."""
+        return self.out_channels * (self.in_channels // self.groups) * self.kernel[0] * self.kernel[1]
+
+
+@dataclass(frozen=True)
+class ChannelWise:
+    """A module with ``params_per_channel`` parameters for each of its channels, e.g. a batch norm."""
+
+    name: str
+    channels: int
+    params_per_channel: int
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One dimension of one module that a group cuts.
+
+    Attributes:
+        module: Qualified module name.
+        side: ``out`` or ``in``; modules with one channel dimension have ``out`` only.
+        size: Entries of the uncut dimension.
+        positions: int64, shape [units, m]: the entries of the dimension that go with each unit of the group.
+    """
+
+    module: str
+    side: Side
+    size: int
+    positions: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Channels that can only be cut together: one decision.
+
+    Attributes:
+        name: The first layer, in forward order, whose outputs they are.
+        total: Units. A unit is one channel or, where grouped convolutions take part, one channel of every
+            group.
+        channels: Channels of the first layer that they stand for.
+        members: Every dimension that is cut.
+        producers: Layers whose outputs are cut, in forward order.
+        consumers: Layers whose inputs are cut, in forward order; depthwise ones ride along and are not among
+            them.
+    """
+
+    name: str
+    total: int
+    channels: int
+    members: tuple[Member, ...]
+    producers: tuple[str, ...]
+    consumers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A layer whose outputs are left whole, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class LayerGraph:
+    """Layers in forward order, their coupled channels, and what stays whole.
+
+    Attributes:
+        layers: Convolutions and linear layers in forward order.
+        channelwise: Batch norms and the like.
+        groups: Coupled channels, in the forward order of their first consumer.
+        whole: Layers whose outputs are not pruned, with the reason.
+        other_params: Parameters outside the modules above.
+        other_macs: MACs of convolutions that are counted but never pruned (1d, 3d, transposed).
+    """
+
+    layers: tuple[Layer, ...]
+    channelwise: tuple[ChannelWise, ...]
+    groups: tuple[ChannelGroup, ...]
+    whole: tuple[Whole, ...]
+    other_params: int
+    other_macs: int = 0
+
+    def layer(self, name: str) -> Layer:
+        """The layer of that name."""
+        return next(layer for layer in self.layers if layer.name == name)
+
+    def uncoupled(self, whole: tuple[Whole, ...]) -> LayerGraph:
+        """The graph without channel groups, for decisions about layers; of those ``whole`` stay as they are."""
+        names = {layer.name for layer in self.layers}
+        outside = tuple(
+            w for w in self.whole if w.name not in names
+        )  # why channels stay does not matter here
+        return replace(self, groups=(), whole=outside + whole)
+
+    def only(self, left_out: Mapping[str, str]) -> LayerGraph:
+        """The graph without the groups named in ``left_out`` (name to reason), which are reported whole."""
+        out = [group for group in self.groups if group.name in left_out]
+        whole = tuple(Whole(name, left_out[group.name]) for group in out for name in group.producers)
+        groups = tuple(group for group in self.groups if group.name not in left_out)
+        return replace(self, groups=groups, whole=self.whole + whole)
+
+
+def channels_of(module: nn.Module, side: Side) -> int:
+    """Size of a module's channel dimension; 0 for a module that has none that we know of."""
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels if side == "in" else module.out_channels
+    if isinstance(module, nn.Linear):
+        return module.in_features if side == "in" else module.out_features
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        return module.num_features
+    if isinstance(module, nn.PReLU):
+        return module.num_parameters if module.num_parameters > 1 else 0
+    return 0
+
+
+def keeps_of(groups: Sequence[ChannelGroup], kept_units: Sequence[Tensor]) -> Keeps:
+    """What stays of every dimension when ``kept_units`` (ascending, a tensor for each) stay of the groups."""
+    sizes: dict[tuple[str, Side], int] = {}
+    gone: dict[tuple[str, Side], list[Tensor]] = {}
+    for group, kept in zip(groups, kept_units, strict=True):
+        lost = torch.ones(group.total, dtype=torch.bool)
+        lost[kept] = False
+        for member in group.members:
+            key = member.module, member.side
+            gone.setdefault(key, []).append(member.positions[lost].flatten())
+            sizes[key] = member.size
+    keeps: Keeps = {}
+    for (module, side), lists in gone.items():
+        stay = torch.ones(sizes[module, side], dtype=torch.bool)
+        stay[torch.cat(lists)] = False
+        keeps.setdefault(module, {})[side] = stay.nonzero().flatten()
+    return keeps

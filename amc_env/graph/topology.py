@@ -1,0 +1,190 @@
+"""What comes after what: batch norms behind layers, and the other operand of residual additions.
+
+Read from a symbolic trace (torch.fx). A network that cannot be traced loses these comforts by name: batch
+norms are not folded for scoring, and the sequential repair is refused.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+
+_ADDS = (operator.add, operator.iadd, torch.add)
+
+
+class _Tracer(fx.Tracer):
+    """Leaves every layer whole, also subclasses that live outside torch.nn."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        known = isinstance(m, nn.Conv2d | nn.Linear | nn.BatchNorm1d | nn.BatchNorm2d)
+        return known or super().is_leaf_module(m, module_qualified_name)
+
+
+@dataclass(frozen=True, eq=False)
+class Topology:
+    """What a symbolic trace tells of a network.
+
+    Attributes:
+        graph: The traced operations; None where tracing failed.
+        reason: Why tracing failed, else empty.
+        norm_after: Layer name to the batch norm that alone reads its output.
+        partner: Layer name to the operation whose result is added to its (normalised) output: the shortcut.
+    """
+
+    graph: fx.Graph | None
+    reason: str = ""
+    norm_after: dict[str, str] = field(default_factory=dict)
+    partner: dict[str, fx.Node] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Topology:
+        """Traces ``model`` (in eval mode)."""
+        try:
+            graph = _Tracer().trace(model)
+        except Exception as error:  # symbolic tracing fails in many ways; the caller says what that costs
+            return cls(None, f"torch.fx cannot trace it ({type(error).__name__}: {error})".splitlines()[0])
+        modules = dict(model.named_modules())
+        calls: dict[str, list[fx.Node]] = {}
+        for node in graph.nodes:
+            if node.op == "call_module":
+                calls.setdefault(str(node.target), []).append(node)
+        norm_after: dict[str, str] = {}
+        partner: dict[str, fx.Node] = {}
+        for name, nodes in calls.items():
+            if len(nodes) != 1 or not isinstance(modules[name], nn.Conv2d | nn.Linear):
+                continue
+            last, norm = nodes[0], _norm(nodes[0], modules, calls)
+            if norm is not None:
+                norm_after[name] = str(norm.target)
+                last = norm
+            other = added(last)
+            # Two layers that are added to each other (a projection shortcut): the first in forward order is
+            # mended.
+            if other is not None and nodes[0] not in _ancestors(other, partner):
+                partner[name] = other
+        return cls(graph, "", norm_after, partner)
+
+    def order(self) -> list[fx.Node]:
+        """The operations in an order where a layer runs after the shortcut that is added to its output."""
+        assert self.graph is not None
+        done: dict[fx.Node, None] = {}
+        stack = [(node, False) for node in reversed(list(self.graph.nodes))]
+        while stack:
+            node, ready = stack.pop()
+            if node in done:
+                continue
+            if ready:
+                done[node] = None
+                continue
+            stack.append((node, True))
+            stack.extend((need, False) for need in reversed(_needs(node, self.partner)) if need not in done)
+        return list(done)
+
+
+def _needs(node: fx.Node, partner: dict[str, fx.Node]) -> list[fx.Node]:
+    """What must have run before an operation: its inputs and, for a layer, its shortcut."""
+    shortcut = partner.get(str(node.target)) if node.op == "call_module" else None
+    return [*node.all_input_nodes, *([] if shortcut is None else [shortcut])]
+
+
+def _norm(node: fx.Node, modules: dict[str, nn.Module], calls: dict[str, list[fx.Node]]) -> fx.Node | None:
+    users = list(node.users)
+    if len(users) != 1 or users[0].op != "call_module":
+        return None
+    module = modules[str(users[0].target)]
+    tracked = isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.running_mean is not None
+    return users[0] if tracked and len(calls[str(users[0].target)]) == 1 else None
+
+
+def added(node: fx.Node) -> fx.Node | None:
+    """What alone is done with an operation's result is an addition: its other operand; None where it is not so."""
+    users = list(node.users)
+    if len(users) != 1:
+        return None
+    add = users[0]
+    is_add = (add.op == "call_function" and add.target in _ADDS) or (
+        add.op == "call_method" and add.target in ("add", "add_")
+    )
+    others = [arg for arg in add.args if isinstance(arg, fx.Node) and arg is not node]
+    return others[0] if is_add and not add.kwargs and len(add.args) == 2 and len(others) == 1 else None
+
+
+def _ancestors(node: fx.Node, partner: dict[str, fx.Node]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(_needs(node, partner))
+    return found
+
+
+Batches = list[Tensor]
+
+
+Before = Callable[[str, nn.Module, Batches, Batches | None], None]
+"""Is told of a layer that is about to run: (name, module, its inputs, the shortcuts added to its outputs or None)."""
+
+
+After = Callable[[str, Batches], None]
+"""Is told of a layer that has run: (name, its outputs)."""
+
+
+class Run:
+    """Executes a traced network operation by operation, so that layers can be changed as their turn comes.
+
+    Every operation is run for all batches before the next one is: a layer sees all of its inputs at once, in pieces
+    small enough for the processor's caches. A batch's inputs are let go of as soon as its outputs are there.
+
+    Args:
+        model: The network, or a skeleton of it, that the topology was taken from.
+        topology: Its topology; must have a graph.
+    """
+
+    def __init__(self, model: nn.Module, topology: Topology):
+        assert topology.graph is not None
+        self._model = model
+        self._topology = topology
+        self._order = topology.order()
+        last = {need: node for node in self._order for need in _needs(node, topology.partner)}
+        self._over: dict[fx.Node, list[fx.Node]] = {node: [] for node in self._order}
+        for need, node in last.items():
+            self._over[node].append(need)
+
+    def __call__(self, inputs: Batches, before: Before, after: After | None = None) -> Batches:
+        """The network's outputs on batches [N, ...]."""
+        lanes = [self._lane(batch) for batch in inputs]
+        outputs: Batches = []
+        for node in self._order:
+            layer = self._layer(node)
+            if layer is not None:
+                before(str(node.target), layer, *self._read(node, lanes))
+            outputs = []
+            for lane in lanes:
+                lane.env[node] = lane.run_node(node)
+                outputs.append(lane.env[node])
+                for need in self._over[node]:
+                    lane.env.pop(need, None)
+            if layer is not None and after is not None:
+                after(str(node.target), outputs)
+        return outputs
+
+    def _lane(self, batch: Tensor) -> fx.Interpreter:
+        lane = fx.Interpreter(self._model, garbage_collect_values=False, graph=self._topology.graph)
+        lane.args_iter = iter([batch])
+        return lane
+
+    def _layer(self, node: fx.Node) -> nn.Module | None:
+        module = self._model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return module if isinstance(module, nn.Conv2d | nn.Linear) else None
+
+    def _read(self, node: fx.Node, lanes: list[fx.Interpreter]) -> tuple[Batches, Batches | None]:
+        """A layer's inputs and shortcuts."""
+        partner = self._topology.partner.get(str(node.target))
+        shortcuts = None if partner is None else [lane.env[partner] for lane in lanes]
+        return [lane.env[node.all_input_nodes[0]] for lane in lanes], shortcuts

@@ -1,0 +1,143 @@
+"""ONNX files: how they are made from networks and run. The one place that knows onnx, onnxscript and onnxruntime.
+
+All three are optional: call `require_packages` before anything else here.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amc_env.errors import UserError
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+
+
+INSTALL = 'pip install "amc-netadapt[onnx]"'
+
+
+INPUT = "input"
+"""Name of a file's one input."""
+
+
+_ERRORS = 3  # the level of onnxruntime's log; its warnings are about its own optimisations
+
+
+def require_packages(wanted: str, way_out: str) -> None:
+    """Refuses what needs ONNX where a package is missing.
+
+    Args:
+        wanted: What needs it, like ``export to onnx``.
+        way_out: What to do without.
+
+    Raises:
+        UserError: The missing packages with how to install them.
+    """
+    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(f"{wanted} needs {', '.join(missing)}: {INSTALL}, or {way_out}")
+
+
+def plain_copy(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
+    """Copies on the CPU, in fp32 and eval mode: the caller's network keeps its flags, device and layout."""
+    network = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # missing in torch's stubs
+    example = example.detach().cpu()
+    return network, example.float() if example.is_floating_point() else example
+
+
+def write(program: torch.export.ExportedProgram, path: Path, dynamic_shapes: Any) -> None:
+    """Writes a traced network as one file, its axes named by ``dynamic_shapes``.
+
+    Raises:
+        Exception: Whatever torch.onnx raises for a network that it cannot express.
+    """
+    with quiet():
+        torch.onnx.export(
+            program,
+            (),
+            path,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+            input_names=[INPUT],
+            dynamic_shapes=dynamic_shapes,  # again, because only this names the axes in the file
+        )
+
+
+def fixed(network: nn.Module, example: Tensor) -> bytes:
+    """The content of a file for one batch size, made to be timed and not to be kept.
+
+    torch's older exporter takes milliseconds for a layer where the one by torch.export takes a second, and
+    onnxruntime makes the same kernels of both; it knows fewer operations, so the other follows where it fails.
+
+    Args:
+        network: A copy of ``plain_copy``.
+        example: Its batch, [N, ...].
+
+    Raises:
+        Exception: Whatever torch.onnx raises for a network that it cannot express.
+    """
+    with tempfile.TemporaryDirectory() as folder, quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the exporter's age, and about what holds for this batch only
+        path = Path(folder) / "network.onnx"
+        try:
+            torch.onnx.export(network, (example,), path, dynamo=False)
+        except Exception:
+            torch.onnx.export(network, (example,), path, dynamo=True, external_data=False, verbose=False)
+        return path.read_bytes()
+
+
+def session(file: Path | bytes, threads: int | None = None) -> Callable[[Tensor], list[Any]]:
+    """Runs a file by onnxruntime on the processor, with its default optimisations.
+
+    Args:
+        file: Its path or content.
+        threads: That one pass uses; None: as many as there are cores.
+
+    Returns:
+        A batch on the CPU to the outputs, as NumPy arrays.
+    """
+    import onnxruntime  # type: ignore[import-untyped]
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS
+    options.intra_op_num_threads = threads or 0
+    options.add_session_config_entry(
+        "session.force_spinning_stop", "1"
+    )  # idle threads leave the cores to others
+    opened = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    source = opened.get_inputs()[0].name
+
+    def run(batch: Tensor) -> list[Any]:
+        outputs: list[Any] = opened.run(None, {source: batch.numpy()})
+        return outputs
+
+    return run
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Drops the two messages of a plain export that no user can act on; everything else is shown."""
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        registration.addFilter(_not_about_torchvision)
+        try:
+            yield
+        finally:
+            registration.removeFilter(_not_about_torchvision)
+
+
+def _not_about_torchvision(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("torchvision is not installed")

@@ -1,0 +1,192 @@
+"""What all criteria share: calibration data, the protocol, and how a unit's members come together to one score.
+
+saliency: worth of an element of a weight; score: worth of a unit. Units are ranked once per start and removed in
+that order, so kept sets are nested.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from amc_env.errors import UserError
+from amc_env.graph.layers import ChannelGroup, Layer, LayerGraph, Member
+
+
+def rank_after(scores: Sequence[Tensor], kept_units: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Orders of a widened network: like `rank`, with the units that were removed earlier last.
+
+    So the strategy that the slim network came from, and every one that removes more, is cut out of what is left.
+
+    Args:
+        scores: Worth of every unit of the widened network, a tensor [units] for each group.
+        kept_units: Units that had stayed, int64, a tensor for each group, in any order.
+    """
+    orders = []
+    for order, kept in zip(rank(scores), kept_units, strict=True):
+        gone = torch.ones(len(order), dtype=torch.bool)
+        gone[kept.cpu()] = False
+        order = order.cpu()
+        orders.append(torch.cat([order[~gone[order]], order[gone[order]]]))
+    return tuple(orders)
+
+
+Members = Literal["consumers", "producers", "all"]
+"""Whose weights speak for coupled channels: of the layers that read them, that write them, or of both."""
+
+
+Aggregate = Literal["mean", "sum", "max"]
+"""How members come together.
+
+mean, max: every member's scores are divided by their mean first, so that a wide layer does not speak for all.
+sum: the scores as they are, for criteria whose unit is the loss in every layer.
+"""
+
+
+CHANNEL = ("channel",)
+
+
+EVERY = ("channel", "fine_grained", "nm", "vector", "kernel")
+"""Granularities: the one that cuts channels out, and all of them."""
+
+
+_SIDES = {"consumers": ("in",), "producers": ("out",), "all": ("in", "out")}
+
+
+_AGGREGATES = ("mean", "sum", "max")
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Calibration data, from the training split.
+
+    Attributes:
+        images: Normalised images [N, C, H, W] on the model's device; none for criteria that look at weights only.
+        labels: Their classes, int64 [N].
+        seed: Of whatever a criterion draws.
+    """
+
+    images: Tensor
+    labels: Tensor
+    seed: int = 0
+
+
+@runtime_checkable
+class Criterion(Protocol):
+    """Says what units are worth. Leaves the model and the global random state as they are."""
+
+    @property
+    def name(self) -> str:
+        """Its name in conf."""
+        ...
+
+    @property
+    def granularities(self) -> tuple[str, ...]:
+        """Names of the granularities that it fits."""
+        ...
+
+    @property
+    def images(self) -> int:
+        """Calibration images that it wants; 0 for none."""
+        ...
+
+    def channel_scores(self, model: nn.Module, graph: LayerGraph, sample: Sample) -> tuple[Tensor, ...]:
+        """The score of every unit, one float64 tensor [units] a group; higher stays longer."""
+        ...
+
+
+@runtime_checkable
+class ElementCriterion(Criterion, Protocol):
+    """A criterion that tells single weights apart, and so fits every granularity."""
+
+    def saliency(self, model: nn.Module, layers: Sequence[Layer], sample: Sample) -> dict[str, Tensor]:
+        """The worth of every weight by layer name, float64 and of the weight's shape; never negative."""
+        ...
+
+
+def rank(scores: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Units from worth most to worth least, ties by index (a stable order, never a threshold)."""
+    return tuple(torch.sort(score, descending=True, stable=True).indices for score in scores)
+
+
+def coupling(members: str, aggregate: str) -> dict[str, tuple[bool, object, str]]:
+    """The checks of the settings that say how members come together."""
+    return {
+        "members": (members in _SIDES, members, f"one of {', '.join(_SIDES)}"),
+        "aggregate": (aggregate in _AGGREGATES, aggregate, f"one of {', '.join(_AGGREGATES)}"),
+    }
+
+
+def calibration_sample(criterion: Criterion, sample: Sample) -> Sample:
+    """The sample's first images, as many as the criterion wants.
+
+    Raises:
+        UserError: There are none.
+    """
+    if not len(sample.images):
+        raise UserError(
+            f"criterion={criterion.name} needs calibration images of the training split; there are none"
+        )
+    return Sample(sample.images[: criterion.images], sample.labels[: criterion.images], sample.seed)
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """A generator of its own for something drawn for the layer or group ``name``."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def voices(group: ChannelGroup, graph: LayerGraph, members: Members) -> list[tuple[Member, Layer]]:
+    """The members whose weights speak for a group, with their layers.
+
+    Depthwise layers ride along, and the weights of fixed selections (``free``) say nothing.
+    """
+    layers = {layer.name: layer for layer in graph.layers if not layer.depthwise and not layer.free}
+    return [
+        (member, layers[member.module])
+        for member in group.members
+        if member.module in layers and member.side in _SIDES[members]
+    ]
+
+
+def heard(graph: LayerGraph, members: Members) -> list[Layer]:
+    """The layers whose weights speak for any group, in forward order."""
+    names = {layer.name for group in graph.groups for _, layer in voices(group, graph, members)}
+    return [layer for layer in graph.layers if layer.name in names]
+
+
+def unit_sums(elements: Tensor, member: Member, layer: Layer) -> Tensor:
+    """Sums [..., units] over the elements [..., *weight's shape] that go with each unit."""
+    lead = elements.shape[: elements.ndim - (4 if layer.kind == "conv" else 2)]
+    blocks = layer.out_channels // layer.groups, layer.in_channels // layer.groups
+    split = elements.reshape(*lead, layer.groups, *blocks, -1)
+    entries = split.sum((-1, -2) if member.side == "out" else (-1, -3)).flatten(-2)
+    return entries[..., member.positions.to(entries.device)].sum(-1)
+
+
+def unit_scores(
+    graph: LayerGraph, members: Members, aggregate: Aggregate, part: Callable[[Member, Layer], Tensor]
+) -> tuple[Tensor, ...]:
+    """Scores of all groups; ``part`` gives those that one member speaks for, float64 [units], none negative."""
+    return tuple(
+        together([part(*voice) for voice in voices(group, graph, members)], group.total, aggregate)
+        for group in graph.groups
+    )
+
+
+def together(parts: Sequence[Tensor], total: int, aggregate: Aggregate) -> Tensor:
+    """The members' scores as one; zeros where no member speaks."""
+    score = torch.zeros(total, dtype=torch.float64)
+    for part in parts:
+        part = part.cpu()
+        scaled = part if aggregate == "sum" else part / part.mean().clamp_min(1e-30)
+        if aggregate == "max":
+            score = torch.maximum(score, scaled)
+        else:
+            score += scaled / (len(parts) if aggregate == "mean" else 1)
+    return score

@@ -1,0 +1,1 @@
+"""Correcting the weights that remain after pruning."""

@@ -1,0 +1,102 @@
+"""What all commands share: how mistakes end, and how a run is named so that it can be gone on with."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from amc_env.errors import UserError
+
+USER_MISTAKE = 2
+
+
+INTERRUPTED = 130
+
+
+_NOISE = re.compile(r" Config search path:.*| full_key: \S*| object_type=\S*| See https://hydra\.cc.*")
+"""What Hydra and OmegaConf add for people who look into their code."""
+
+
+Application = TypeVar("Application", bound=Callable[..., Any])
+
+
+def application(function: Application) -> Application:
+    """Decorates what `hydra.main` runs: a user's mistake ends it here, before Hydra adds lines of its own."""
+
+    @wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (UserError, HydraException, OmegaConfBaseException) as error:
+            sys.exit(_refused(error))
+
+    return cast(Application, guarded)
+
+
+def run_command(command: Callable[[], object]) -> int:
+    """Runs a Hydra application; a user's mistake is one line on stderr.
+
+    Returns:
+        The exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed with a traceback
+    try:
+        command()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        return _refused(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return 0
+
+
+def _refused(error: BaseException) -> int:
+    print(f"error: {_line(error)}", file=sys.stderr)  # noqa: T201 -- the one line that a mistake ends with
+    return USER_MISTAKE
+
+
+def _line(error: BaseException) -> str:
+    """The message in one line; Hydra says what was wrong in its own words and in those of its cause."""
+    cause = error.__cause__ if isinstance(error, HydraException) else None
+    for known in (error, cause):
+        if isinstance(known, ConfigKeyError | ConfigAttributeError) and isinstance(
+            known.parent_node, DictConfig
+        ):
+            there = ", ".join(str(key) for key in known.parent_node)
+            return f"unknown key {known.full_key}; there are {there}"
+    text = " ".join(str(e) for e in (error, cause) if e is not None)
+    if isinstance(error, OverrideParseException):
+        text = f"{error.override} cannot be read: {text}"
+    return _NOISE.sub("", " ".join(text.split()))
+
+
+def run_folder() -> Path:
+    """The folder of the run that Hydra began."""
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def command_line(program: str, folder: Path | None = None) -> str:
+    """The command that started this run; with ``folder``, the one that goes on with it."""
+    hydra = HydraConfig.get()
+    overrides = [o for o in hydra.overrides.task if folder is None or not o.startswith("hydra.run.dir=")]
+    if folder is not None:
+        overrides.append(f"hydra.run.dir={_quoted(str(folder))}")
+    return shlex.join([program, *overrides])
+
+
+def _quoted(value: str) -> str:
+    """A value in Hydra's quotes where its grammar would read more into it than text."""
+    if re.fullmatch(r"[\w/.:+-]+", value, flags=re.ASCII):
+        return value
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"

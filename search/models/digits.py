@@ -1,0 +1,35 @@
+"""Small networks for the digits data, trained here in seconds."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+
+from search.models.resnet import build_resnet
+from search.models.source import ModelSource
+from search.training.finetune import Recipe
+
+
+def digits_cnn(weights: str | None = None, original_lr: float = 0.1, epochs: int = 30) -> ModelSource:
+    """ResNet-8 with convolutions in its shortcuts (9 convolutions), for the digits."""
+    recipe = Recipe(epochs=epochs, lr=original_lr)
+    return ModelSource("digits_cnn", partial(build_resnet, 8, "conv"), original_lr, weights, recipe=recipe)
+
+
+def digits_mlp(weights: str | None = None, original_lr: float = 0.1, epochs: int = 30) -> ModelSource:
+    """Three linear layers, for the digits."""
+    recipe = Recipe(epochs=epochs, lr=original_lr)
+    return ModelSource("digits_mlp", _build_mlp, original_lr, weights, recipe=recipe)
+
+
+def _build_mlp(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    channels, height, width = shape
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(channels * height * width, 128),
+        nn.ReLU(),
+        nn.Linear(128, 64),
+        nn.ReLU(),
+        nn.Linear(64, classes),
+    )

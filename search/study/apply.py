@@ -1,0 +1,137 @@
+"""A strategy that is given: the file of an earlier run, checked against the network that it is to be applied to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+from agents.base import Agent, Problem, Removed, SearchTask
+from amc_env import space as budget
+from amc_env.errors import UserError
+from amc_env.space import Grid, Strategy
+
+log = logging.getLogger(__name__)
+
+
+FILE = "strategy.json"
+
+
+def read_strategy(path: str) -> dict[str, Any]:
+    """The content of a strategy's file.
+
+    Args:
+        path: The file, or the run folder that it lies in.
+
+    Raises:
+        UserError: There is no such file, or it holds no decisions.
+    """
+    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
+        raise UserError(
+            f"strategy={path} cannot be read ({reason}); give the {FILE} of a run, or ratio=0.5"
+        ) from error
+    if not isinstance(content, dict) or not isinstance(content.get("decisions"), dict):
+        raise UserError(
+            f"strategy={path} has no object 'decisions' of {{name: {{removed, total}}}}; give the {FILE} of a run"
+        )
+    return content
+
+
+def fingerprint(content: Mapping[str, Any]) -> str:
+    """Short SHA-256 of what a strategy's file decides."""
+    return hashlib.sha256(json.dumps(content["decisions"]).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Given(Agent):
+    """Proposes the one strategy of a file.
+
+    Attributes:
+        strategy: The file, as in `read_strategy`.
+    """
+
+    name: ClassVar[str] = "given"
+    steps: ClassVar[bool] = False
+
+    strategy: str
+
+    def __post_init__(self) -> None:
+        """Refuses a file that holds no strategy."""
+        assert self.content
+
+    @cached_property
+    def content(self) -> dict[str, Any]:
+        """What the file says."""
+        return read_strategy(self.strategy)
+
+    def check(self, problem: Problem, episodes: int) -> None:
+        """Refuses a problem that the strategy does not fit, or whose budgets it does not meet.
+
+        Raises:
+            UserError: Such a problem; with all that does not fit.
+        """
+        removed = self.counts(problem)
+        missed = [
+            f"{b.cost.name}: {budget.figure(b.cost(removed))} {b.cost.unit}, at most {budget.figure(b.limit)} may remain"
+            for b in problem.budgets
+            if not b.met(removed)
+        ]
+        if missed:
+            raise UserError(
+                f"strategy={self.strategy} does not meet the budget: {'; '.join(missed)}; leave it out "
+                "(budget=none) or raise it"
+            )
+        if "start" in self.content:
+            log.warning(
+                "the strategy was found on weights that had been pruned and tuned before (%s); here it is applied to "
+                "the original's at once",
+                " → ".join(map(str, self.content["start"])),
+            )
+
+    def search(self, task: SearchTask) -> None:
+        """Scores the strategy."""
+        task.score([self.counts(task.problem)])
+
+    def counts(self, problem: Problem) -> Removed:
+        """The strategy's counts, in the order of the problem's decisions.
+
+        Raises:
+            UserError: It does not fit; with all reasons.
+        """
+        grids = cast(budget.Problem, problem).grids
+        problems = list(_infeasible(self.content["decisions"], grids))
+        try:
+            strategy = Strategy.from_json(self.content, grids)
+        except UserError as error:
+            problems.insert(0, str(error))
+        if problems:
+            made = self.content.get("granularity")
+            with_it = f" (granularity={made})" if made else ""
+            raise UserError(
+                f"strategy={self.strategy}: {'; '.join(problems)}; network, granularity, "
+                f"channel_multiple and max_ratio must be those that it was made with{with_it}"
+            )
+        return strategy.removed
+
+
+def _infeasible(decisions: Mapping[str, Any], grids: Sequence[Grid]) -> Iterator[str]:
+    """Counts of units that there are, but that the granularity does not remove."""
+    for grid in grids:
+        entry = decisions.get(grid.name)
+        if not isinstance(entry, Mapping) or entry.get("total", grid.total) != grid.total:
+            continue
+        removed = entry.get("removed")
+        if type(removed) is int and 0 <= removed < grid.total:
+            try:
+                grid.index(removed)
+            except UserError as error:
+                yield str(error)

@@ -1,0 +1,151 @@
+"""How a run judges strategies: the weights they are cut from, their repairs, the evaluator."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+
+from amc_env.evaluation.evaluator import Evaluator
+from amc_env.evaluation.precision import FLOAT32
+from amc_env.evaluation.prefix import PrefixScorer
+from amc_env.evaluation.pruner import ORIGINAL, Start
+from amc_env.evaluation.scorer import accuracy
+from amc_env.graph.layers import LayerGraph
+from amc_env.graph.topology import Topology
+from amc_env.pruning.candidate import Candidates, MaskedCandidates
+from amc_env.pruning.repair.base import BatchNorm, Both, NoRepair, Repair
+from amc_env.pruning.repair.least_squares import LeastSquares
+from amc_env.pruning.repair.masked import MaskedLeastSquares, MaskedSequential
+from amc_env.pruning.repair.sequential import Sequential
+from search.settings import SHORT_TERM, RepairSettings
+from search.study.journal import Journal
+from search.study.problem import Prepared, Ranked
+from search.training.short_term import ShortTerm
+
+log = logging.getLogger(__name__)
+
+
+_CALIBRATION_BYTES = (
+    2**30
+)  # of one layer's activations over all calibration images; a few layers live at once
+
+
+def start_of(
+    prepared: Ranked,
+    name: str,
+    candidates: Candidates | MaskedCandidates,
+    removed: tuple[int, ...] = (),
+) -> Start:
+    """A state of the weights that strategies are cut from, with its repairs.
+
+    Args:
+        prepared: The run.
+        name: Of the start.
+        candidates: Built from its weights.
+        removed: What is gone from them, where a strategy that removes no more is not to be repaired.
+    """
+    repairs = _repairs(prepared, candidates)
+    settings, base = prepared.settings, prepared.settings.repair.name
+
+    def short_term() -> Repair:
+        return ShortTerm(repairs[base](), candidates, prepared.data, settings, name)
+
+    more = {SHORT_TERM: short_term} if settings.short_term_steps else {}
+    return Start(name, candidates, {**repairs, **more}, removed)
+
+
+def _repairs(prepared: Ranked, candidates: Candidates | MaskedCandidates) -> dict[str, Callable[[], Repair]]:
+    """How to make each repair; made when first asked for, since calibration takes time."""
+    settings: RepairSettings = prepared.settings.repair
+    topology = Topology.of(candidates.original)
+    train = prepared.data.train
+    images = _calibration_images(prepared.graph, settings.images)
+    makers: dict[str, Callable[..., Repair]]
+    if isinstance(candidates, MaskedCandidates):
+        decided = [prepared.graph.layer(grid.name) for grid in prepared.grids]
+        ridge = settings.mask_ridge
+        makers = {
+            "least_squares": partial(MaskedLeastSquares, candidates.original, decided),
+            "sequential": partial(MaskedSequential, candidates.original, decided),
+        }
+    else:
+        ridge = settings.ridge
+        makers = {
+            "least_squares": partial(LeastSquares, candidates),
+            "sequential": partial(Sequential, candidates),
+        }
+
+    def fitted(name: str) -> Repair:
+        options = {"per_image": settings.per_image, "seed": prepared.settings.seed, "ridge": ridge}
+        return makers[name](topology, prepared.images(train, images), **options)
+
+    def norms() -> Repair:
+        return BatchNorm(prepared.images(train, settings.norm_images))
+
+    return {
+        "none": NoRepair,
+        "least_squares": partial(fitted, "least_squares"),
+        "batch_norm": norms,
+        "both": lambda: Both("both", (fitted("least_squares"), norms())),
+        "sequential": partial(fitted, "sequential"),
+    }
+
+
+def _calibration_images(graph: LayerGraph, wanted: int) -> int:
+    """As many images as are wanted, or as the largest layer's activations leave room for."""
+    largest = max(
+        max(layer.in_channels * layer.in_size[0] * layer.in_size[1], layer.out_channels * layer.positions)
+        for layer in graph.layers
+    )
+    room = max(1, _CALIBRATION_BYTES // (4 * largest))
+    if room < wanted:
+        log.info("repair is calibrated on %d images instead of %d: more would fill the memory", room, wanted)
+    return min(room, wanted)
+
+
+def scorer_of(prepared: Prepared) -> PrefixScorer:
+    """Accuracy of cut networks on the search split."""
+    search, scoring = prepared.data.search, prepared.settings.scoring
+    return PrefixScorer(
+        prepared.model,
+        prepared.images(search),
+        search.labels.to(prepared.settings.device),
+        batch_size=scoring.batch_size,
+        channels_last=scoring.channels_last,
+        precision=scoring.precision,
+    )
+
+
+def make_evaluator(prepared: Prepared, memo: Journal | None = None, start: Start | None = None) -> Evaluator:
+    """The evaluator that judges every policy of this run.
+
+    Args:
+        prepared: The run.
+        memo: Keeps outcomes across runs.
+        start: The weights to begin with; by default the network's own.
+    """
+    settings = prepared.settings
+    start = start or start_of(prepared, ORIGINAL, prepared.builder)
+    scorer = scorer_of(prepared)
+    original = scorer(start.candidates.original)
+    precision = settings.scoring.precision
+    log.info(
+        "%s accuracy on the %d search images: %.2f%%%s",
+        "the original's" if start.name == ORIGINAL else f"{start.name}: the starting",
+        len(prepared.data.search),
+        100 * original,
+        ""
+        if precision == FLOAT32
+        else f" in {precision}, {100 * _in_float32(start, prepared):.2f}% in {FLOAT32}",
+    )
+    if original < 2 / len(prepared.data.classes):
+        log.warning("that is near chance: are the images scaled and normalised as in the network's training?")
+    threads = settings.scoring.threads
+    return Evaluator(start, prepared.problem, scorer, settings.scored_by, memo, threads=threads)
+
+
+def _in_float32(start: Start, prepared: Prepared) -> float:
+    search = prepared.data.search
+    labels = search.labels.to(prepared.settings.device)
+    return accuracy(start.candidates.original, prepared.images(search), labels)

@@ -1,0 +1,199 @@
+"""The latency table of a run: read, or built for this network on this machine."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from amc_env.costs.latency import (
+    Runtime,
+    machine,
+    sampling,
+)
+from amc_env.costs.latency.sampling import build_table
+from amc_env.costs.latency.table import Conditions, LatencyTable
+from amc_env.costs.memory import Activations
+from amc_env.errors import UserError, first_line
+from amc_env.graph.tracing import trace
+from amc_env.pruning.candidate import Candidates
+from amc_env.pruning.granularity import Granularity
+from amc_env.space import Grid
+from search.formatting import duration
+from search.progress import Progress
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class How:
+    """How latency is measured.
+
+    Attributes:
+        runtime: What runs the networks.
+        threads: Of the processor.
+        repeats: Timed passes of each.
+        seed: Of the order of passes, and of the networks that correct a table.
+    """
+
+    runtime: Runtime
+    threads: int
+    repeats: int
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A network whose latency is asked for.
+
+    Attributes:
+        name: The network's.
+        candidates: Builds its pruned networks. Which channels go makes no difference to time: the last of each group.
+        grids: The decisions' feasible counts.
+        example: The batch, [N, C, H, W], on the network's device.
+        how: How it is measured.
+    """
+
+    name: str
+    candidates: Candidates
+    grids: tuple[Grid, ...]
+    example: Tensor
+    how: How
+
+    @classmethod
+    def of(cls, name: str, model: nn.Module, example: Tensor, granularity: Granularity, how: How) -> Subject:
+        """A network made ready to be cut.
+
+        Raises:
+            UserError: No channel of it can be cut.
+        """
+        graph, grids = granularity.decisions(trace(model, example))
+        if not grids:
+            reasons = "; ".join(f"{w.name}: {w.reason}" for w in graph.whole[:8])
+            raise UserError(f"nothing is left to cut: {reasons}")
+        orders = [torch.arange(group.total) for group in graph.groups]
+        return cls(name, Candidates(model, graph, orders), grids, example, how)
+
+    @property
+    def most(self) -> tuple[int, ...]:
+        """The counts that remove all that may be removed."""
+        return tuple(grid.count(grid.size - 1) for grid in self.grids)
+
+    def activations(self) -> Activations:
+        """Its operations, counted; see there."""
+        return Activations(self.candidates.original, self.candidates.graph, self.grids, self.example)
+
+    @property
+    def conditions(self) -> Conditions:
+        """Under which its times hold."""
+        device = str(self.example.device)
+        return Conditions.here(self.how.runtime.name, self.how.threads, len(self.example), device)
+
+    def __str__(self) -> str:
+        size = " x ".join(str(count) for count in self.example.shape[1:])
+        threads = "1 thread" if self.how.threads == 1 else f"{self.how.threads} threads"
+        return (
+            f"{self.name}, batch {len(self.example)} of {size}, runtime {self.how.runtime.name}, {threads}, "
+            f"on {machine(str(self.example.device))}"
+        )
+
+
+# ------------------------------------------------------------------------------------------- build and check
+
+
+class TableProgress(Progress):
+    """Shows the timings of a table: a bar for each stage in a terminal, a line now and then elsewhere."""
+
+    def timed(self, now: sampling.Progress) -> None:
+        """Show a set of timings more; refining a table adds to their number."""
+        self._totals[now.stage] = now.total
+        self._advance(now.stage, now.done, "", "")
+
+
+def build(
+    subject: Subject, activations: Activations | None, path: Path | None, *, tolerance: float, points: int
+) -> LatencyTable:
+    """Builds the network's table, and writes it.
+
+    Args:
+        subject: The network.
+        activations: Its own, for the correction; see `counted`.
+        path: The JSON file; None: it is not kept.
+        tolerance: See `amc_env.costs.latency.sampling.build_table`.
+        points: See there.
+
+    Raises:
+        UserError: The file cannot be written, which is tried before anything is timed; or the runtime cannot run the
+            network.
+    """
+    if path is not None:
+        _check_place(path)
+    how = subject.how
+    with TableProgress() as progress:
+        table = build_table(
+            subject.candidates,
+            subject.grids,
+            subject.example,
+            runtime=how.runtime,
+            threads=how.threads,
+            activations=activations,
+            tolerance=tolerance,
+            points=points,
+            repeats=how.repeats,
+            on_progress=progress.timed,
+            seed=how.seed,
+        )
+    if path is not None:
+        table.save(path)
+    log.info(
+        "latency table: %d distinct layers, %d points, %d passes, %s",
+        len(table.units),
+        table.points,
+        table.forwards,
+        duration(table.seconds),
+    )
+    if path is not None:
+        log.info("the table is in %s", path)
+    return table
+
+
+def _check_place(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"table={path} is a folder; a file is needed")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"table={path} cannot be written ({first_line(error)}): name another file") from error
+
+
+def read_table(path: Path, subject: Subject, *, elsewhere: bool = False) -> LatencyTable:
+    """A table from a file, which must have been measured as the networks will be.
+
+    Args:
+        path: The file.
+        subject: The network.
+        elsewhere: Whether one that was measured under other conditions is wanted as it is.
+
+    Raises:
+        UserError: There is no such file, it is no table, or one measured under other conditions.
+    """
+    table = LatencyTable.load(path)
+    if not elsewhere:
+        table.refuses(subject.conditions, f"table={path}")
+    return table
+
+
+def counted(activations: Callable[[], Activations]) -> Activations | None:
+    """None, with a warning, where the network's operations cannot be counted."""
+    try:
+        return activations()
+    except UserError as error:
+        log.warning("what lies between the layers is predicted as a constant: %s", error)
+        return None

@@ -1,0 +1,212 @@
+"""A sensitivity scan: every decision cut alone over a list of ratios, and what a common threshold makes of it."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+from torch import nn
+
+from agents.base import Removed
+from agents.sensitivity import Curve, Sensitivity, curves_of, pick, plan
+from amc_env.evaluation.evaluator import Evaluator, Outcome
+from amc_env.evaluation.pruner import ORIGINAL
+from amc_env.space import Problem
+from search.data import Data
+from search.formatting import amount, budget_lines, cost_name, percent
+from search.plots import plot_sensitivity
+from search.progress import Progress
+from search.settings import Settings
+from search.study.evaluation import make_evaluator, start_of
+from search.study.journal import Journal
+from search.study.pipeline import Context, header
+from search.study.problem import Prepared, announce, prepare
+from search.study.results import strategy_json, write_json
+
+log = logging.getLogger(__name__)
+
+
+CSV, PLOT, STRATEGY = "sensitivity.csv", "plots/sensitivity.png", "strategy.json"
+
+
+_SHOWN = 5  # decisions named at the end; sensitivity.csv has all
+
+
+@dataclass(frozen=True, eq=False)
+class Scanned:
+    """What a scan ends with.
+
+    Attributes:
+        outcomes: A list per decision: the original, then what cuts the decision alone, less to more.
+        curves: The same as accuracy against ratio.
+        threshold: The accuracy, in [0, 1], that was picked for all decisions; None where there is neither a budget
+            nor a drop of accuracy to pick it by.
+        picked: The outcome of the strategy that came of it.
+    """
+
+    outcomes: tuple[tuple[Outcome, ...], ...]
+    curves: tuple[Curve, ...]
+    threshold: float | None = None
+    picked: Outcome | None = None
+
+
+class ScanProgress(Progress):
+    """Shows a scan: a bar in a terminal, a line now and then elsewhere."""
+
+    def __init__(self, evaluations: int):
+        super().__init__()
+        self._totals["scan"] = evaluations
+        self._scored = 0
+
+    def scored(self, what: str, accuracy: float) -> None:
+        """Show one evaluation more; accuracy in [0, 1]."""
+        self._scored += 1
+        self._advance("scan", self._scored, f"{what}: {percent(accuracy)}", "")
+
+
+def run(model: nn.Module, data: Data, settings: Settings, context: Context) -> Scanned:
+    """Scans a network, picks ratios for its budget, and writes all of it into the run folder.
+
+    A run in the same folder takes what was scored from there; the budget, the drop of accuracy and the list of ratios
+    may have changed.
+
+    Args:
+        model: The trained network.
+        data: Its data.
+        settings: The run's settings; the agent, a `Sensitivity`, has the ratios and the drop of accuracy.
+        context: The run folder and the header's configuration.
+
+    Raises:
+        UserError: What was asked cannot be done, as in `search.study.pipeline.run`.
+    """
+    agent = settings.agent
+    assert isinstance(agent, Sensitivity)
+    prepared = prepare(model, data, settings)
+    announce(prepared)
+    problem = prepared.problem
+    # What is scored depends on no budget: the journal serves them all.
+    free = replace(prepared, problem=Problem(problem.grids, problem.costs))
+    start = start_of(prepared, ORIGINAL, prepared.builder)
+    head = {name: value for name, value in header(free, context).items() if name != "latency"}
+    with Journal(context.folder, head, free.problem, ordered=False) as journal:
+        if journal.replayed:
+            log.info("going on with %d evaluations of %s", journal.replayed, context.folder)
+        evaluator = make_evaluator(free, journal, start)
+        scanned = _scan(evaluator, agent.ratios)
+        if problem.budgets or agent.threshold is not None:
+            common = pick(problem, scanned.curves, agent.threshold)
+            (picked,) = _evaluated(evaluator, [common.removed])
+            scanned = replace(scanned, threshold=common.threshold, picked=picked)
+        _write(scanned, prepared, context.folder)
+    _tell(scanned, prepared, context.folder)
+    return scanned
+
+
+def _scan(evaluator: Evaluator, ratios: Sequence[float]) -> Scanned:
+    """Scores every decision alone, front to back, so that candidates share what is before the cut."""
+    problem = evaluator.problem
+    plans = plan(problem, ratios)
+    asked: list[tuple[str, Removed]] = [("the original", (0,) * len(plans))]
+    for place, (grid, alone) in enumerate(zip(problem.grids, plans, strict=True)):
+        asked += [(f"{grid.name} without {percent(r[place] / grid.total, 0)}", r) for r in alone]
+    scored = []
+    with ScanProgress(len(asked)) as progress:
+        found = _evaluated(evaluator, [removed for _, removed in asked])
+        for (what, _), outcome in zip(asked, found, strict=True):
+            progress.scored(what, outcome.accuracy)
+            scored.append(outcome)
+    original, rest = scored[0], iter(scored[1:])
+    cut = [tuple(islice(rest, len(alone))) for alone in plans]
+    accuracies = [[outcome.accuracy for outcome in alone] for alone in cut]
+    curves = curves_of(problem, plans, original.accuracy, accuracies)
+    return Scanned(tuple((original, *alone) for alone in cut), tuple(curves))
+
+
+def _evaluated(evaluator: Evaluator, removed: Sequence[Removed]) -> Iterator[Outcome]:
+    """Outcomes with the costs of this run: those of the journal may have been scored for a budget on others."""
+    problem = evaluator.problem
+    for outcome in evaluator.outcomes([problem.strategy(counts) for counts in removed]):
+        yield replace(outcome, costs=problem.cost(outcome.strategy.removed))
+
+
+def _write(scanned: Scanned, prepared: Prepared, folder: Path) -> None:
+    """sensitivity.csv, the plot and, where one was picked, strategy.json."""
+    _write_csv(scanned, folder / CSV)
+    picked = scanned.picked
+    ratios = () if picked is None else picked.strategy.ratios
+    plot_sensitivity(scanned.curves, folder / PLOT, threshold=scanned.threshold, picked=ratios)
+    if picked is not None:
+        write_json(folder / STRATEGY, strategy_json(prepared, picked))
+
+
+def _write_csv(scanned: Scanned, path: Path) -> None:
+    """A row for each evaluation, with its costs; accuracy in [0, 1]."""
+    costs = list(scanned.outcomes[0][0].costs)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["decision", "ratio", "removed", "total", "accuracy", *costs])
+        for curve, alone in zip(scanned.curves, scanned.outcomes, strict=True):
+            for outcome in alone:
+                cut = outcome.strategy.decisions[curve.name]
+                values = [f"{outcome.costs[cost]:.12g}" for cost in costs]
+                row = [
+                    curve.name,
+                    f"{cut.ratio:.6g}",
+                    cut.removed,
+                    cut.total,
+                    f"{outcome.accuracy:.6g}",
+                    *values,
+                ]
+                writer.writerow(row)
+    os.replace(temporary, path)
+
+
+def _tell(scanned: Scanned, prepared: Prepared, folder: Path) -> None:
+    """The most sensitive decisions, what was picked, and where to look further."""
+    most = sorted(scanned.curves, key=lambda curve: -curve.drop)[:_SHOWN]
+    width = max(len(curve.name) for curve in most)
+    log.info("most sensitive, by the mean drop of accuracy over the ratios measured:")
+    for curve in most:
+        lost = f"{100 * curve.drop:6.2f} points"
+        if scanned.picked is not None:
+            cut = scanned.picked.strategy.decisions[curve.name]
+            lost += f", {cut.removed:4d} of {cut.total} removed ({percent(cut.ratio, 1)})"
+        log.info("  %-*s %s", width, curve.name, lost)
+    if scanned.picked is not None:
+        _tell_picked(scanned.picked, scanned, prepared)
+    written = [CSV, PLOT] if scanned.picked is None else [CSV, PLOT, STRATEGY]
+    log.info("%s are in %s", " and ".join((", ".join(written[:-1]), written[-1])), folder)
+
+
+def _tell_picked(picked: Outcome, scanned: Scanned, prepared: Prepared) -> None:
+    whole = scanned.outcomes[0][0]
+    costs = [
+        f"{amount(name, value)} {cost_name(name)} ({percent(value / whole.costs[name], 1)})"
+        for name, value in picked.costs.items()
+    ]
+    log.info(
+        "picked where each decision alone keeps %s: accuracy %s on the search split (original %s), %s",
+        percent(scanned.threshold or 0.0),
+        percent(picked.accuracy),
+        percent(whole.accuracy),
+        ", ".join(costs),
+    )
+    removed = picked.strategy.removed
+    budgets = [
+        {
+            "cost": budget.cost.name,
+            "ratio": budget.ratio,
+            "limit": budget.limit,
+            "value": budget.cost(removed),
+            "met": budget.met(removed),
+        }
+        for budget in prepared.problem.budgets
+    ]
+    for line, _ in budget_lines({"budgets": budgets, "base": whole.costs}):
+        log.info("budget: %s", line)

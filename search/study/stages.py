@@ -1,0 +1,208 @@
+"""A search in stages: each begins with the network that the stage before pruned and fine-tuned.
+
+AMC's fine-grained search reaches ResNet-50's 20% density so, over 50, 35 and 25% (He et al., ECCV 2018, section 4.2).
+Sparse training before anything is cut (regularization.before_epochs) is a stage of the same kind, without a search.
+Weights between stages are kept in the run folder: a stopped run does not train them again.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from amc_env.evaluation.evaluator import Evaluator, Outcome
+from amc_env.evaluation.pruner import ORIGINAL, Pruned, Start
+from amc_env.pruning.candidate import widen
+from search.cache import write_atomically
+from search.settings import SHORT_TERM, Settings
+from search.study.evaluation import start_of
+from search.study.problem import Prepared, Ranked, builder_of, posed
+from search.study.tuning import Tuner, finetuned
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """One search of a run.
+
+    Attributes:
+        number: From 1.
+        prepared: The problem with this stage's budget.
+        last: Whether its strategy is what the run delivers.
+    """
+
+    number: int
+    prepared: Prepared
+    last: bool
+
+
+REGULARISED = "regularised"
+"""The start after sparse training."""
+
+
+def _name(number: int, ratio: float) -> str:
+    return f"stage {number} ({ratio:g})"
+
+
+def chain(settings: Settings, start: str) -> list[str]:
+    """The names of the weights that a run goes through up to ``start``, the original's first."""
+    trained = [REGULARISED] if settings.regularization.before_epochs else []
+    staged = [_name(n, ratio) for n, ratio in enumerate(settings.stages, start=1)]
+    names = [ORIGINAL, *trained, *staged]
+    if start not in names:  # of an agent that adopts weights
+        return [*names, *(round_name(n) for n in range(1, round_number(start) + 1))]
+    return names[: names.index(start) + 1]
+
+
+def stage_of(prepared: Prepared, number: int, start: Start) -> Stage:
+    """The search that is number so-and-so of a run, from 1: its budget, on the weights that it begins with."""
+    settings = prepared.settings
+    ratios = settings.stages
+    budgets = settings.budgets
+    if ratios:
+        budgets = (replace(budgets[0], ratio=ratios[number - 1], limit=None),)
+    here = replace(settings, budgets=budgets)
+    ranked = Ranked(prepared.model, prepared.data, here, prepared.graph, prepared.grids)
+    vars(ranked)["builder"] = start.candidates  # a cost of stored weights is one of these weights
+    return Stage(number, posed(ranked), last=number >= len(ratios))
+
+
+def first_start(prepared: Prepared, folder: Path, tune: Tuner) -> Start:
+    """The weights that the search begins with: the network's own, or those after sparse training."""
+    epochs = prepared.settings.regularization.before_epochs
+    if not epochs:
+        return start_of(prepared, ORIGINAL, prepared.builder)
+    log.info("training with the regulariser for %d epochs before anything is cut", epochs)
+
+    def trained() -> Weights:
+        return Weights(tune(copy.deepcopy(prepared.model), epochs, regularized=True))
+
+    path = folder / FOLDER / "regularised.safetensors"
+    return start_at(prepared, REGULARISED, kept(path, prepared.model, trained, partial(tune.skip, epochs)))
+
+
+def next_start(stage: Stage, evaluator: Evaluator, best: Outcome, folder: Path, tune: Tuner) -> Start:
+    """The weights that the next stage begins with: this stage's best strategy, applied and fine-tuned."""
+    prepared, epochs = stage.prepared, stage.prepared.settings.finetune.epochs
+
+    def trained() -> Weights:
+        return Weights.after(finetuned(prepared, evaluator, best, tune), prepared.model)
+
+    path = folder / FOLDER / f"stage-{stage.number}.safetensors"
+    weights = kept(path, prepared.model, trained, partial(tune.skip, epochs))
+    name = _name(stage.number, prepared.settings.stages[stage.number - 1])
+    return start_at(prepared, name, weights)
+
+
+FOLDER = "starts"
+"""Of these weights, in the run folder."""
+
+
+_UNITS = "units"
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """A state of the weights that strategies can be cut from.
+
+    Attributes:
+        network: In the uncut network's shapes.
+        units: The units that earlier cuts left of every channel group; none where nothing was cut out.
+    """
+
+    network: nn.Module
+    units: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def after(cls, pruned: Pruned, original: nn.Module) -> Weights:
+        """Those of a pruned network, between zeros where channels were cut out."""
+        return cls(widen(pruned.network, pruned.keeps, original), pruned.units)
+
+
+def kept(
+    path: Path, model: nn.Module, make: Callable[[], Weights], skipped: Callable[[], object] = lambda: None
+) -> Weights:
+    """Weights from a file, or made and written there.
+
+    Args:
+        path: The file: a safetensors file of the state, the units in its metadata.
+        model: Gives the class and the shapes.
+        make: Trains them.
+        skipped: Called where the file is there and nothing is trained.
+    """
+    if path.exists():
+        skipped()
+        return _read(path, model)
+    weights = make()
+    state = weights.network.state_dict()
+    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+    units = json.dumps([unit.tolist() for unit in weights.units])
+    write_atomically(path, lambda unfinished: save_file(tensors, unfinished, {_UNITS: units}))
+    return weights
+
+
+def _read(path: Path, model: nn.Module) -> Weights:
+    network = copy.deepcopy(model)
+    network.load_state_dict(load_file(path))
+    with safe_open(path, "pt") as file:
+        units = json.loads((file.metadata() or {}).get(_UNITS, "[]"))
+    return Weights(network.eval(), tuple(torch.tensor(unit, dtype=torch.int64) for unit in units))
+
+
+def start_at(prepared: Prepared, name: str, weights: Weights, removed: tuple[int, ...] = ()) -> Start:
+    """A start with these weights; what is gone of them already goes first.
+
+    Args:
+        prepared: The run.
+        name: Of the start.
+        weights: Its weights.
+        removed: The strategy that they were cut to, where it is not to be repaired again.
+    """
+    return start_of(prepared, name, builder_of(prepared, weights.network, weights.units), removed)
+
+
+def adopted(prepared: Prepared, evaluator: Evaluator, outcome: Outcome, number: int, folder: Path) -> Start:
+    """The start with the weights of an outcome's network, as it was repaired and shortly fine-tuned.
+
+    Args:
+        prepared: The run.
+        evaluator: The one that scored the outcome.
+        outcome: Whose network.
+        number: Of the round that it ends, from 1.
+        folder: The run folder.
+    """
+    repair = SHORT_TERM if prepared.settings.short_term_steps else outcome.repair
+
+    def tuned() -> Weights:
+        pruned = evaluator.apply(outcome.strategy, start=outcome.start, repair=repair)
+        return Weights.after(pruned, prepared.model)
+
+    weights = kept(folder / FOLDER / f"round-{number}.safetensors", prepared.model, tuned)
+    return start_at(prepared, round_name(number), weights, outcome.strategy.removed)
+
+
+def round_name(number: int) -> str:
+    """Of the start after so many rounds of an agent that adopts weights."""
+    return f"round {number}"
+
+
+def round_number(start: str) -> int:
+    """The number in a `round_name`."""
+    return int(start.removeprefix("round "))
+
+
+def forget(folder: Path) -> None:
+    """Removes the weights of an earlier run whose journal is gone: they may be of another configuration."""
+    shutil.rmtree(folder / FOLDER, ignore_errors=True)

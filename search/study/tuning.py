@@ -1,0 +1,125 @@
+"""Training within a run: of the pruned network, between rounds and stages, and before anything is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+
+from amc_env.evaluation.evaluator import Evaluator, Outcome
+from amc_env.evaluation.pruner import Pruned
+from amc_env.graph.tracing import trace
+from amc_env.pruning.candidate import widen
+from amc_env.pruning.regularization import GroupLasso, LossTerm
+from amc_env.space import Strategy
+from search.study.evaluation import start_of
+from search.study.problem import Prepared, builder_of
+from search.training.batches import training_batches
+from search.training.finetune import finetune, forget_weights
+
+
+class Tuner:
+    """Fine-tunes networks of a run as its settings say, and counts the epochs of all of them.
+
+    Args:
+        prepared: The run.
+        on_epoch: Called with (epoch of the whole run from 1, mean loss, learning rate).
+    """
+
+    def __init__(self, prepared: Prepared, on_epoch: Callable[[int, float, float], None]):
+        self._prepared = prepared
+        self._on_epoch = on_epoch
+        self._done = 0
+
+    def __call__(
+        self,
+        network: nn.Module,
+        epochs: int,
+        masks: Mapping[str, Tensor] | None = None,
+        *,
+        regularized: bool,
+    ) -> nn.Module:
+        """Tunes ``network`` in place and gives it back, in eval mode.
+
+        Args:
+            network: The network.
+            epochs: How long.
+            masks: Weights that stay, by layer; the others are held at zero.
+            regularized: Whether the regulariser's loss term is added.
+        """
+        settings, chosen = self._prepared.settings, self._prepared.settings.finetune
+        before = self._done
+
+        def on_epoch(epoch: int, loss: float, lr: float, seconds: float) -> None:
+            self._on_epoch(before + epoch, loss, lr)
+
+        finetune(
+            network,
+            training_batches(self._prepared.data, chosen.batch_size, settings.seed + before, settings.device),
+            epochs=epochs,
+            lr=chosen.lr_fraction * settings.original_lr,
+            momentum=chosen.momentum,
+            weight_decay=chosen.weight_decay,
+            seed=settings.seed,
+            device=settings.device,
+            on_epoch=on_epoch,
+            penalty=penalty_of(self._prepared, network) if regularized else None,
+            teacher=self._prepared.model if chosen.distillation else None,
+            distillation=chosen.distillation,
+            temperature=chosen.temperature,
+            masks=masks or None,
+        )
+        self._done += epochs
+        return network.eval()
+
+    def skip(self, epochs: int) -> None:
+        """Counts epochs that an earlier session of the run has trained."""
+        self._done += epochs
+
+
+def penalty_of(prepared: Prepared, network: nn.Module) -> LossTerm | None:
+    """The regulariser's loss term for a network of this run.
+
+    Raises:
+        UserError: The network has nothing that the term could be taken of.
+    """
+    regularization = prepared.settings.regularization
+    graph = None
+    if isinstance(regularization, GroupLasso):  # a cut network has groups of its own sizes
+        graph = trace(network, prepared.images(prepared.data.search, 2))
+    return regularization.penalty(network, graph)
+
+
+def finetuned(prepared: Prepared, evaluator: Evaluator, outcome: Outcome, tune: Tuner) -> Pruned:
+    """The strategy of an outcome, applied and fine-tuned over the schedule's rounds.
+
+    Args:
+        prepared: The run.
+        evaluator: The one that scored the outcome.
+        outcome: What is to be reached.
+        tune: Fine-tunes.
+    """
+    settings = prepared.settings
+    shares = settings.schedule.shares
+    start = outcome.start
+    for number, share in enumerate(shares, start=1):
+        strategy = part_of(prepared, outcome.strategy, share)
+        pruned = evaluator.apply(strategy, start=start, repair=outcome.repair)
+        if settings.finetune.from_scratch:
+            forget_weights(pruned.network, settings.seed)
+        epochs = settings.finetune.epochs * number // len(shares)
+        epochs -= settings.finetune.epochs * (number - 1) // len(shares)
+        tune(pruned.network, epochs, pruned.masks, regularized=settings.regularization.during)
+        if number < len(shares):
+            start = f"{outcome.start}, round {number}"
+            wide = widen(pruned.network, pruned.keeps, prepared.model)
+            evaluator.begin(start_of(prepared, start, builder_of(prepared, wide, pruned.units)))
+    return pruned
+
+
+def part_of(prepared: Prepared, strategy: Strategy, share: float) -> Strategy:
+    """The strategy with this share of its pruning ratios, as feasible counts; all of it for 1."""
+    if share == 1.0:
+        return strategy
+    counts = prepared.problem.snap([share * ratio for ratio in strategy.ratios])
+    return prepared.problem.strategy([min(*pair) for pair in zip(counts, strategy.removed, strict=True)])

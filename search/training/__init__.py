@@ -1,0 +1,1 @@
+"""Fine-tuning, distillation and short-term training."""

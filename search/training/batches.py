@@ -1,0 +1,128 @@
+"""Training batches: augmented images of a split, or the user's own loader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from amc_env.errors import UserError
+from search.data import Data, Split
+from search.draws import Reseeded
+
+CROP_PADDING = 4
+
+
+class Batches(Protocol):
+    """Epochs of (network input, labels) on the device that trains; one iteration is one epoch.
+
+    Attributes:
+        example: two network inputs, on the device: what the memory layout is tried out with.
+    """
+
+    example: Tensor
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+    def __len__(self) -> int:
+        """Steps of one epoch."""
+        ...
+
+
+class AugmentedBatches:
+    """Shuffled batches of a split; each image cropped (4 zero pixels around it) and flipped at random.
+
+    Every draw comes from a generator of its own on the CPU: a seed gives the same images on every device;
+    each iteration is the next epoch, with a new order. The incomplete last batch of an epoch is left out, as
+    its batch-norm statistics would weigh like those of a whole one; a split below one batch is one batch.
+    """
+
+    def __init__(
+        self, split: Split, data: Data, batch_size: int, seed: int, device: str | torch.device
+    ) -> None:
+        """Take the images to the device once; `data` says how to normalise and whether to augment.
+
+        Raises:
+            UserError: a batch size below 1.
+        """
+        if batch_size < 1:
+            raise UserError(f"finetune.batch_size={batch_size}: at least 1 is needed")
+        self.split = Split(split.images.to(device), split.labels.to(device))
+        self.data = data
+        self.example = data.normalise(self.split.images[:2])
+        self.batch_size = min(batch_size, len(split))
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return len(self.split) // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        device = self.split.images.device
+        order = torch.randperm(len(self.split), generator=self.generator).to(device)
+        for step in range(len(self)):
+            batch = self.split.take(order[step * self.batch_size : (step + 1) * self.batch_size])
+            images = crop_and_flip(batch.images, self.generator) if self.data.augment else batch.images
+            yield self.data.normalise(images), batch.labels
+
+
+def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image of [N, C, H, W] shifted by -4..4 pixels (zeros come in) and mirrored with probability 1/2.
+
+    Args:
+        generator: on the CPU; 3 draws an image are taken.
+    """
+    count, channels, height, width = images.shape
+    span = 2 * CROP_PADDING + 1
+    draws = [
+        torch.randint(high, (count, 1), generator=generator).to(images.device) for high in (span, span, 2)
+    ]
+    top, left, flipped = draws
+    rows = top + torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device)
+    columns = left + torch.where(flipped.bool(), columns.flip(0), columns)
+    padded = F.pad(images, (CROP_PADDING,) * 4)
+    # Crop and mirror in one gather: the flat position of each pixel in its padded image.
+    flat = (rows[:, :, None] * padded.shape[3] + columns[:, None, :]).view(count, 1, -1)
+    return padded.flatten(2).gather(2, flat.expand(-1, channels, -1)).view_as(images)
+
+
+class LoaderBatches:
+    """The user's own training loader, with its own order and augmentation, brought to the device.
+
+    What it draws at random comes from a seed, whoever used it before, and whatever the training draws meanwhile.
+    """
+
+    def __init__(self, data: Data, device: str | torch.device, seed: int) -> None:
+        """Take the loader that `data` came with.
+
+        Raises:
+            UserError: a loader that does not say how many batches it has.
+        """
+        if not hasattr(data.loader, "__len__"):
+            raise UserError(
+                "train_loader has no length: the learning rate schedule needs its number of batches"
+            )
+        self.loader = data.loader
+        self.device = torch.device(device)
+        self.example = data.normalise(data.train.images[:2].to(device))
+        self._batches = Reseeded(self.loader, seed)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in self._batches:
+            yield images.to(self.device, torch.float32), labels.to(self.device, torch.int64)
+
+
+def training_batches(data: Data, batch_size: int, seed: int, device: str | torch.device) -> Batches:
+    """What to fine-tune on: the stream or the user's loader where `data` has one, else augmented `data.train`."""
+    if data.stream is not None:
+        data = replace(data, loader=data.stream(batch_size, seed))
+    if data.loader is not None:
+        return LoaderBatches(data, device, seed)
+    return AugmentedBatches(data.train, data, batch_size, seed, device)

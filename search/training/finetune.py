@@ -1,0 +1,276 @@
+"""Training: fine-tuning of a pruned network, and the first training of the small ones.
+
+Only training images are read here: neither the search nor the test split.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from amc_env.errors import UserError
+from amc_env.graph.memory_format import training_format
+from amc_env.pruning.regularization import LossTerm
+from search.data import Data, seeded
+from search.training.batches import AugmentedBatches, Batches
+from search.training.distillation import Teacher, distillation_problems
+
+# A look at the loss makes a GPU wait for it, so not at every step.
+STEPS_BETWEEN_CHECKS = 20
+
+
+OnEpoch = Callable[[int, float, float, float], None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained from random weights.
+
+    Attributes:
+        lr: peak learning rate, reached after `warmup_epochs`, then along a cosine to 0.
+        seed: of the first weights, the order of images and dropout.
+    """
+
+    epochs: int
+    lr: float
+    batch_size: int = 64
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup_epochs: int = 2
+    seed: int = 0
+
+
+def finetune(
+    model: nn.Module,
+    batches: Batches,
+    *,
+    epochs: int,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 1e-4,
+    nesterov: bool = True,
+    warmup_epochs: int = 0,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    on_epoch: OnEpoch | None = None,
+    penalty: LossTerm | None = None,
+    teacher: nn.Module | None = None,
+    distillation: float = 0.0,
+    temperature: float = 4.0,
+    masks: Mapping[str, Tensor] | None = None,
+) -> None:
+    """SGD in place, cosine schedule by step down to 0; the last epoch's weights are kept, in eval mode.
+
+    On CUDA in mixed precision. The global random state is left as it was; dropout draws from `seed`.
+    On the CPU the same seed, batches and thread count give the same weights to the bit.
+
+    Args:
+        batches: on `device`, where the model is brought too.
+        lr: peak learning rate, absolute.
+        warmup_epochs: epochs in which the rate rises linearly to `lr`.
+        on_epoch: called with (epoch from 1, mean loss with all its terms, learning rate of its last step,
+            seconds).
+        penalty: a term of the loss, of the model as it is at each step; in full precision.
+        teacher: a network that the model learns from as well; a copy is used, in eval mode.
+        distillation: the teacher's share of the loss, in [0, 1]; see `distillation_loss`. At 0 it is not run.
+        temperature: that both networks' logits are divided by in the teacher's share.
+        masks: for layers by name, a bool tensor like their weight: where it is False the weight is exactly 0
+            from before the first step to after the last, whatever momentum and weight decay would do.
+
+    Raises:
+        UserError: a setting out of range, nothing to train, or a loss that is no longer finite.
+        ValueError: a mask of a layer that is not there, or of another shape or type.
+    """
+    steps = len(batches)
+    weights = [parameter for parameter in model.to(device).parameters() if parameter.requires_grad]
+    problems = distillation_problems(distillation, temperature, teacher)
+    _check_settings(epochs, lr, steps, len(weights), problems)
+    optimizer = torch.optim.SGD(weights, lr, momentum, 0, weight_decay, nesterov and momentum > 0)
+    layout = training_format(model, batches.example)
+    zeros = _Zeros(model, masks or {})
+    source = Teacher(teacher, batches.example, distillation, temperature) if distillation else None
+    where = torch.device(device)
+    scaler = torch.amp.GradScaler(enabled=where.type == "cuda")
+    step = _Step(model, optimizer, layout, where, zeros, penalty, source, scaler)
+    schedule = LearningRate(lr, epochs * steps, warmup_epochs * steps)
+    with seeded(seed):
+        for epoch in range(epochs):
+            started = time.perf_counter()
+            model.train()
+            loss = _epoch(step, batches, schedule, epoch)
+            if on_epoch is not None:
+                on_epoch(epoch + 1, loss, schedule((epoch + 1) * steps - 1), time.perf_counter() - started)
+    model.to(memory_format=torch.contiguous_format).eval()
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """Learning rate of each step, from 0: linear to `peak` over `warmup` steps, then along a cosine to 0."""
+
+    peak: float
+    steps: int
+    warmup: int
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup:
+            return self.peak * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+class _Zeros:
+    """Weights that are held at zero."""
+
+    def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+        modules = dict(model.named_modules())
+        self.held: list[tuple[Tensor, Tensor]] = []
+        for name, mask in masks.items():
+            weight = getattr(modules.get(name), "weight", None)
+            if weight is None or mask.dtype != torch.bool or mask.shape != weight.shape:
+                has = "no weight" if weight is None else f"a weight of shape {list(weight.shape)}"
+                raise ValueError(
+                    f"mask of {name}: {mask.dtype} {list(mask.shape)}, but the layer of that name has {has}; "
+                    "a bool tensor of its shape is needed"
+                )
+            # On the weight's device and in its memory layout.
+            self.held.append((weight, torch.empty_like(weight, dtype=torch.bool).copy_(~mask)))
+        self.hold()
+
+    @torch.no_grad()
+    def hold(self) -> None:
+        """Zero what is masked, in place."""
+        for weight, gone in self.held:
+            weight.masked_fill_(gone, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """One step of SGD; in mixed precision on CUDA."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    layout: torch.memory_format
+    device: torch.device
+    zeros: _Zeros
+    penalty: LossTerm | None
+    teacher: Teacher | None
+    scaler: torch.amp.GradScaler
+
+    def __call__(self, images: Tensor, labels: Tensor, lr: float) -> Tensor:
+        """The batch's mean loss, before the step."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.float16, enabled=self.scaler.is_enabled()):
+            loss = self._loss(images, labels)
+        if self.penalty is not None:
+            loss = loss + self.penalty(self.model)
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.zeros.hold()
+        return loss.detach()
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        logits = self.model(images.contiguous(memory_format=self.layout))
+        if self.teacher is None:
+            return F.cross_entropy(logits, labels)
+        return self.teacher.loss(images, logits, labels)
+
+
+def _epoch(step: _Step, batches: Batches, schedule: LearningRate, epoch: int) -> float:
+    """One pass over the batches; the mean loss."""
+    total = torch.zeros((), device=step.device)
+    steps = len(batches)
+    done = 0
+    for images, labels in islice(batches, steps):
+        total += step(images, labels, schedule(epoch * steps + done))
+        done += 1
+        if done % STEPS_BETWEEN_CHECKS == 0:
+            _check_loss(float(total), epoch, done, schedule.peak)
+    if done == 0:
+        raise UserError(
+            f"the training data gave no batch in epoch {epoch + 1}: its loader must start anew each time"
+        )
+    _check_loss(float(total), epoch, done, schedule.peak)
+    return float(total) / done
+
+
+def _check_loss(total: float, epoch: int, done: int, lr: float) -> None:
+    if not math.isfinite(total):
+        raise UserError(
+            f"the loss is no longer finite by step {done} of epoch {epoch + 1}: "
+            f"the learning rate {lr:g} is too large, or the images hold NaN; lower finetune.lr_fraction"
+        )
+
+
+def _check_settings(epochs: int, lr: float, steps: int, weights: int, further: Sequence[str]) -> None:
+    problems = [*further]
+    if epochs < 0:
+        problems.append(f"finetune.epochs={epochs}: 0 or more is needed")
+    if not 0 < lr < math.inf:
+        problems.append(f"learning rate {lr}: a finite number above 0 is needed")
+    if steps == 0:
+        problems.append("the training data gives no batches: at least one is needed")
+    if weights == 0:
+        problems.append("no parameter of the network requires gradients: nothing to train")
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def forget_weights(model: nn.Module, seed: int) -> None:
+    """New random weights in place, as the modules' classes draw them; what is frozen stays.
+
+    Raises:
+        UserError: a module has parameters that its class does not draw.
+    """
+    with seeded(seed):
+        for name, module in model.named_modules():
+            own = list(module.parameters(recurse=False))
+            if own and not any(parameter.requires_grad for parameter in own):
+                continue
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+            elif own:
+                raise UserError(
+                    f"finetune.from_scratch=true: {name or type(module).__name__} has parameters and no "
+                    "reset_parameters to draw them anew"
+                )
+
+
+def train(build: Callable[[], nn.Module], data: Data, recipe: Recipe) -> nn.Module:
+    """A network trained on `data.train` from random weights, on the CPU, in eval mode.
+
+    On one thread: the weights are then the same whatever number of threads the run has, and networks small
+    enough to be trained here gain nothing from a second one.
+    """
+    with seeded(recipe.seed):
+        model = build()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        _train(model, data, recipe)
+    finally:
+        torch.set_num_threads(threads)
+    return model
+
+
+def _train(model: nn.Module, data: Data, recipe: Recipe) -> None:
+    batches = AugmentedBatches(data.train, data, recipe.batch_size, recipe.seed, "cpu")
+    finetune(
+        model,
+        batches,
+        epochs=recipe.epochs,
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        warmup_epochs=recipe.warmup_epochs,
+        seed=recipe.seed,
+    )

@@ -1,0 +1,93 @@
+"""Predicted latency as a cost."""
+
+import random
+
+import numpy as np
+import pytest
+from networks import SMALL, images, prepared, random_removed
+from test_table import HERE
+
+from amc_env.costs.latency.cost import Latency
+from amc_env.costs.latency.table import Correction, LatencyTable, Times
+from amc_env.costs.latency.units import inside_units, units_of
+from amc_env.costs.memory import Activations
+from amc_env.errors import UserError
+from amc_env.graph.tracing import trace_layers
+
+
+def table_of(name: str, correction: Correction | None = None, least: int = 1) -> LatencyTable:
+    """A table of a network in which a unit takes (inputs + 2 * outputs) microseconds."""
+    candidates, _ = prepared(name)
+    units = {}
+    for unit in units_of(candidates.original, candidates.graph).values():
+        inputs, outputs = ([1] if unit.depthwise else [least, 256]), [least, 256]
+        ms = 1e-3 * np.add.outer(np.array(inputs), 2 * np.array(outputs))
+        units[unit] = Times.fitted(inputs, outputs, ms)
+    return LatencyTable(HERE, units, correction or Correction())
+
+
+def activations(name: str) -> Activations:
+    candidates, grids = prepared(name)
+    return Activations(candidates.original, candidates.graph, grids, images(1))
+
+
+def test_a_perceptron_by_hand() -> None:
+    candidates, _ = prepared("mlp")  # 192 - 20 - 16 - 4: the two hidden widths are decided
+    latency = Latency(candidates.original, candidates.graph, table_of("mlp"))
+    assert latency([0, 0]) == pytest.approx(0.192 + 0.04 + 0.02 + 0.032 + 0.016 + 0.008)
+    assert latency.by_layer([4, 6]) == pytest.approx(
+        {"1": 0.192 + 0.032, "3": 0.016 + 0.02, "5": 0.010 + 0.008}
+    )
+    assert (latency.name, latency.unit) == ("latency", "ms")
+
+
+def test_the_correction_is_of_the_sum_of_elements_outside_of_units_and_of_weights() -> None:
+    candidates, grids = prepared("residual")
+    model, graph = candidates.original, candidates.graph
+    plain = Latency(model, graph, table_of("residual"))
+    corrected = Latency(
+        model, graph, table_of("residual", Correction(1.5, 1e-4, 1e-5, -0.01)), activations("residual")
+    )
+    removed = random_removed(grids, 3)
+    outside = activations("residual").elements(removed, inside=inside_units(model, graph))
+    assert outside > 0
+    cut = trace_layers(candidates.build(removed), images(1))
+    weights = sum(layer.weights for layer in cut.layers)
+    assert corrected.parts(removed) == pytest.approx((plain(removed), outside, weights))
+    expected = 1.5 * plain(removed) + 1e-4 * outside + 1e-5 * weights - 0.01
+    assert corrected(removed) == pytest.approx(expected)
+    assert corrected.by_layer(removed) == plain.by_layer(removed)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_removing_more_never_takes_longer(name: str) -> None:
+    candidates, grids = prepared(name)
+    table = table_of(name, Correction(1.2, 1e-5, 1e-6, 0.1))
+    latency = Latency(candidates.original, candidates.graph, table, activations(name))
+    generator = random.Random(0)
+    for seed in range(20):
+        removed = list(random_removed(grids, seed))
+        before = latency(removed)
+        g = generator.randrange(len(grids))
+        removed[g] = grids[g].count(grids[g].size - 1)
+        assert latency(removed) <= before * (1 + 1e-12)
+
+
+def test_another_networks_table_is_refused() -> None:
+    candidates, _ = prepared("residual")
+    with pytest.raises(UserError, match=r"no times for 9 layers, like conv1 .* another network's"):
+        Latency(candidates.original, candidates.graph, table_of("mlp"))
+
+
+def test_a_table_that_does_not_reach_is_refused_where_it_is_asked() -> None:
+    candidates, _ = prepared("mlp")
+    latency = Latency(candidates.original, candidates.graph, table_of("mlp", least=10))
+    with pytest.raises(UserError, match="does not reach 5 with 16 inputs .* and 4 outputs"):
+        latency([0, 0])
+
+
+def test_a_correction_for_elements_needs_them() -> None:
+    candidates, _ = prepared("mlp")
+    table = table_of("mlp", Correction(1.0, 1e-6, 0.0))
+    with pytest.raises(UserError, match="cannot be counted"):
+        Latency(candidates.original, candidates.graph, table)

@@ -1,0 +1,183 @@
+"""What every criterion keeps to: shapes, finite scores, no side effects, the same result twice; and conf's list."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from networks import SMALL, images, network, same_state, traced
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from amc_env.errors import UserError
+from amc_env.graph.layers import LayerGraph
+from amc_env.pruning.criteria import (
+    CRITERIA,
+    OBD,
+    Criterion,
+    ElementCriterion,
+    Lasso,
+    Norm,
+    Sample,
+    Taylor,
+    check_fits,
+)
+
+CONF = Path(__file__).parents[4] / "conf" / "criterion"
+GRANULARITIES = ("channel", "fine_grained", "nm", "vector", "kernel")
+SETTINGS = [
+    *CRITERIA,
+    OBD("fisher"),
+    OBD("hutchinson"),
+    Norm(1, "consumers", "max"),
+    Norm(2, "producers", "sum"),
+    Taylor(members="consumers"),
+    Taylor(members="producers", aggregate="sum"),
+]
+NO_SCALE = ("grouped", "gated", "flatten", "mlp")
+"""Networks with a group that no batch norm works on."""
+NO_ZEROS = ("concat", "gated", "flatten")
+"""Networks with a group that is never zero where it is read: pooled, after a linear bottleneck, after a PReLU."""
+
+
+def sample(seed: int = 3) -> Sample:
+    return Sample(images(6), torch.tensor([0, 1, 2, 3, 0, 1]), seed)
+
+
+def refuses(criterion: Criterion, name: str) -> bool:
+    return (criterion.name == "bn_scale" and name in NO_SCALE) or (
+        criterion.name == "apoz" and name in NO_ZEROS
+    )
+
+
+def results(criterion: Criterion, model: nn.Module, graph: LayerGraph, data: Sample) -> list[Tensor]:
+    found = list(criterion.channel_scores(model, graph, data))
+    if isinstance(criterion, ElementCriterion):
+        found += criterion.saliency(model, graph.layers, data).values()
+    return found
+
+
+@pytest.mark.parametrize("criterion", SETTINGS, ids=str)
+@pytest.mark.parametrize("name", [*SMALL, "depthwise"])
+def test_every_unit_has_a_finite_score(name: str, criterion: Criterion) -> None:
+    model, graph = traced(name)
+    if refuses(criterion, name):
+        with pytest.raises(UserError, match=f"criterion={criterion.name}.*use criterion=l1"):
+            criterion.channel_scores(model, graph, sample())
+        return
+    scores = criterion.channel_scores(model, graph, sample())
+    assert [score.shape for score in scores] == [(group.total,) for group in graph.groups]
+    for score in scores:
+        assert score.dtype == torch.float64
+        assert bool(score.isfinite().all())
+        assert bool((score >= 0).all())
+        assert len(score.unique()) > 1 or name == "gated"  # the squeezed channels are silent on these images
+
+
+@pytest.mark.parametrize("criterion", [c for c in SETTINGS if isinstance(c, ElementCriterion)], ids=str)
+@pytest.mark.parametrize("name", [*SMALL, "depthwise"])
+def test_every_weight_has_a_finite_worth(name: str, criterion: ElementCriterion) -> None:
+    model, graph = traced(name)
+    found = criterion.saliency(model, graph.layers, sample())
+    assert list(found) == [layer.name for layer in graph.layers]
+    for layer, value in found.items():
+        assert value.shape == model.get_submodule(layer).weight.shape
+        assert value.dtype == torch.float64
+        assert bool(value.isfinite().all())
+        assert bool((value >= 0).all())
+        assert bool(value.any()) or name == "gated"
+
+
+@pytest.mark.parametrize("criterion", SETTINGS, ids=str)
+def test_no_side_effects_and_the_same_twice(criterion: Criterion) -> None:
+    model, (_, graph) = network("residual"), traced("residual")
+    model.get_parameter("conv1.weight").requires_grad_(False)
+    model.train()
+    state = torch.get_rng_state()
+    with torch.no_grad():  # a caller may have switched gradients off
+        first = results(criterion, model, graph, sample())
+    assert torch.equal(state, torch.get_rng_state())
+    assert same_state(model, network("residual"))
+    assert all(module.training for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["conv1.weight"]
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    torch.rand(3)  # another state, the same result
+    again = results(criterion, model.eval(), graph, sample())
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(value.requires_grad for value in first)
+
+
+@pytest.mark.parametrize("criterion", SETTINGS, ids=str)
+def test_dead_channels_break_nothing(criterion: Criterion) -> None:
+    model, (_, graph) = network("residual"), traced("residual")
+    model.get_parameter("layer1.0.conv1.weight").data[2:5] = 0  # three filters, their batch norm
+    model.get_parameter("layer1.0.bn1.weight").data[2:5] = 0
+    model.get_parameter("layer1.0.bn1.bias").data[2:5] = 0
+    model.get_parameter("layer2.0.conv2.weight").data[:] = 0  # and a whole layer
+    found = results(criterion, model, graph, sample())
+    assert all(bool(value.isfinite().all()) and bool((value >= 0).all()) for value in found)
+    if criterion.name not in ("random", "fpgm") and criterion != Norm(1, "consumers", "max"):
+        dead = criterion.channel_scores(model, graph, sample())[
+            [g.name for g in graph.groups].index("layer1.0.conv1")
+        ]
+        assert dead[2:5].max() < dead[[0, 1, *range(5, 16)]].quantile(0.5)
+
+
+@pytest.mark.parametrize("criterion", [c for c in CRITERIA if c.images], ids=lambda c: c.name)
+def test_images_are_needed_where_they_are_used(criterion: Criterion) -> None:
+    model, graph = traced("residual")
+    nothing = Sample(torch.empty(0, 3, 8, 8), torch.empty(0, dtype=torch.int64))
+    with pytest.raises(UserError, match=f"criterion={criterion.name} needs calibration images"):
+        criterion.channel_scores(model, graph, nothing)
+
+
+@pytest.mark.parametrize("criterion", [c for c in CRITERIA if c.images], ids=lambda c: c.name)
+def test_no_more_images_are_used_than_asked_for(criterion: Criterion) -> None:
+    model, graph = traced("residual")
+    few = type(criterion)(images=4)  # type: ignore[call-arg]
+    data = sample()
+    part = Sample(data.images[:4], data.labels[:4], data.seed)
+    all_of_four, four_of_all = (few.channel_scores(model, graph, s) for s in (part, data))
+    assert all(torch.equal(a, b) for a, b in zip(all_of_four, four_of_all, strict=True))
+    more = criterion.channel_scores(model, graph, data)
+    assert not all(torch.equal(a, b) for a, b in zip(all_of_four, more, strict=True))
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_what_fits_what(granularity: str) -> None:
+    fitting = {c.name for c in CRITERIA if granularity in c.granularities}
+    everywhere = {"l1", "l2", "taylor", "obd", "random"}
+    assert fitting == (
+        everywhere | {"bn_scale", "apoz", "lasso", "fpgm"} if granularity == "channel" else everywhere
+    )
+    for criterion in CRITERIA:
+        assert isinstance(criterion, ElementCriterion) == (criterion.name in everywhere)
+        if criterion.name in fitting:
+            check_fits(criterion, granularity)
+        else:
+            with pytest.raises(UserError) as error:
+                check_fits(criterion, granularity)
+            assert str(error.value) == (
+                f"criterion={criterion.name} does not fit granularity={granularity}: it fits channel; "
+                f"for granularity={granularity} use one of l1, l2, taylor, obd, random"
+            )
+
+
+def test_conf_offers_these_with_these_defaults() -> None:
+    files = {path.stem: instantiate(OmegaConf.load(path)) for path in CONF.glob("*.yaml")}
+    assert files == {criterion.name: criterion for criterion in CRITERIA}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Taylor(images=0), "criterion.images=0 must be at least 1"),
+        (lambda: OBD("exact"), "criterion.hessian=exact must be one of gauss_newton, fisher"),  # type: ignore[arg-type]
+        (lambda: OBD(probes=0), "criterion.probes=0 must be at least 1"),
+        (lambda: Lasso(images=0, per_image=0), "images=0 must be at least 1; criterion.per_image=0 must"),
+    ],
+)
+def test_wrong_settings_are_refused(make, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()

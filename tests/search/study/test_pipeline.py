@@ -1,0 +1,183 @@
+"""Masked networks from the search to the files: what is reported is what is delivered."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from masking import weight
+from networks import images, network, same_state
+from running import SMALL, Command
+from safetensors.torch import load_file
+from small_runs import Stopped, Tracked, go, small
+from torch import nn
+
+from agents.base import Agent
+from agents.baselines import Uniform
+from agents.ddpg import DDPGAgent
+from amc_env import sparse
+from amc_env.graph.tracing import trace_layers
+from search import load_pruned
+from search.config.compose import default_agent
+from search.data import Data
+from search.models.digits import digits_mlp
+from search.models.resnet import ResNet
+from search.settings import (
+    REPAIRS,
+    BudgetSettings,
+    FinetuneSettings,
+    MemoryBudget,
+    RepairSettings,
+    StorageBudget,
+)
+
+QUICK = (
+    *SMALL,
+    "budget=params",
+    "budget.ratio=0.6",
+    "search.episodes=3",
+    "finetune.epochs=1",
+    "latency.repeats=0",
+    "export=[safetensors]",
+)
+
+
+def read(file: Path) -> dict[str, Any]:
+    content = json.loads(file.read_text())
+    assert isinstance(content, dict)
+    return content
+
+
+def counted(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
+    """Parameters and MACs that are left when zeros of convolutions and linear layers are not counted."""
+    graph = trace_layers(model, example)
+    params, macs = sum(p.numel() for p in model.parameters()), 0
+    for layer in graph.layers:
+        found = weight(model, layer.name)
+        params -= int((found == 0).sum())
+        macs += layer.positions * int(found.count_nonzero())
+        macs += layer.positions * layer.out_channels if layer.kind == "linear" and layer.bias else 0
+    return {"params": params, "macs": macs}
+
+
+def assert_delivered(
+    folder: Path, model: nn.Module, example: torch.Tensor, granularity: str
+) -> dict[str, Any]:
+    """That the files of a run agree with each other and with the weights that can be loaded; its result."""
+    result, strategy = read(folder / "result.json"), read(folder / "strategy.json")
+    restored = load_pruned(model, folder)
+    left = counted(restored, example)
+    for stage in ("pruned", "finetuned"):
+        assert {cost: result[stage][cost] for cost in left} == left
+    assert result["budget"]["met"]
+    assert left[result["budget"]["cost"]] <= result["budget"]["limit"]
+    state = load_file(folder / "model.safetensors")
+    for layer, decision in strategy["decisions"].items():
+        found = state[f"{layer}.weight"]
+        assert torch.equal(found, weight(restored, layer))
+        assert int((found == 0).sum()) * decision["total"] == found.numel() * decision["removed"]
+        if granularity == "nm":
+            assert sparse.check(found, 2, 4) is bool(decision["removed"])
+    assert result["granularity"]["name"] == strategy["granularity"] == granularity
+    assert read(folder / "channels.json")["channels"] == {}
+    return result
+
+
+@pytest.mark.parametrize(
+    ("granularity", "overrides"),
+    [("fine_grained", ["agent.warmup_episodes=1"]), ("nm", ["agent=random", "model=digits_cnn"])],
+)
+def test_a_command_delivers_what_it_reports(
+    amc_search: Command, tmp_path: Path, granularity: str, overrides: list[str]
+) -> None:
+    ended = amc_search(*QUICK, f"granularity={granularity}", *overrides, "hydra.run.dir=run")
+    assert ended.code == 0, ended.err
+    model = ResNet(8, "conv", in_channels=1) if granularity == "nm" else digits_mlp().build((1, 8, 8), 10)
+    result = assert_delivered(tmp_path / "run", model, torch.zeros(1, 1, 8, 8), granularity)
+    whole = (
+        {"conv1": "its 1 input channels (per group) are not divisible by m=4"} if granularity == "nm" else {}
+    )
+    assert {entry["name"]: entry["reason"] for entry in result["whole"]} == whole
+
+
+WHOLE = {"fine_grained": 0, "nm": 1, "vector": 3, "kernel": 3}
+"""Layers of the small ResNet that cannot be pruned so: its first has 3 inputs, its last and two shortcuts no kernels."""
+
+
+def agent(name: str) -> Agent:
+    return default_agent(name) if name != "uniform" else Uniform()
+
+
+@pytest.mark.parametrize("name", ["random", "uniform", "ddpg", "sensitivity"])
+@pytest.mark.parametrize("granularity", WHOLE)
+def test_every_agent_searches_every_granularity(
+    small_data: Data, tmp_path: Path, granularity: str, name: str
+) -> None:
+    budgets, repair = (BudgetSettings("macs", 0.7),), RepairSettings("none")
+    settings = small(
+        granularity, agent=agent(name), episodes=12, budgets=budgets, repair=repair, export=("safetensors",)
+    )
+    finished = go(tmp_path, small_data, settings, name="residual")
+    result = assert_delivered(tmp_path, network("residual"), images(1), granularity)
+    assert (result["search"]["agent"], len(result["whole"])) == (name, WHOLE[granularity])
+    assert result["finetuned"]["macs"] <= 0.7 * result["base"]["macs"]
+    assert same_state(finished.model, load_pruned(network("residual"), tmp_path))
+    assert finished.keeps == {}
+
+
+def test_two_budgets_hold_for_masks(small_data: Data, tmp_path: Path) -> None:
+    budgets = (BudgetSettings("macs", 0.7), StorageBudget(ratio=0.6, format="csr"))
+    result = go(tmp_path, small_data, small("fine_grained", budgets=budgets), name="residual").result
+    assert [budget["met"] for budget in result["budgets"]] == [True, True]
+    assert result["storage"]["csr"] == result["budgets"][1]["value"] <= 0.6 * result["storage"]["dense_fp32"]
+    assert result["pruned"]["macs"] <= 0.7 * result["base"]["macs"]
+
+
+def test_a_budget_on_memory_holds_beside_another(small_data: Data, tmp_path: Path) -> None:
+    budgets = (MemoryBudget(ratio=0.6), BudgetSettings("params", 0.7))
+    finished = go(tmp_path, small_data, small("channel", budgets=budgets), name="residual")
+    result = finished.result
+    assert [budget["met"] for budget in result["budgets"]] == [True, True]
+    assert result["base"]["memory"] == 3 * 16 * 64 * 4  # a block's input, a convolution's output, its norm's
+    assert result["budgets"][0]["value"] == result["finetuned"]["memory"] <= 0.6 * result["base"]["memory"]
+    stream = weight(finished.model, "conv1").shape[0]
+    assert result["finetuned"]["memory"] >= 3 * stream * 64 * 4
+    assert result["finetuned"]["params"] <= 0.7 * result["base"]["params"]
+
+
+@pytest.mark.parametrize("repair", REPAIRS)
+@pytest.mark.parametrize("granularity", ["fine_grained", "kernel"])
+def test_no_repair_fills_the_zeros(small_data: Data, tmp_path: Path, granularity: str, repair: str) -> None:
+    settings = small(
+        granularity,
+        repair=RepairSettings(repair, images=16, norm_images=16),
+        finetune=FinetuneSettings(epochs=0),
+    )
+    finished = go(tmp_path, small_data, settings)
+    assert finished.result["search"]["repair"] == repair
+    for layer, ratio in finished.strategy.items():
+        found = weight(finished.model, layer)
+        assert int((found == 0).sum()) == round(ratio * found.numel())
+    assert counted(finished.model, images(1)).items() <= finished.result["pruned"].items()
+
+
+# --------------------------------------------------------------------------------------- episodes at once
+
+
+AT_ONCE = DDPGAgent(n_envs=4, warmup_episodes=4, warmup="landing", hidden=(16, 16))
+
+
+def test_episodes_at_once_end_the_same_after_a_kill(small_data: Data, tmp_path: Path) -> None:
+    settings = small("channel", agent=AT_ONCE, episodes=16, finetune=FinetuneSettings(epochs=0))
+    go(tmp_path / "whole", small_data, settings)
+    killed = tmp_path / "killed"
+    with pytest.raises(Stopped):
+        go(killed, small_data, settings, track=Tracked(stop_at=10))  # in the third round
+    left = (killed / "evaluations.jsonl").read_bytes()
+    go(killed, small_data, settings)
+    for name in ("evaluations.jsonl", "metrics.csv", "strategy.json"):
+        assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    journal = (killed / "evaluations.jsonl").read_bytes()
+    assert journal.startswith(left)
+    assert journal != left
