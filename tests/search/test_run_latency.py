@@ -22,7 +22,7 @@ from search import run_latency
 from search.plots import DPI, plot_latency_check
 from search.progress import print_table
 from search.run_latency import overrides_of
-from search.study import latency, problem
+from search.study import latency, latency_table
 from search.study.latency import described
 from search.study.latency_table import TableProgress
 
@@ -155,7 +155,7 @@ def test_a_check_without_a_table_builds_one(
         counts.append(arguments)
         raise UserError("no trace")
 
-    monkeypatch.setattr(problem, "Activations", uncountable)
+    monkeypatch.setattr(latency_table, "Activations", uncountable)
     ended = amc_latency("check", *QUICK, "check.networks=4")
     assert ended.code == 0
     assert len(counts) == ended.out.count("predicted as a constant: no trace") == 1
