@@ -45,7 +45,7 @@ from amc_env.pruning.repair import least_squares as repair
 from amc_env.pruning.repair import masked as masked_repair
 from amc_env.system import using_threads
 from search.config import compose as wiring
-from search.data import seeded
+from search.data.loaders import seeded
 from search.job import prepared_of
 from search.progress import Progress
 from search.study.evaluation import Materials, start_of

@@ -29,7 +29,7 @@ from torch import nn
 
 from amc_env.evaluation.scorer import Scorer
 from search.config import compose as wiring
-from search.data import Data
+from search.data.base import Data
 from search.study.evaluation import make_evaluator
 from search.study.problem import Prepared, prepare
 from search.study.tuning import Tuner, finetuned

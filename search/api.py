@@ -22,7 +22,8 @@ from amc_env.errors import UserError, first_line
 from amc_env.pruning.candidate import Keeps
 from amc_env.pruning.granularity import Channel
 from search.config.compose import default_agent
-from search.data import Data, from_loaders, seeded
+from search.data.base import Data
+from search.data.loaders import from_loaders, seeded
 from search.report import write_report
 from search.settings import (
     BudgetSettings,

@@ -17,7 +17,7 @@ from amc_env.errors import UserError, require
 from search.config import compose as wiring
 from search.config.command import application, run_command, run_folder
 from search.config.typecheck import fits, said
-from search.data import seeded
+from search.data.loaders import seeded
 from search.settings import Settings
 from search.study.latency import check_of, show
 from search.study.latency_table import How, Subject, build, counted, read_table
@@ -38,9 +38,9 @@ _OWN: dict[str, Any] = {
 """Settings that amc-search does not have, and their types."""
 
 _INPUTS = {
-    "search.data.digits": ((1, 8, 8), 10),
-    "search.data.cifar10": ((3, 32, 32), 10),
-    "search.imagenet.imagenet": ((3, 224, 224), 1000),
+    "search.data.digits.digits": ((1, 8, 8), 10),
+    "search.data.cifar10.cifar10": ((3, 32, 32), 10),
+    "search.data.imagenet.imagenet": ((3, 224, 224), 1000),
 }
 """Shapes of images and numbers of classes: times hang on no pixel, so none is downloaded or decoded for them."""
 

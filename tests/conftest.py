@@ -10,7 +10,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import pytest
 import torch
 
-from search.data import Data, Split, fingerprint
+from search.data.base import Data, Split, fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 

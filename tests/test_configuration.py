@@ -12,7 +12,7 @@ from amc_env.errors import UserError
 from amc_env.pruning.criteria import CRITERIA, Criterion
 from search.config import compose as wiring
 from search.config.typecheck import check_types
-from search.data import Data
+from search.data.base import Data
 from search.models.source import ModelSource
 
 CONF = Path(__file__).parents[1] / "conf"

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from agents.base import Agent
 from amc_env.errors import UserError
 from search.config.typecheck import check_types
-from search.data import Data
+from search.data.base import Data
 from search.models.source import ModelSource, read_checkpoint
 from search.settings import (
     BudgetSettings,

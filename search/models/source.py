@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 from amc_env.errors import UserError
 from search.cache import cache_folder, write_atomically
-from search.data import Data, seeded
+from search.data.base import Data
+from search.data.loaders import seeded
 from search.training.finetune import Recipe, train
 
 PICKLES = (".th", ".pt", ".pth")

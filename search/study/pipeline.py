@@ -22,7 +22,7 @@ from amc_env.errors import UserError
 from amc_env.evaluation.evaluator import Outcome
 from amc_env.evaluation.pruner import ORIGINAL, Start
 from amc_env.pruning.candidate import Keeps
-from search.data import Data
+from search.data.base import Data
 from search.export import export_all
 from search.formatting import cost_name
 from search.progress import Progress, SearchStatus

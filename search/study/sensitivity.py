@@ -17,7 +17,7 @@ from agents.sensitivity import Curve, Sensitivity, curves_of, pick, plan
 from amc_env.evaluation.evaluator import Evaluator, Outcome
 from amc_env.evaluation.pruner import ORIGINAL
 from amc_env.space import Problem
-from search.data import Data
+from search.data.base import Data
 from search.formatting import amount, budget_lines, cost_name, percent
 from search.plots import plot_sensitivity
 from search.progress import Progress

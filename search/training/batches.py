@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from amc_env.errors import UserError
-from search.data import Data, Split
-from search.draws import Reseeded
+from search.data.base import Data, Split
+from search.data.loaders import Reseeded
 
 CROP_PADDING = 4
 

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from amc_env.errors import UserError
 from amc_env.graph.memory_format import training_format
 from amc_env.pruning.regularization import LossTerm
-from search.data import Data, seeded
+from search.data.base import Data
+from search.data.loaders import seeded
 from search.training.batches import AugmentedBatches, Batches
 from search.training.distillation import Teacher, distillation_problems
 

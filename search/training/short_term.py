@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from amc_env.errors import UserError
 from amc_env.pruning.candidate import Builder, Keeps
 from amc_env.pruning.repair.base import Repair
-from search.data import Data
+from search.data.base import Data
 from search.settings import SHORT_TERM, Settings
 from search.training.batches import Batches, training_batches
 from search.training.finetune import finetune

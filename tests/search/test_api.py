@@ -17,7 +17,7 @@ from amc_env.errors import UserError
 from amc_env.pruning.granularity import NM, Channel, FineGrained
 from search import compress, load_pruned, make_env, make_vec_env
 from search.config.compose import default_agent
-from search.data import Data
+from search.data.base import Data
 from search.settings import BudgetSettings, LatencyBudget, LatencySettings, RepairSettings, Settings
 
 

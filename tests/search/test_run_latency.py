@@ -299,7 +299,7 @@ def data_of(**settings: Any) -> DictConfig:
 
 
 def test_the_shape_is_known_for_our_data_and_read_from_the_user_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = data_of(_target_="search.imagenet.imagenet", classes=100)
+    ours = data_of(_target_="search.data.imagenet.imagenet", classes=100)
     assert run_latency._shape_of(ours) == ((3, 224, 224), 100)
     theirs = SimpleNamespace(image_shape=(2, 9, 9), classes=("a", "b", "c"))
     monkeypatch.setattr("search.config.compose.data_of", lambda cfg: theirs)

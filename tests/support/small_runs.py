@@ -10,7 +10,7 @@ from networks import network
 
 from agents.baselines import Random
 from amc_env.pruning.granularity import NM, Channel, FineGrained, Granularity, Kernel, Vector
-from search.data import Data
+from search.data.base import Data
 from search.settings import (
     BudgetSettings,
     FinalistSettings,

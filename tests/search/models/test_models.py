@@ -14,7 +14,8 @@ from amc_env.costs.counts import Macs, Params
 from amc_env.errors import UserError
 from amc_env.graph.tracing import trace_layers
 from amc_env.pruning.granularity import FineGrained
-from search.data import Data, digits
+from search.data.base import Data
+from search.data.digits import digits
 from search.models import digits as digits_models
 from search.models import mobilenet, resnet
 from search.models import source as models
@@ -192,7 +193,7 @@ def cifar10_head(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) ->
     """The first 1,000 test images of CIFAR-10, also in the place of the training images."""
     from pyarrow import parquet
 
-    from search.data import cifar10
+    from search.data.cifar10 import cifar10
 
     folder = tmp_path_factory.mktemp("cifar10")
     table = parquet.read_table(shared_data / "cifar10" / "test-00000-of-00001.parquet")[:1000]

@@ -20,7 +20,7 @@ from amc_env.errors import UserError
 from amc_env.pruning.granularity import Channel
 from search.config import compose as wiring
 from search.config.typecheck import check_types
-from search.data import Data
+from search.data.base import Data
 from search.settings import (
     BudgetSettings,
     LatencyBudget,

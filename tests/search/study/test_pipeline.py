@@ -20,7 +20,7 @@ from amc_env import sparse
 from amc_env.graph.tracing import trace_layers
 from search import load_pruned
 from search.config.compose import default_agent
-from search.data import Data
+from search.data.base import Data
 from search.models.digits import digits_mlp
 from search.models.resnet import ResNet
 from search.settings import (

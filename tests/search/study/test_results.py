@@ -12,7 +12,7 @@ from small_runs import go, small
 
 from amc_env import onnx as onnx_files
 from amc_env.costs.latency import Timing
-from search.data import Data
+from search.data.base import Data
 from search.settings import LatencySettings
 
 QUICK = (

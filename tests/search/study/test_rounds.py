@@ -20,7 +20,7 @@ from amc_env.pruning.criteria import Norm, Sample, Taylor
 from amc_env.pruning.granularity import Channel
 from amc_env.pruning.schedule import Schedule
 from amc_env.space import Strategy
-from search.data import Data
+from search.data.base import Data
 from search.settings import FinetuneSettings
 from search.study.evaluation import make_evaluator
 from search.study.problem import Prepared, prepare

@@ -9,7 +9,7 @@ from torch import nn
 from agents.baselines import Random
 from amc_env.pruning.granularity import NM, Channel, FineGrained, Granularity, Kernel, Vector
 from amc_env.space import Strategy
-from search.data import Data, Split, fingerprint
+from search.data.base import Data, Split, fingerprint
 from search.settings import Settings
 from search.study.problem import Prepared, prepare, storage_of
 from search.study.results import granularity_of, sparsity_of, stored_sizes

@@ -18,7 +18,7 @@ from amc_env.errors import UserError
 from amc_env.pruning.criteria import BatchNormScale
 from amc_env.pruning.regularization import L1, BNScale
 from amc_env.pruning.schedule import Schedule
-from search.data import Data
+from search.data.base import Data
 from search.settings import FinalistSettings, Settings
 from search.study.evaluation import make_evaluator, start_of
 from search.study.problem import builder_of, prepare

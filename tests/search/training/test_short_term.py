@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from amc_env.errors import UserError
 from amc_env.evaluation.pruner import ORIGINAL
-from search.data import Data
+from search.data.base import Data
 from search.settings import SHORT_TERM, ShortTermSettings
 from search.study.evaluation import start_of
 from search.study.problem import Prepared, prepare

@@ -22,7 +22,8 @@ from amc_env.graph.surgery import resize
 from amc_env.graph.tracing import trace
 from amc_env.pruning.candidate import widen
 from amc_env.pruning.regularization import L1, L2, BNScale, GroupLasso, Regularization
-from search.data import Data, Split, from_loaders
+from search.data.base import Data, Split
+from search.data.loaders import from_loaders
 from search.models.resnet import ResNet
 from search.training.batches import AugmentedBatches, LoaderBatches, crop_and_flip, training_batches
 from search.training.finetune import LearningRate, Recipe, finetune, forget_weights, train

@@ -1,0 +1,170 @@
+"""Labelled images read with the `datasets` library: from the hub, from parquet files or from one folder per class."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from amc_env.errors import UserError, first_line
+from search.cache import cache_folder, write_atomically
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # without EPS, for which Pillow starts Ghostscript
+_AT_ONCE = 256  # encoded images in memory while they are decoded
+
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs errors that it raises as well
+
+
+class Images:
+    """One part of a dataset; images stay encoded on the disk until they are read.
+
+    Attributes:
+        labels: int64 [N], in 0..classes-1.
+
+    Raises:
+        UserError: Columns missing or of another type, no rows, labels outside the classes.
+    """
+
+    def __init__(self, name: str, table: datasets.Dataset, image: str, classes: int):
+        missing = [column for column in (image, "label") if column not in table.column_names]
+        if missing:
+            found = ", ".join(table.column_names)
+            raise UserError(
+                f"{name}: no column {', '.join(missing)}; needed are {image}, label; found {found}"
+            )
+        self.name = name
+        self.labels = _labels(name, table, classes)
+        try:
+            self._table = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+        except Exception as error:  # the library raises its own and Arrow's errors
+            raise UserError(f"{name}: column {image} does not hold images: {first_line(error)}") from error
+        self._column = image
+        self._key = table._fingerprint
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def decoded(self, rows: Sequence[int]) -> list[Image.Image]:
+        """The images at `rows` in RGB, decoded by several threads.
+
+        Raises:
+            UserError: An image that cannot be decoded.
+        """
+        with ThreadPoolExecutor() as threads:
+            return list(threads.map(self._decode, rows, self._table[rows][self._column]))
+
+    def pixels(self, rows: Tensor, size: int, prepare: Callable[[Image.Image], Image.Image]) -> Tensor:
+        """The images at `rows` after `prepare`, uint8 [N, 3, size, size], mapped from the cache folder.
+
+        Raises:
+            UserError: An image that cannot be decoded or has another size; no room in the cache folder.
+        """
+        key = hashlib.sha256(f"{self._key} {prepare.__qualname__} {size}".encode() + rows.numpy().tobytes())
+        file = cache_folder() / "data" / f"pixels-{key.hexdigest()[:32]}.npy"
+        if not file.exists():
+            try:
+                write_atomically(file, partial(self._write, rows.tolist(), size, prepare))
+            except OSError as error:
+                raise UserError(
+                    f"{len(rows)} decoded images do not fit in {file.parent} ({first_line(error)}): "
+                    f"point PRUNING_CACHE at another folder"
+                ) from error
+        return torch.from_numpy(np.load(file, mmap_mode="c"))
+
+    def _write(self, rows: list[int], size: int, prepare: Callable[..., Any], file: Path) -> None:
+        with file.open("wb") as out:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), 3, size, size)}
+            np.lib.format.write_array_header_1_0(out, header)
+            for start in range(0, len(rows), _AT_ONCE):
+                some = rows[start : start + _AT_ONCE]
+                for row, picture in zip(some, self.decoded(some), strict=True):
+                    ready = prepare(picture)
+                    if ready.size != (size, size):
+                        raise UserError(
+                            f"{self.name}: the image of row {row} has {ready.size} pixels, needed are {(size, size)}"
+                        )
+                    out.write(np.asarray(ready).transpose(2, 0, 1).tobytes())
+
+    def _decode(self, row: int, item: dict[str, Any]) -> Image.Image:
+        try:
+            source = item["path"] if item["bytes"] is None else io.BytesIO(item["bytes"])
+            with Image.open(source, formats=FORMATS) as opened:
+                return opened.convert("RGB")
+        except Exception as error:  # Pillow's decoders raise many types on a broken file
+            raise UserError(
+                f"{self.name}: the image of row {row} cannot be decoded: {first_line(error)}"
+            ) from error
+
+
+def read(hub: str, path: str | None, held_out: str, image: str, classes: int) -> tuple[Images, Images]:
+    """(training, held-out) images of a hub dataset or of a local folder.
+
+    Args:
+        hub: The dataset's name on the hub, read where `path` is None.
+        path: Folder with train-*.parquet and `held_out`-*.parquet, or with train/ and val/ of one folder per class.
+        held_out: The name of the held-out part.
+        image: The name of the image column.
+        classes: Labels are 0..classes-1.
+
+    Raises:
+        UserError: Hub out of reach, files missing or of another kind, and as `Images`.
+    """
+    way_out = (
+        f"data.path=DIR with train-*.parquet and {held_out}-*.parquet (columns {image}, label) needs no hub"
+    )
+    files = {"train": "**/train-*.parquet", "test": f"**/{held_out}-*.parquet"}
+    options: dict[str, Any] = {"path": hub, "data_files": files}
+    if path is not None:
+        options = _local(Path(path), files, way_out)
+    try:
+        parts = datasets.load_dataset(**options)
+    except (
+        Exception
+    ) as error:  # the library raises its own, Arrow's, the network's and the file system's errors
+        reason = f"{type(error).__name__}: {first_line(error.__cause__ or error)}"
+        raise UserError(f"{path or hub} cannot be read ({reason}); {way_out}") from error
+    column = "image" if options["path"] == "imagefolder" else image
+    train, test = (Images(f"{path or hub} {part}", parts[part], column, classes) for part in files)
+    return train, test
+
+
+def _local(folder: Path, patterns: dict[str, str], way_out: str) -> dict[str, Any]:
+    """What `load_dataset` needs for a local folder; its copies go to our cache folder."""
+    if not folder.is_dir():
+        raise UserError(f"data.path={folder}: no such folder; {way_out}")
+    kind = "parquet"
+    files = {part: sorted(map(str, folder.glob(pattern))) for part, pattern in patterns.items()}
+    if (folder / "train").is_dir() and (folder / "val").is_dir() and not any(files.values()):
+        kind, files = "imagefolder", {"train": [f"{folder}/train/**"], "test": [f"{folder}/val/**"]}
+    missing = [patterns[part] for part, found in files.items() if not found]
+    if missing:
+        raise UserError(f"data.path={folder}: no {', '.join(missing)} in it; {way_out}")
+    return {"path": kind, "data_files": files, "cache_dir": str(cache_folder() / "datasets")}
+
+
+def _labels(name: str, table: datasets.Dataset, classes: int) -> Tensor:
+    if not len(table):
+        raise UserError(f"{name} is empty: at least one image is needed")
+    column = table.select_columns(["label"]).with_format("arrow")[:]["label"]
+    if column.null_count:
+        raise UserError(f"{name}: {column.null_count} rows of column label have no value")
+    values = column.to_numpy()
+    if not np.issubdtype(values.dtype, np.integer):
+        raise UserError(f"{name}: column label holds {column.type}, not integers")
+    outside = np.flatnonzero((values < 0) | (values >= classes))
+    if len(outside):
+        raise UserError(
+            f"{name}: {len(outside)} labels outside 0..{classes - 1}, "
+            f"the first is {values[outside[0]]} at row {outside[0]}"
+        )
+    return torch.from_numpy(values.astype(np.int64))
