@@ -96,11 +96,13 @@ def test_only_the_search_sees_everything() -> None:
     for path in files_of("amc_env"):
         assert not roots(path) & {"agents", "search", "conf"}, path
     for path in files_of("agents"):
-        assert not roots(path) & {"amc_env", "search", "conf"}, path
+        assert not roots(path) & {"search", "conf"}, path
+        ours = {x for x in imports(path) if x.startswith("amc_env.") and x.count(".") == 1}
+        assert ours <= {"amc_env.errors", "amc_env.space"}, path
 
 
 def test_agents_need_little() -> None:
-    allowed = {"agents", "numpy", "torch", "gymnasium", "stable_baselines3"}
+    allowed = {"agents", "amc_env", "numpy", "torch", "gymnasium", "stable_baselines3"}
     for path in files_of("agents"):
         third = {x for x in roots(path) if x not in sys.stdlib_module_names}
         assert third <= allowed, path

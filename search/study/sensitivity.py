@@ -12,11 +12,10 @@ from pathlib import Path
 
 from torch import nn
 
-from agents.base import Removed
 from agents.sensitivity import Curve, Sensitivity, curves_of, pick, plan
 from amc_env.evaluation.evaluator import Evaluator, Outcome
 from amc_env.evaluation.pruner import ORIGINAL
-from amc_env.space import Problem
+from amc_env.space import Problem, Removed
 from search.data.base import Data
 from search.formatting import amount, budget_lines, cost_name, percent
 from search.plots import plot_sensitivity
