@@ -47,7 +47,7 @@ from amc_env.system import using_threads
 from search.config import compose as wiring
 from search.data.loaders import seeded
 from search.job import prepared_of
-from search.progress import Progress
+from search.output.progress import Progress
 from search.study.evaluation import Materials, start_of
 from search.study.journal import Journal
 from search.study.pipeline import Context, header

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from amc_env.costs.latency import Timing, measure
 from search.config import compose as wiring
-from search.export import load_pruned
-from search.report import read_run, rounds_begun
+from search.output.export import load_pruned
+from search.output.report import read_run, rounds_begun
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 

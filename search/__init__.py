@@ -33,6 +33,6 @@ def _check_neighbours() -> None:
 _check_neighbours()
 
 from search.api import Compressed, compress, make_env, make_vec_env  # noqa: E402 -- the check must come first
-from search.export import load_pruned  # noqa: E402
+from search.output.export import load_pruned
 
 __all__ = ["Compressed", "compress", "load_pruned", "make_env", "make_vec_env"]

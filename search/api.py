@@ -24,7 +24,8 @@ from amc_env.pruning.granularity import Channel
 from search.config.compose import default_agent
 from search.data.base import Data
 from search.data.loaders import from_loaders, seeded
-from search.report import write_report
+from search.output.report import write_report
+from search.output.tracking import CsvTracker
 from search.settings import (
     BudgetSettings,
     CyclesBudget,
@@ -39,7 +40,6 @@ from search.study.evaluation import make_evaluator
 from search.study.pipeline import Context, env_handle, run
 from search.study.problem import prepare
 from search.study.study import Loop
-from search.tracking import CsvTracker
 
 Asked = float | Mapping[str, float] | BudgetSettings | Sequence[BudgetSettings]
 """Budgets: the share of the MACs that may remain, shares by cost, or settings."""

@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 
 from search.config import compose as wiring
 from search.config.command import command_line, run_folder
-from search.progress import final_table
-from search.report import write_report
+from search.output.progress import final_table
+from search.output.report import write_report
 from search.study.pipeline import Context, run
 from search.study.problem import Prepared, check, prepare
 

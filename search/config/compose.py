@@ -18,6 +18,7 @@ from amc_env.errors import UserError
 from search.config.typecheck import check_types
 from search.data.base import Data
 from search.models.source import ModelSource, read_checkpoint
+from search.output.tracking import CsvTracker, Tracker, Trackers
 from search.settings import (
     BudgetSettings,
     FinalistSettings,
@@ -27,7 +28,6 @@ from search.settings import (
     ShortTermSettings,
     channel_multiple,
 )
-from search.tracking import CsvTracker, Tracker, Trackers
 
 Built = TypeVar("Built")
 

@@ -22,9 +22,9 @@ from amc_env.costs.latency.table import LatencyTable
 from amc_env.costs.latency.units import Unit, units_of
 from amc_env.costs.memory import Activations
 from amc_env.graph.layers import Layer
-from search.formatting import percent
-from search.plots import plot_latency_check
-from search.progress import print_table
+from search.output.formatting import percent
+from search.output.plots import plot_latency_check
+from search.output.progress import print_table
 from search.study.latency_table import Subject, TableProgress
 
 log = logging.getLogger(__name__)

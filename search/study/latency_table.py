@@ -24,8 +24,8 @@ from amc_env.graph.tracing import trace
 from amc_env.pruning.candidate import Candidates
 from amc_env.pruning.granularity import Granularity
 from amc_env.space import Grid
-from search.formatting import duration
-from search.progress import Progress
+from search.output.formatting import duration
+from search.output.progress import Progress
 
 log = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from amc_env.evaluation.evaluator import Outcome
 from amc_env.evaluation.pruner import ORIGINAL, Start
 from amc_env.pruning.candidate import Keeps
 from search.data.base import Data
-from search.export import export_all
-from search.formatting import cost_name
-from search.progress import Progress, SearchStatus
+from search.output.export import export_all
+from search.output.formatting import cost_name
+from search.output.progress import Progress, SearchStatus
 from search.settings import Settings
 from search.study.evaluation import make_evaluator, start_of
 from search.study.journal import Journal

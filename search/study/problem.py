@@ -32,7 +32,7 @@ from amc_env.pruning.criteria.base import rank_after
 from amc_env.pruning.granularity import Masked
 from amc_env.space import Budget, Cost, Grid, Problem, figure
 from search.data.base import Data, Split
-from search.export import check_formats
+from search.output.export import check_formats
 from search.settings import (
     CyclesBudget,
     FinalistSettings,

@@ -24,7 +24,7 @@ from amc_env.evaluation.scorer import accuracy
 from amc_env.pruning.granularity import NM, Channel, FineGrained, Granularity, Kernel, Masked, Vector
 from amc_env.space import Strategy
 from search.data.base import Split
-from search.export import Exported
+from search.output.export import Exported
 from search.settings import StorageBudget
 from search.study.problem import Prepared, Ranked
 from search.study.stages import chain

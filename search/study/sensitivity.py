@@ -17,9 +17,9 @@ from amc_env.evaluation.evaluator import Evaluator, Outcome
 from amc_env.evaluation.pruner import ORIGINAL
 from amc_env.space import Problem, Removed
 from search.data.base import Data
-from search.formatting import amount, budget_lines, cost_name, percent
-from search.plots import plot_sensitivity
-from search.progress import Progress
+from search.output.formatting import amount, budget_lines, cost_name, percent
+from search.output.plots import plot_sensitivity
+from search.output.progress import Progress
 from search.settings import Settings
 from search.study.evaluation import make_evaluator, start_of
 from search.study.journal import Journal

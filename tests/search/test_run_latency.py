@@ -19,8 +19,8 @@ from amc_env.costs.latency.units import Unit
 from amc_env.costs.memory import Activations
 from amc_env.errors import UserError
 from search import run_latency
-from search.plots import DPI, plot_latency_check
-from search.progress import print_table
+from search.output.plots import DPI, plot_latency_check
+from search.output.progress import print_table
 from search.run_latency import overrides_of
 from search.study import latency, latency_table
 from search.study.latency import described

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from search import load_pruned
 from search.models.resnet import ResNet
-from search.tracking import logged_rows
+from search.output.tracking import logged_rows
 
 RANDOM = (
     *SMALL,

@@ -15,8 +15,8 @@ from running import Command
 from agents.sensitivity import Curve
 from amc_env.evaluation.pruner import Bench
 from search import run_sensitivity
-from search.plots import DPI, plot_sensitivity
-from search.progress import Progress
+from search.output.plots import DPI, plot_sensitivity
+from search.output.progress import Progress
 
 QUICK = (
     "device=cpu",

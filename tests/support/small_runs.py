@@ -11,6 +11,7 @@ from networks import network
 from agents.baselines import Random
 from amc_env.pruning.granularity import NM, Channel, FineGrained, Granularity, Kernel, Vector
 from search.data.base import Data
+from search.output.tracking import CsvTracker
 from search.settings import (
     BudgetSettings,
     FinalistSettings,
@@ -20,7 +21,6 @@ from search.settings import (
     Settings,
 )
 from search.study.pipeline import Context, Finished, run
-from search.tracking import CsvTracker
 
 GRANULARITIES: dict[str, Granularity] = {
     "channel": Channel(multiple=1),

@@ -19,7 +19,7 @@ from amc_env.evaluation.pruner import Pruned
 from amc_env.pruning.candidate import widen
 from amc_env.pruning.schedule import Schedule
 from search.data.base import Data
-from search.report import write_report
+from search.output.report import write_report
 from search.settings import SHORT_TERM, FinalistSettings, Settings, ShortTermSettings, StorageBudget
 from search.study.evaluation import make_evaluator
 from search.study.problem import prepare

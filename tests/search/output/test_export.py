@@ -20,7 +20,7 @@ from amc_env.errors import UserError
 from amc_env.graph.layers import keeps_of
 from amc_env.graph.tracing import trace
 from amc_env.pruning.candidate import Keeps, resize
-from search.export import (
+from search.output.export import (
     FILES,
     TOLERANCE,
     Exported,
@@ -33,7 +33,7 @@ from search.export import (
     save_pruned,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SHAPE = (3, 8, 8)
 

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from search.plots import DPI, Candidate, Width, plot_channels, plot_finetune, plot_reward, plot_tradeoff
+from search.output.plots import (
+    DPI,
+    Candidate,
+    Width,
+    plot_channels,
+    plot_finetune,
+    plot_reward,
+    plot_tradeoff,
+)
 
 BLUE, ORANGE, VERMILION, SHADE = (0, 114, 178), (230, 159, 0), (213, 94, 0), (208, 211, 214)
 
@@ -114,7 +122,7 @@ def test_same_data_same_bytes(tmp_path: Path) -> None:
 def test_pyplot_stays_out() -> None:
     import search.plots
 
-    assert "pyplot" not in vars(search.plots)
-    source = Path(search.plots.__file__).read_text()
+    assert "pyplot" not in vars(search.output.plots)
+    source = Path(search.output.plots.__file__).read_text()
     assert "import matplotlib.pyplot" not in source
     assert "matplotlib.figure" in sys.modules

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from amc_env.errors import UserError
-from search import tracking
-from search.tracking import (
+from search.output import tracking
+from search.output.tracking import (
     CsvTracker,
     NoTracker,
     TensorboardTracker,
@@ -140,7 +140,7 @@ class TestWandb:
                 tracker.log({"episode/reward": 0.5}, episode)
             os.kill(os.getpid(), signal.SIGKILL)
         """
-        root = Path(tracking.__file__).parents[1]
+        root = Path(tracking.__file__).parents[2]
         # W&B notes its service process in the environment; the killed run has one of its own.
         environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
         killed = subprocess.run(
@@ -180,7 +180,7 @@ class TestWandb:
             return real(name, *args, **kwargs)  # type: ignore[arg-type]
 
         monkeypatch.setattr(builtins, "__import__", refuse)
-        with caplog.at_level(logging.WARNING, "search.tracking"):
+        with caplog.at_level(logging.WARNING, "search.output.tracking"):
             tracker = WandbTracker(tmp_path)
             log_run(tracker, range(3))
             tracker.summary({"a": 1})
@@ -214,7 +214,7 @@ class TestWandb:
             return Run()
 
         monkeypatch.setattr(wandb, "init", init)
-        with caplog.at_level(logging.WARNING, "search.tracking"):
+        with caplog.at_level(logging.WARNING, "search.output.tracking"):
             tracker = WandbTracker(tmp_path)
             log_run(tracker, range(3))
             tracker.close()
@@ -295,7 +295,7 @@ def test_every_option_names_a_tracker_that_takes_its_keys(
     import yaml
     from hydra.utils import instantiate
 
-    conf = Path(tracking.__file__).parents[1] / "conf" / "tracker" / f"{option}.yaml"
+    conf = Path(tracking.__file__).parents[2] / "conf" / "tracker" / f"{option}.yaml"
     chosen = yaml.safe_load(conf.read_text())
     if option == "tensorboard":
         pytest.importorskip("tensorboard", reason="the extra 'tensorboard' is not installed")

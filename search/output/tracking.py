@@ -26,8 +26,13 @@ from amc_env.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+
 Scalar = float | int | str | bool | None
+
+
 Row = tuple[str, int]  # phase, step
+
+
 STEP_AXIS = {"search": "episode", "finetune": "epoch"}
 
 

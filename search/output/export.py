@@ -32,20 +32,35 @@ from amc_env.pruning.candidate import Keeps, resize
 
 log = logging.getLogger(__name__)
 
+
 FILES = {"safetensors": "model.safetensors", "pt2": "model.pt2", "onnx": "model.onnx"}
 """Format -> file name in the run folder."""
 
+
 CHANNELS_FILE = "channels.json"
+
+
 CHANNELS_FORMAT = 1
+
 
 TOLERANCE = 1e-4
 """Largest accepted |file - PyTorch|, as a share of max(1, largest |PyTorch output|); fp32 on the CPU."""
 
+
 _SIDES: tuple[Side, ...] = ("in", "out")
+
+
 _TRACED_BATCH = 2  # torch.export treats sizes 0 and 1 as constants, so the traced batch must be larger
+
+
 _PROBLEMS_SHOWN = 8
+
+
 _ERROR_WIDTH = 300
+
+
 _WAY_OUT = "give a fresh, unpruned instance of the class that was pruned"
+
 
 Run = Callable[[Tensor], Any]
 

@@ -18,7 +18,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from search.formatting import (
+from search.output.formatting import (
     budget_lines,
     comparison,
     duration,

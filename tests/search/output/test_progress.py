@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from search import progress as module
-from search.formatting import amount, comparison, duration, percent, quantity
-from search.progress import Progress, SearchStatus, final_table
+from search.output import progress as module
+from search.output.formatting import amount, comparison, duration, percent, quantity
+from search.output.progress import Progress, SearchStatus, final_table
 
 
 def stage(accuracy: float, macs: float, split: str = "test") -> dict[str, Any]:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from amc_env.errors import UserError
-from search.plots import plot_finetune
-from search.report import headline, write_report
+from search.output.plots import plot_finetune
+from search.output.report import headline, write_report
 
 NAMES = ("layer1.0.conv1", "layer2.0.conv1", "layer3.0.conv1")
 REMOVED, TOTALS = (4, 16, 40), (16, 32, 64)
@@ -319,8 +319,8 @@ def test_stages_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
         return plot
 
-    monkeypatch.setattr("search.report.plot_reward", note("reward"))
-    monkeypatch.setattr("search.report.plot_tradeoff", note("tradeoff"))
+    monkeypatch.setattr("search.output.report.plot_reward", note("reward"))
+    monkeypatch.setattr("search.output.report.plot_tradeoff", note("tradeoff"))
     result = whole_result()
     chain = ["original", "stage 1 (0.7)"]
     result["search"] |= {"stages": [0.7, 0.5], "stage_episodes": 20, "start": chain}

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from search.formatting import (
+from search.output.formatting import (
     amount,
     budget_lines,
     comparison,

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 STAGES = {"base": "original", "pruned": "pruned", "finetuned": "fine-tuned"}
+
+
 SPLITS = {
     "test": "test split",
     "search": "search split",
     "train": "training split",
     "val": "validation split",
 }
+
+
 COSTS = {
     "macs": "MACs",
     "params": "parameters",
@@ -23,8 +27,12 @@ COSTS = {
     "cycles": "cycles",
     "memory": "peak memory",
 }
+
+
 FORMATS = {"eie": "EIE", "csr": "CSR"}
 """Of stored weights; n:m goes by its numbers."""
+
+
 DASH = "–"
 
 

@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from amc_env.errors import UserError
 from amc_env.evaluation.precision import FLOAT32
-from search.formatting import (
+from search.output.formatting import (
     Comparison,
     amount,
     budget_lines,
@@ -34,7 +34,7 @@ from search.formatting import (
     split_name,
     storage_rows,
 )
-from search.plots import Candidate, Width, plot_channels, plot_finetune, plot_reward, plot_tradeoff
+from search.output.plots import Candidate, Width, plot_channels, plot_finetune, plot_reward, plot_tradeoff
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -406,10 +406,12 @@ load_pruned(module, "RUN_FOLDER")  # model.safetensors and channels.json
 module.eval()
 logits = module(images)  # float32 [N, C, H, W], normalised"""
 
+
 _LOAD_PT2 = """import torch
 
 module = torch.export.load("RUN_FOLDER/{file}").module()
 logits = module(images)  # float32 [N, C, H, W], normalised"""
+
 
 _LOAD_ONNX = """import onnxruntime
 
