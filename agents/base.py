@@ -10,87 +10,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 from gymnasium.vector import VectorEnv
 
-Removed = tuple[int, ...]
-"""A strategy as its integers: units removed from each decision."""
-
-
-class Grid(Protocol):
-    """The feasible counts of one decision, ascending from 0."""
-
-    @property
-    def size(self) -> int:
-        """How many there are."""
-
-    def count(self, index: int) -> int:
-        """The count at a place, from 0."""
-
-
-class Budget(Protocol):
-    """A limit on a cost that never rises when more is removed."""
-
-    @property
-    def cost(self) -> Callable[[Sequence[int]], float]:
-        """The cost of a strategy."""
-
-    @property
-    def limit(self) -> float:
-        """The most that it may be."""
-
-    @property
-    def ratio(self) -> float:
-        """The limit as a share of the original's cost."""
-
-
-class Problem(Protocol):
-    """The decisions, their costs and the budgets, seen from the outside. A ratio is the share removed."""
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Names of the decisions, in order."""
-
-    @property
-    def totals(self) -> Sequence[int]:
-        """Units of each decision."""
-
-    @property
-    def maxima(self) -> npt.NDArray[np.float64]:
-        """Largest ratio of each decision."""
-
-    @property
-    def grids(self) -> Sequence[Grid]:
-        """Feasible counts of each decision."""
-
-    @property
-    def budgets(self) -> Sequence[Budget]:
-        """The budgets; empty where nothing limits the search."""
-
-    def snap(self, ratios: Any) -> Removed:
-        """Returns the nearest feasible counts."""
-
-    def project(self, ratios: Any) -> Removed:
-        """Returns the counts after the least common shift upwards that meets every budget."""
-
-    def land(self, ratios: Any) -> Removed:
-        """Returns the counts after the common shift, either way, that lands on the budget."""
-
-    def cost(self, removed: Sequence[int]) -> dict[str, float]:
-        """Returns every cost by name."""
-
-    def met(self, removed: Sequence[int]) -> bool:
-        """Returns whether every budget is met."""
-
-    def least(self, chosen: Sequence[int]) -> int:
-        """Returns the least count for the next decision from which the budgets can still be met."""
-
-
-class TaskError(ValueError):
-    """What was asked of an agent cannot be done: one message with the value, what is allowed and the way out."""
+from amc_env.errors import UserError
+from amc_env.space import Problem, Removed
 
 
 @dataclass(frozen=True)
@@ -111,7 +38,7 @@ class Result:
 
 
 def _stays(removed: Removed) -> None:
-    raise TaskError("this search begins with the original's weights throughout")
+    raise UserError("this search begins with the original's weights throughout")
 
 
 @dataclass(frozen=True)
@@ -157,7 +84,7 @@ class Agent(ABC):
         """Refuses a search that it cannot do, before anything is scored.
 
         Raises:
-            TaskError: It cannot.
+            UserError: It cannot.
         """
 
     def planned(self, problem: Problem, episodes: int) -> int:

@@ -10,7 +10,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from agents.base import Agent, Problem, Removed, SearchTask
+from agents.base import Agent, SearchTask
+from amc_env.space import Problem, Removed
 
 log = logging.getLogger(__name__)
 

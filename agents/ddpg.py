@@ -25,10 +25,12 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from agents.base import Agent, Problem, SearchTask, TaskError
+from agents.base import Agent, SearchTask
 from agents.exploration import WARMUPS, TruncatedNormalNoise, Warmup, uniform_ratios
 from agents.replay import EpisodeReplayBuffer
 from agents.vector import GymnasiumVecEnv
+from amc_env.errors import UserError
+from amc_env.space import Problem
 
 log = logging.getLogger(__name__)
 
@@ -340,12 +342,12 @@ class DDPGAgent(Agent):
         """Refuses episodes that do not make whole rounds.
 
         Raises:
-            TaskError: They do not.
+            UserError: They do not.
         """
         below = episodes // self.n_envs * self.n_envs
         if below != episodes:
             near = " or ".join(str(count) for count in (below, below + self.n_envs) if count)
-            raise TaskError(
+            raise UserError(
                 f"search.episodes={episodes} is no multiple of agent.n_envs={self.n_envs}, the episodes at once; "
                 f"set search.episodes={near}, or agent.n_envs=1"
             )
@@ -354,7 +356,7 @@ class DDPGAgent(Agent):
         """Runs ``task.episodes`` episodes.
 
         Raises:
-            TaskError: They are no multiple of ``n_envs``.
+            UserError: They are no multiple of ``n_envs``.
         """
         self.check(task.problem, task.episodes)
         if task.episodes <= self.warmup_whole:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch.special import ndtr, ndtri
 
-from agents.base import Problem, Removed
+from amc_env.space import Problem, Removed
 
 Floats = npt.NDArray[np.float64]
 

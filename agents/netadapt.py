@@ -14,7 +14,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from agents.base import Agent, Budget, Problem, Removed, Result, SearchTask, TaskError
+from agents.base import Agent, Result, SearchTask
+from amc_env.errors import UserError
+from amc_env.space import Budget, Problem, Removed
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +70,10 @@ class NetAdapt(Agent):
         """Refuses a problem without a budget.
 
         Raises:
-            TaskError: There is none.
+            UserError: There is none.
         """
         if not problem.budgets:
-            raise TaskError(
+            raise UserError(
                 "agent=netadapt adapts a network to a budget, and there is none; set one, like budget=flops"
             )
 
@@ -92,7 +94,7 @@ class NetAdapt(Agent):
         """Goes on until every budget holds.
 
         Raises:
-            TaskError: There is no budget.
+            UserError: There is no budget.
         """
         self.check(task.problem, task.episodes)
         state = task.score([task.problem.snap(np.zeros(len(task.problem.names)))])[0]

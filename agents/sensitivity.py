@@ -15,7 +15,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from agents.base import Agent, Problem, Removed, SearchTask, TaskError
+from agents.base import Agent, SearchTask
+from amc_env.errors import UserError
+from amc_env.space import Problem, Removed
 
 log = logging.getLogger(__name__)
 
@@ -185,10 +187,10 @@ class Sensitivity(Agent):
         """Refuses a problem that gives nothing to prune to.
 
         Raises:
-            TaskError: There is neither a budget nor a threshold.
+            UserError: There is neither a budget nor a threshold.
         """
         if self.threshold is None and not problem.budgets:
-            raise TaskError(
+            raise UserError(
                 "agent=sensitivity with budget=none has no threshold to prune to; set agent.threshold, "
                 "like agent.threshold=0.01"
             )
@@ -197,7 +199,7 @@ class Sensitivity(Agent):
         """Scores the original, every decision alone, and the strategy that they suggest.
 
         Raises:
-            TaskError: There are too few episodes, or neither a budget nor a threshold.
+            UserError: There are too few episodes, or neither a budget nor a threshold.
         """
         problem = task.problem
         self.check(problem, task.episodes)
@@ -228,7 +230,7 @@ class Sensitivity(Agent):
                         chosen,
                     )
                 return plans
-        raise TaskError(
+        raise UserError(
             f"agent=sensitivity needs search.episodes={needed} at least for one ratio of each of "
             f"{len(problem.names)} decisions, the original and the strategy picked; it is {episodes}"
         )

@@ -1,35 +1,61 @@
-"""The one exception for a user's mistake, and errors in one line."""
+"""The one exception for a user's mistake."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 
 class UserError(ValueError):
-    """What was asked cannot be done: one message with the value, what is allowed and the way out.
+    """A request that cannot be met: the message gives the value, what is allowed and what to do.
 
-    Commands print it as one line and end with exit code 2; any other exception is a fault of ours and keeps
+    Commands print it as one line and end with exit code 2; any other exception is a fault of the project and keeps
     its traceback.
+
+    Attributes:
+        code: A short stable name of the kind of mistake, like ``out_of_range``. Tests and callers compare this instead of
+            the message.
+        field: Path of the setting that is wrong, like ``finetune.epochs``; empty where there is no single one.
+        parts: The single mistakes, where several are reported at once; else the error itself.
     """
 
+    def __init__(self, message: str, *, code: str = "invalid", field: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+        self.field = field
+        self.parts: tuple[UserError, ...] = (self,)
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind where it has none."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    @classmethod
+    def join(cls, errors: Iterable[UserError]) -> UserError:
+        """One error that reports several, each once."""
+        parts = {str(part): part for error in errors for part in error.parts}
+        first = next(iter(parts.values()))
+        joined = cls("; ".join(parts), code=first.code, field=first.field)
+        joined.parts = tuple(parts.values())
+        return joined
+
+
+def out_of_range(field: str, value: object, allowed: str) -> UserError:
+    """The error for a setting whose value is not allowed."""
+    return UserError(f"{field}={value} must be {allowed}", code="out_of_range", field=field)
 
 
 def require(checks: Mapping[str, tuple[bool, object, str]], section: str = "") -> None:
-    """Raises one UserError with every setting that is out of range.
+    """Check several settings and report all that are out of range in one UserError.
 
     Args:
-        checks: Setting name to (whether it is fine, its value, what is allowed).
-        section: What stands before every name, like ``criterion.``.
+        checks: Setting name to (whether it is allowed, its value, what is allowed).
+        section: Prefix of every name, like ``criterion.``.
     """
     wrong = [
-        f"{section}{name}={value} must be {allowed}"
+        out_of_range(f"{section}{name}", value, allowed)
         for name, (fine, value, allowed) in checks.items()
         if not fine
     ]
     if wrong:
-        raise UserError("; ".join(wrong))
+        raise UserError.join(wrong)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -15,6 +15,9 @@ import numpy as np
 
 from amc_env.errors import UserError
 
+Removed = tuple[int, ...]
+"""Units removed from every decision: the identity of a strategy."""
+
 _NEIGHBOURS = np.array([[-1], [0], [1]])
 
 
@@ -324,7 +327,7 @@ class Problem:
     def _counts(self, index: np.ndarray) -> tuple[int, ...]:
         return tuple(self._together.counts(index).tolist())
 
-    def project(self, ratios: Sequence[float]) -> tuple[int, ...]:
+    def project(self, ratios: Sequence[float] | np.ndarray) -> tuple[int, ...]:
         """Counts within every budget by the least common shift of all ratios.
 
         The least ``shift >= 0`` for which ``snap(min(max_i, ratio_i + shift))`` meets every budget. Bounding
@@ -332,7 +335,7 @@ class Problem:
         """
         return self._least_shift(as_ratios(ratios, len(self.grids)), least=0.0)
 
-    def land(self, ratios: Sequence[float]) -> tuple[int, ...]:
+    def land(self, ratios: Sequence[float] | np.ndarray) -> tuple[int, ...]:
         """Counts on the budget: ratios shifted either way by the least amount that still meets every budget.
 
         Without a budget the counts are `snap`'s.

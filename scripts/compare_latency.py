@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,8 @@ from torch import Tensor, nn
 
 from amc_env.costs.latency import Timing, measure
 from search.config import compose as wiring
-from search.output.run_files import RunFiles
-from search.output.run_result import RunResult
-from search.output.weights import load_pruned
+from search.output.export import load_pruned
+from search.output.report import read_run, rounds_begun
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 
@@ -43,8 +43,8 @@ def networks_of(folders: list[Path], batch: int) -> tuple[dict[str, nn.Module], 
 
 def row(folder: Path, timings: dict[str, dict[str, Timing]]) -> list[str]:
     """A run's figures: accuracies in percent, costs as shares of the original's."""
-    result = RunResult.read(folder)
-    base, pruned, tuned = result.base.costs, result.pruned.costs, result.finetuned
+    result = json.loads((folder / "result.json").read_text())
+    base, pruned, tuned = result["base"], result["pruned"], result["finetuned"]
     shares = [
         f"{pruned[cost] / base[cost]:.3f}" if base.get(cost) else "-"
         for cost in ("macs", "params", "latency")
@@ -55,12 +55,12 @@ def row(folder: Path, timings: dict[str, dict[str, Timing]]) -> list[str]:
         measured.append(f"{time.median_ms / whole:.3f} ({time.median_ms:.2f} ms ± {100 * time.spread:.0f}%)")
     return [
         folder.name,
-        f"{100 * result.pruned.accuracy:.2f}",
-        f"{100 * tuned.accuracy:.2f}" if tuned else "-",
+        f"{100 * pruned['accuracy']:.2f}",
+        f"{100 * tuned['accuracy']:.2f}" if tuned else "-",
         *shares,
         *measured,
-        str(result.search.evaluations),
-        f"{result.search.seconds:.0f}",
+        str(result["search"]["evaluations"]),
+        f"{result['search']['seconds']:.0f}",
     ]
 
 
@@ -69,15 +69,16 @@ def draw(folders: list[Path], path: Path) -> None:
     figure = Figure(figsize=(5.8, 3.6), dpi=160, layout="constrained")
     axes = figure.subplots()
     for folder, colour in zip(folders, itertools.cycle(COLOURS)):
-        run = RunFiles.read(folder)
+        run = read_run(folder)
         result = run.result
-        cost, original = result.budget.cost if result.budget else "macs", result.base.costs
-        states = [(state.costs[cost] / original[cost], state.accuracy) for state in run.first_of_rounds()]
-        end = (result.pruned.costs[cost] / original[cost], result.search.search_accuracy)
+        cost = (result["budget"] or {"cost": "macs"})["cost"]
+        begun = rounds_begun(run)
+        states = [(state["costs"][cost] / result["base"][cost], state["accuracy"]) for state in begun]
+        end = (result["pruned"][cost] / result["base"][cost], result["search"]["search_accuracy"])
         points = [(100 * share, 100 * accuracy) for share, accuracy in states or [end]]
         axes.plot(*zip(*points, strict=True), "o-", ms=4 if states else 8, color=colour, label=folder.name)
-    if result.budget:
-        axes.axvline(100 * result.budget.ratio, color="#30343A", lw=1, ls="--", label="budget")
+    if result["budget"]:
+        axes.axvline(100 * result["budget"]["ratio"], color="#30343A", lw=1, ls="--", label="budget")
     axes.set_xlabel(f"{cost}, % of the original")
     axes.set_ylabel("accuracy, search split, %")
     axes.spines[["top", "right"]].set_visible(False)

@@ -38,9 +38,9 @@ _OWN: dict[str, Any] = {
 """Settings that amc-search does not have, and their types."""
 
 _INPUTS = {
-    "search.data.digits": ((1, 8, 8), 10),
-    "search.data.cifar10": ((3, 32, 32), 10),
-    "search.imagenet.imagenet": ((3, 224, 224), 1000),
+    "search.data.digits.digits": ((1, 8, 8), 10),
+    "search.data.cifar10.cifar10": ((3, 32, 32), 10),
+    "search.data.imagenet.imagenet": ((3, 224, 224), 1000),
 }
 """Shapes of images and numbers of classes: times hang on no pixel, so none is downloaded or decoded for them."""
 

@@ -448,7 +448,11 @@ class Settings:
         falling = all(a > b for a, b in pairwise(self.stages)) and all(0 < r <= 1 for r in self.stages)
         require(
             {
-                "search.stages": (falling, list(self.stages), "shares in (0, 1], each below the one before"),
+                "search.stages": (
+                    falling,
+                    list(self.stages),
+                    "shares in (0, 1], each below the one before",
+                ),
                 "schedule.rounds": (
                     rounds == 1 or rounds <= epochs,
                     rounds,

@@ -62,4 +62,4 @@ def test_resnet50_is_tuned_as_long_as_amc_says() -> None:
     assert settings.finetune.epochs == 30
     assert settings.all_epochs == 120
     assert wiring.model_source(cfg).name == "resnet50"
-    assert cfg.data._target_ == "search.imagenet.imagenet"
+    assert cfg.data._target_ == "search.data.imagenet.imagenet"

@@ -15,14 +15,11 @@ from amc_env.evaluation.scorer import Scorer
 from amc_env.pruning.candidate import Builder, Keeps, Masks
 from amc_env.pruning.repair.base import Repair
 from amc_env.pruning.repair.sequential import FrontToBack
+from amc_env.space import Removed
 from amc_env.system import using_threads
 
 ORIGINAL = "original"
 """The start of a search that begins with the uncut network's weights."""
-
-
-Removed = tuple[int, ...]
-"""Units removed from every decision."""
 
 
 @dataclass(frozen=True, eq=False)

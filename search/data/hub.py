@@ -17,12 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from amc_env.errors import UserError, first_line
-from search.cache import cache_folder, write_atomically
+from search import files
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # without EPS, for which Pillow starts Ghostscript
 _AT_ONCE = 256  # encoded images in memory while they are decoded
 
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs errors that it raises as well
+datasets.disable_progress_bars()  # the terminal belongs to the display of the run
 
 
 class Images:
@@ -70,10 +71,10 @@ class Images:
             UserError: An image that cannot be decoded or has another size; no room in the cache folder.
         """
         key = hashlib.sha256(f"{self._key} {prepare.__qualname__} {size}".encode() + rows.numpy().tobytes())
-        file = cache_folder() / "data" / f"pixels-{key.hexdigest()[:32]}.npy"
+        file = files.cache_folder() / "data" / f"pixels-{key.hexdigest()[:32]}.npy"
         if not file.exists():
             try:
-                write_atomically(file, partial(self._write, rows.tolist(), size, prepare))
+                files.write(file, partial(self._write, rows.tolist(), size, prepare))
             except OSError as error:
                 raise UserError(
                     f"{len(rows)} decoded images do not fit in {file.parent} ({first_line(error)}): "
@@ -122,10 +123,10 @@ def read(hub: str, path: str | None, held_out: str, image: str, classes: int) ->
     way_out = (
         f"data.path=DIR with train-*.parquet and {held_out}-*.parquet (columns {image}, label) needs no hub"
     )
-    files = {"train": "**/train-*.parquet", "test": f"**/{held_out}-*.parquet"}
-    options: dict[str, Any] = {"path": hub, "data_files": files}
+    data_files = {"train": "**/train-*.parquet", "test": f"**/{held_out}-*.parquet"}
+    options: dict[str, Any] = {"path": hub, "data_files": data_files}
     if path is not None:
-        options = _local(Path(path), files, way_out)
+        options = _local(Path(path), data_files, way_out)
     try:
         parts = datasets.load_dataset(**options)
     except (
@@ -134,7 +135,7 @@ def read(hub: str, path: str | None, held_out: str, image: str, classes: int) ->
         reason = f"{type(error).__name__}: {first_line(error.__cause__ or error)}"
         raise UserError(f"{path or hub} cannot be read ({reason}); {way_out}") from error
     column = "image" if options["path"] == "imagefolder" else image
-    train, test = (Images(f"{path or hub} {part}", parts[part], column, classes) for part in files)
+    train, test = (Images(f"{path or hub} {part}", parts[part], column, classes) for part in data_files)
     return train, test
 
 
@@ -143,13 +144,13 @@ def _local(folder: Path, patterns: dict[str, str], way_out: str) -> dict[str, An
     if not folder.is_dir():
         raise UserError(f"data.path={folder}: no such folder; {way_out}")
     kind = "parquet"
-    files = {part: sorted(map(str, folder.glob(pattern))) for part, pattern in patterns.items()}
-    if (folder / "train").is_dir() and (folder / "val").is_dir() and not any(files.values()):
-        kind, files = "imagefolder", {"train": [f"{folder}/train/**"], "test": [f"{folder}/val/**"]}
-    missing = [patterns[part] for part, found in files.items() if not found]
+    data_files = {part: sorted(map(str, folder.glob(pattern))) for part, pattern in patterns.items()}
+    if (folder / "train").is_dir() and (folder / "val").is_dir() and not any(data_files.values()):
+        kind, data_files = "imagefolder", {"train": [f"{folder}/train/**"], "test": [f"{folder}/val/**"]}
+    missing = [patterns[part] for part, found in data_files.items() if not found]
     if missing:
         raise UserError(f"data.path={folder}: no {', '.join(missing)} in it; {way_out}")
-    return {"path": kind, "data_files": files, "cache_dir": str(cache_folder() / "datasets")}
+    return {"path": kind, "data_files": data_files, "cache_dir": str(files.cache_folder() / "datasets")}
 
 
 def _labels(name: str, table: datasets.Dataset, classes: int) -> Tensor:

@@ -235,9 +235,9 @@ def history_line(result: RunResult) -> str:
         before = [start for start in search.start if start not in adopted]
         rounds = [f"{len(adopted)} rounds" if len(adopted) > 1 else adopted[0]] if adopted else []
         parts.append(" → ".join([*before, *rounds, "this network"]))
-    if search.study.tuning and result.finetuned:
+    if search.rounds and result.finetuned:
         parts.append(
-            f"fine-tuned over {search.study.tuning} rounds of pruning ({search.schedule}), where 'pruned' is the same "
+            f"fine-tuned over {search.rounds} rounds of pruning ({search.schedule}), where 'pruned' is the same "
             "strategy at once"
         )
     return "; ".join(parts)

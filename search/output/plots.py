@@ -28,12 +28,26 @@ from amc_env.costs.latency import Timing
 from search.output.formatting import cost_name
 
 BLUE, ORANGE, VERMILION, GREY, INK = "#0072B2", "#E69F00", "#D55E00", "#D0D3D6", "#30343A"
+
+
 DPI = 150
+
+
 _ALL_NAMED = 10  # lines that can still be told apart by colour
+
+
 _NARROWEST = 0.02  # axis of costs, as a share of the original's
+
+
 _MARKERS = ("o", "s", "^", "D")  # of the lines with names where there are more
+
+
 _DEPTH = LinearSegmentedColormap.from_list("depth", colormaps["viridis_r"](np.linspace(0.1, 1.0, 256)))
+
+
 _PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.6g}%")
+
+
 _COUNT = FuncFormatter(lambda count, _: f"{count:.6g}" if count < 10_000 else f"{count / 1000:,.6g}k")
 
 

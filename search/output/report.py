@@ -94,14 +94,14 @@ def _asked(result: RunResult) -> Iterator[tuple[str, object]]:
     yield "granularity", format_name(result.granularity, result.granularity.name)
     yield "agent", search.agent
     yield "seed", search.seed
-    if search.study.stages or search.episodes != 1:  # else nothing was searched
+    if search.stages or search.episodes != 1:  # else nothing was searched
         yield from _of_the_search(search, result.resumed)
 
 
 def _of_the_search(search: SearchFigures, resumed: bool) -> Iterator[tuple[str, object]]:
-    last = ", last stage" if search.study.stages else ""
+    last = ", last stage" if search.stages else ""
     if last:
-        yield "stages", ", ".join(f"{100 * ratio:.3g}%" for ratio in search.study.stages)
+        yield "stages", ", ".join(f"{100 * ratio:.3g}%" for ratio in search.stages)
     yield f"episodes{last}", search.episodes
     if search.precision != FLOAT32:
         yield "scored in", search.precision

@@ -166,7 +166,7 @@ def _budget_note(run: RunFiles) -> str:
     budget = run.result.budget
     if budget is None:
         return ""
-    ratios = run.result.search.study.stages or (budget.ratio,)
+    ratios = run.result.search.stages or (budget.ratio,)
     name = cost_name(budget.cost, run.result.granularity.masked)
     return f"budget {', '.join(f'{100 * ratio:.3g}%' for ratio in ratios)} of {name}"
 
@@ -197,7 +197,7 @@ def tradeoff(run: RunFiles) -> Section | None:
         masked=result.granularity.masked,
         rounds=[candidate(e) for e in rounds],
     )
-    of = "that the last stage " if result.search.study.stages else ""
+    of = "that the last stage " if result.search.stages else ""
     caption = (
         f"All strategies {of}scored. Accuracies are on the search split, before fine-tuning: it was split off the "
         "training data, which a pretrained network has seen, so they compare strategies and do not predict the test "
@@ -213,7 +213,7 @@ def fine_tuning(run: RunFiles) -> Section | None:
         return None
     path = plot_finetune(list(losses.values()), run.folder / "plots" / "finetune.png")
     caption = "Training loss per epoch; the last epoch is the one kept."
-    if search.study.stages or search.study.tuning or search.start:
+    if search.stages or search.rounds or search.start:
         caption += " All trainings of the run follow one another: the loss jumps where more is pruned."
     return Section("Fine-tuning", (Picture(caption, _data_uri(path)),))
 

@@ -25,8 +25,13 @@ from search import files
 
 logger = logging.getLogger(__name__)
 
+
 Scalar = float | int | str | bool | None
+
+
 Row = tuple[str, int]  # phase, step
+
+
 STEP_AXIS = {"search": "episode", "finetune": "epoch"}
 
 

@@ -11,10 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-from agents.base import Agent, Problem, Removed, SearchTask
+from agents.base import Agent, SearchTask
 from amc_env import space as budget
 from amc_env.errors import UserError
-from amc_env.space import Grid, Strategy
+from amc_env.space import Grid, Problem, Removed, Strategy
 
 log = logging.getLogger(__name__)
 

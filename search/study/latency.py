@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,6 @@ from amc_env.costs.latency import (
     Call,
     Timing,
     interleaved,
-    sampling,
     using_threads,
     warn_where_busy,
 )
@@ -25,7 +24,7 @@ from search import files
 from search.output.formatting import percent
 from search.output.plots import plot_latency_check
 from search.output.progress import Progress, print_table
-from search.study.latency_table import Subject
+from search.study.latency_table import Subject, shown_on
 
 log = logging.getLogger(__name__)
 
@@ -184,11 +183,6 @@ def _figures(timing: Timing, calls: int = 1) -> tuple[object, ...]:
     return (*(f"{value:.6g}" for value in values), timing.runs)
 
 
-def _shown_on(progress: Progress) -> Callable[[sampling.Progress], None]:
-    """Shows timings; refining a table adds to their number."""
-    return lambda now: progress.stage(now.stage, now.total).advance(done=now.done)
-
-
 def check_of(
     subject: Subject,
     activations: Activations | None,
@@ -221,7 +215,7 @@ def check_of(
             threads=how.threads,
             strategies=random_strategies(subject.grids, networks, seed),
             repeats=how.repeats,
-            on_progress=_shown_on(progress),
+            on_progress=shown_on(progress),
             seed=seed,
         )
     _write_check(checked, subject, folder / CHECK_CSV)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from amc_env.costs.latency import (
     Runtime,
     machine,
+    sampling,
 )
 from amc_env.costs.latency.sampling import build_table
 from amc_env.costs.latency.table import Conditions, LatencyTable
@@ -25,7 +26,6 @@ from amc_env.pruning.granularity import Granularity
 from amc_env.space import Grid
 from search.output.formatting import duration
 from search.output.progress import Progress
-from search.study.latency import _shown_on
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +106,11 @@ class Subject:
 # ------------------------------------------------------------------------------------------- build and check
 
 
+def shown_on(progress: Progress) -> Callable[[sampling.Progress], None]:
+    """Shows timings; refining a table adds to their number."""
+    return lambda now: progress.stage(now.stage, now.total).advance(done=now.done)
+
+
 def build(
     subject: Subject, activations: Activations | None, path: Path | None, *, tolerance: float, points: int
 ) -> LatencyTable:
@@ -136,7 +141,7 @@ def build(
             tolerance=tolerance,
             points=points,
             repeats=how.repeats,
-            on_progress=_shown_on(progress),
+            on_progress=shown_on(progress),
             seed=how.seed,
         )
     if path is not None:

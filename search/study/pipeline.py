@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from agents.base import SearchTask, TaskError
+from agents.base import SearchTask
 from amc_env.encoding import Encoder, describe
 from amc_env.env import EnvHandle, PruningVectorEnv
-from amc_env.errors import UserError
 from amc_env.evaluation.evaluator import Outcome
 from amc_env.evaluation.pruner import ORIGINAL, Start
 from amc_env.pruning.candidate import Keeps
@@ -101,10 +100,7 @@ def search(
         on_update=latest.update,
         adopt=loop.adopt,
     )
-    try:
-        settings.agent.search(task)
-    except TaskError as error:  # agents know no UserError
-        raise UserError(str(error)) from error
+    settings.agent.search(task)
     return loop.best(settings.rescored, settings.finalists.repair), loop
 
 
@@ -194,10 +190,7 @@ def refuse_early(prepared: Prepared) -> None:
             does not fit the network.
     """
     settings = prepared.settings
-    try:
-        settings.agent.check(prepared.problem, settings.episodes)
-    except TaskError as error:  # agents know no UserError
-        raise UserError(str(error)) from error
+    settings.agent.check(prepared.problem, settings.episodes)
     start = start_of(prepared, ORIGINAL, prepared.builder)
     if settings.stages:
         stage_of(prepared, len(settings.stages), start)

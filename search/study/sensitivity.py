@@ -10,11 +10,10 @@ from pathlib import Path
 
 from torch import nn
 
-from agents.base import Removed
 from agents.sensitivity import Curve, Sensitivity, curves_of, pick, plan
 from amc_env.evaluation.evaluator import Evaluator, Outcome
 from amc_env.evaluation.pruner import ORIGINAL
-from amc_env.space import Problem
+from amc_env.space import Problem, Removed
 from search import files
 from search.data.base import Data
 from search.output.formatting import amount, budget_lines, cost_name, percent
@@ -81,12 +80,12 @@ def run(model: nn.Module, data: Data, settings: Settings, context: Context) -> S
     with Journal(context.folder, head, free.problem, ordered=False) as journal:
         if journal.replayed:
             log.info("going on with %d evaluations of %s", journal.replayed, context.folder)
-        with make_evaluator(free, journal, start) as evaluator:
-            scanned = _scan(evaluator, agent.ratios)
-            if problem.budgets or agent.threshold is not None:
-                common = pick(problem, scanned.curves, agent.threshold)
-                (picked,) = _evaluated(evaluator, [common.removed])
-                scanned = replace(scanned, threshold=common.threshold, picked=picked)
+        evaluator = make_evaluator(free, journal, start)
+        scanned = _scan(evaluator, agent.ratios)
+        if problem.budgets or agent.threshold is not None:
+            common = pick(problem, scanned.curves, agent.threshold)
+            (picked,) = _evaluated(evaluator, [common.removed])
+            scanned = replace(scanned, threshold=common.threshold, picked=picked)
         _write(scanned, prepared, context.folder)
     _tell(scanned, prepared, context.folder)
     return scanned

@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from agents.base import Removed, Result
+from agents.base import Result
 from amc_env.errors import UserError
 from amc_env.evaluation.evaluator import Evaluator, Outcome
 from amc_env.evaluation.pruner import Start
 from amc_env.rewards import RewardFunction
-from amc_env.space import Strategy
+from amc_env.space import Removed, Strategy
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from amc_env.graph.memory_format import fastest_layout
+from amc_env.graph.memory_format import fastest_format
 
 
 def distillation_loss(
@@ -41,7 +41,7 @@ class Teacher:
     def __init__(self, network: nn.Module, example: Tensor, share: float, temperature: float) -> None:
         """Copy `network` to where `example` lies, which is two of its inputs."""
         self.network = copy.deepcopy(network).to(example.device).requires_grad_(False)
-        self.layout = fastest_layout(self.network, example)
+        self.layout = fastest_format(self.network, example)
         self.share = share
         self.temperature = temperature
 

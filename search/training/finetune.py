@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from amc_env.errors import UserError
-from amc_env.graph.memory_format import training_layout
+from amc_env.graph.memory_format import training_format
 from amc_env.pruning.regularization import LossTerm
 from search.data.base import Data
 from search.data.loaders import seeded
@@ -94,7 +94,7 @@ def finetune(
     problems = distillation_problems(distillation, temperature, teacher)
     _check_settings(epochs, lr, steps, len(weights), problems)
     optimizer = torch.optim.SGD(weights, lr, momentum, 0, weight_decay, nesterov and momentum > 0)
-    layout = training_layout(model, batches.example)
+    layout = training_format(model, batches.example)
     zeros = _Zeros(model, masks or {})
     source = Teacher(teacher, batches.example, distillation, temperature) if distillation else None
     where = torch.device(device)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from agents.base import TaskError
 from agents.baselines import Random
 from agents.ddpg import DENORMAL, DDPGAgent, denormals_flushed, one_thread
+from amc_env.errors import UserError
 
 SMALL = {"warmup_episodes": 15, "hidden": (64, 64), "warmup": "landing"}
 
@@ -211,7 +211,7 @@ def test_episodes_at_once_learn_too_repeat_and_only_add(toy) -> None:
 def test_episodes_that_make_no_whole_rounds_are_refused(toy, episodes: int, near: str) -> None:
     search = toy()
     with pytest.raises(
-        TaskError, match=rf"search.episodes={episodes} .*agent.n_envs=4.*search.episodes={near}, or"
+        UserError, match=rf"search.episodes={episodes} .*agent.n_envs=4.*search.episodes={near}, or"
     ):
         search.run(DDPGAgent(n_envs=4), episodes)
     assert search.scored == []

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from agents.base import Removed, Result, SearchTask, TaskError
+from agents.base import Result, SearchTask
 from agents.netadapt import NetAdapt, cut
 from amc_env.costs.counts import Macs, Params
+from amc_env.errors import UserError
 from amc_env.graph.layers import LayerGraph
 from amc_env.graph.tracing import trace
 from amc_env.pruning.granularity import Channel
-from amc_env.space import Budget, Grid, Problem
+from amc_env.space import Budget, Grid, Problem, Removed
 
 
 class Rounds:
@@ -213,5 +214,5 @@ def test_bad_settings_are_refused_together() -> None:
 
 def test_a_problem_without_a_budget_is_refused() -> None:
     problem = Problem([Grid("a", 8, 1, 4)], [Units()], [])
-    with pytest.raises(TaskError, match="there is none; set one, like budget=flops"):
+    with pytest.raises(UserError, match="there is none; set one, like budget=flops"):
         NetAdapt().check(problem, 1)

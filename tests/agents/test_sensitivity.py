@@ -5,7 +5,7 @@ import logging
 import numpy as np
 import pytest
 
-from agents.sensitivity import Curve, Sensitivity, TaskError, curves_of, pick, plan
+from agents.sensitivity import Curve, Sensitivity, UserError, curves_of, pick, plan
 from amc_env.space import Grid, Problem
 
 SLOPES = np.array([0.05, 0.1, 0.2, 0.4])
@@ -104,7 +104,7 @@ def test_too_few_episodes_thin_the_ratios_out_evenly(toy, caplog) -> None:
     assert "search.episodes=17 are too few for 9 ratios of each of 4 decisions: 3 are scored" in caplog.text
     assert len(toy(straight).run(Sensitivity(), episodes=6).scored) == 6
     few = toy(straight)
-    with pytest.raises(TaskError, match=r"needs search\.episodes=6 at least .* it is 5"):
+    with pytest.raises(UserError, match=r"needs search\.episodes=6 at least .* it is 5"):
         few.run(Sensitivity(), episodes=5)
     assert few.scored == []
 
@@ -115,7 +115,7 @@ def test_settings_that_make_no_sense_are_refused(toy) -> None:
     with pytest.raises(ValueError, match=r"agent\.ratios=\[\]"):
         Sensitivity(ratios=())
     search = toy(straight, ratio=None)
-    with pytest.raises(TaskError, match=r"set agent\.threshold"):
+    with pytest.raises(UserError, match=r"set agent\.threshold"):
         search.run(Sensitivity(), episodes=100)
     assert search.scored == []
 

@@ -21,7 +21,7 @@ from search import run_latency
 from search.output.plots import DPI, plot_latency_check
 from search.output.progress import print_table
 from search.run_latency import overrides_of
-from search.study import latency
+from search.study import latency, latency_table
 from search.study.latency import described
 
 QUICK = ("device=cpu", "model=digits_mlp", "latency.repeats=3", "latency.threads=1", "hydra.run.dir=run")
@@ -153,7 +153,7 @@ def test_a_check_without_a_table_builds_one(
         counts.append(arguments)
         raise UserError("no trace")
 
-    monkeypatch.setattr(latency, "Activations", uncountable)
+    monkeypatch.setattr(latency_table, "Activations", uncountable)
     ended = amc_latency("check", *QUICK, "check.networks=4")
     assert ended.code == 0
     assert len(counts) == ended.out.count("predicted as a constant: no trace") == 1
@@ -192,8 +192,8 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_timed(
 
     (tmp_path / "a_file").write_text("")
     if table.startswith("full"):
-        monkeypatch.setattr("search.study.latency.tempfile.TemporaryFile", full)
-    monkeypatch.setattr("search.study.latency.build_table", lambda *_, **more: pytest.fail("timed"))
+        monkeypatch.setattr("search.study.latency_table.tempfile.TemporaryFile", full)
+    monkeypatch.setattr("search.study.latency_table.build_table", lambda *_, **more: pytest.fail("timed"))
     ended = amc_latency("build", *QUICK, f"table={table}")
     (line,) = ended.err.splitlines()
     assert ended.code == 2
@@ -297,7 +297,7 @@ def data_of(**settings: Any) -> DictConfig:
 
 
 def test_the_shape_is_known_for_our_data_and_read_from_the_user_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = data_of(_target_="search.imagenet.imagenet", classes=100)
+    ours = data_of(_target_="search.data.imagenet.imagenet", classes=100)
     assert run_latency._shape_of(ours) == ((3, 224, 224), 100)
     theirs = SimpleNamespace(image_shape=(2, 9, 9), classes=("a", "b", "c"))
     monkeypatch.setattr("search.config.compose.data_of", lambda cfg: theirs)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from amc_env.graph.memory_format import fastest_layout, training_layout
+from amc_env.graph.memory_format import fastest_format, training_format
 from search.models.resnet import ResNet
 
 
@@ -28,9 +28,9 @@ class FlattenByView(nn.Module):
 
 def test_the_layout_is_channels_last_where_the_network_runs_in_it() -> None:
     example = torch.randn(2, 3, 8, 8)
-    assert fastest_layout(ResNet(8), example) is torch.channels_last
+    assert fastest_format(ResNet(8), example) is torch.channels_last
     by_view = FlattenByView()
-    assert fastest_layout(by_view, example) is torch.contiguous_format
+    assert fastest_format(by_view, example) is torch.contiguous_format
     assert by_view.conv.weight.is_contiguous()
 
 
@@ -54,7 +54,7 @@ def test_small_strided_pointwise_convolutions_are_trained_contiguous() -> None:
         (3, 3, 2, torch.channels_last),
     ):
         model = Wide(channels, kernel, stride)
-        assert training_layout(model, torch.randn(2, channels, 8, 8)) is expected
+        assert training_format(model, torch.randn(2, channels, 8, 8)) is expected
         assert model.conv.weight.is_contiguous(memory_format=expected)
 
 
@@ -77,21 +77,21 @@ def test_a_network_whose_gradients_differ_in_channels_last_is_trained_contiguous
             return WrongInChannelsLast.apply(self.conv(x)).square().mean((2, 3))
 
     example = torch.randn(2, 16, 8, 8)
-    assert training_layout(Wide(16, 3, 1), example) is torch.channels_last
-    assert training_layout(Wrong(16, 3, 1), example) is torch.contiguous_format
+    assert training_format(Wide(16, 3, 1), example) is torch.channels_last
+    assert training_format(Wrong(16, 3, 1), example) is torch.contiguous_format
 
 
 _GRADIENTS = """
 import copy, itertools, torch
-from amc_env.graph.memory_format import training_layout
-from test_layout import Wide
+from amc_env.graph.memory_format import training_format
+from test_memory_format import Wide
 
 torch.set_num_threads({threads})
 for kernel, stride, channels in itertools.product((1, 2, 3), (1, 2, 3), (1, 3, 4, 6, 8, 12, 16)):
     torch.manual_seed(0)
     plain, x = Wide(channels, kernel, stride), torch.randn(32, channels, 16, 16)
     trained = copy.deepcopy(plain)
-    layout = training_layout(trained, x[:2])
+    layout = training_format(trained, x[:2])
     for _ in range(20):
         trained.zero_grad()
         trained(x.contiguous(memory_format=layout)).mean().backward()
@@ -106,7 +106,7 @@ for kernel, stride, channels in itertools.product((1, 2, 3), (1, 2, 3), (1, 3, 4
 @pytest.mark.parametrize("instructions", ["AVX2", "DEFAULT"])
 def test_gradients_are_right_for_every_kernel_stride_and_width(threads: int, instructions: str) -> None:
     """In a process of its own: a wrong choice ends the process."""
-    folders = os.pathsep.join((str(Path(__file__).parent), str(Path(__file__).parents[2])))
+    folders = os.pathsep.join((str(Path(__file__).parent), str(Path(__file__).parents[3])))
     environment = {
         **os.environ,
         "ONEDNN_MAX_CPU_ISA": instructions,

@@ -15,7 +15,6 @@ from pyarrow import parquet
 from torch.utils.data import DataLoader, TensorDataset
 
 from amc_env.errors import UserError
-from search import cache
 from search.data.base import Data, Split, check_split, fingerprint, split_off
 from search.data.cifar10 import cifar10
 from search.data.digits import digits
@@ -322,15 +321,3 @@ def test_options_take_the_size_of_the_search_split(name: str, folder: Path) -> N
     found = instantiate(option, search_images=20)
     assert found.name == name
     assert len(found.search) == 20
-
-
-def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    def broken(path: Path) -> None:
-        path.write_text("half")
-        raise RuntimeError("disk full")
-
-    with pytest.raises(RuntimeError, match="disk full"):
-        cache.write_atomically(tmp_path / "deep" / "file.txt", broken)
-    assert list((tmp_path / "deep").iterdir()) == []
-    cache.write_atomically(tmp_path / "deep" / "file.txt", lambda path: path.write_text("whole"))
-    assert (tmp_path / "deep" / "file.txt").read_text() == "whole"

@@ -16,13 +16,15 @@ from amc_env.graph.tracing import trace_layers
 from amc_env.pruning.granularity import FineGrained
 from search.data.base import Data
 from search.data.digits import digits
+from search.models import digits as digits_models
+from search.models import mobilenet, resnet
 from search.models import source as models
 from search.models.mobilenet import MobileNet, MobileNetV2
 from search.models.resnet import FixedSelection, ResNet, ResNet50
 from search.models.source import ModelSource, load_weights, read_checkpoint
 from search.training.finetune import Recipe
 
-CONF = Path(__file__).parents[2] / "conf" / "model"
+CONF = Path(__file__).parents[3] / "conf" / "model"
 MODELS = [path.stem for path in sorted(CONF.glob("*.yaml"))]
 PARAMETERS = {
     "resnet20": 269_722,
@@ -275,7 +277,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -
 
 def test_a_network_without_published_weights_asks_for_a_file(small_data: Data) -> None:
     with pytest.raises(UserError, match="model=mobilenet has no published weights.*model.weights=FILE"):
-        models.mobilenet().load(small_data)
+        mobilenet.mobilenet().load(small_data)
 
 
 def published(folder: Path, model: nn.Module, hash_prefix: str | None = None) -> str:
@@ -306,7 +308,7 @@ def test_a_failing_network_names_the_way_out(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(("depth", "shortcut"), [(21, "pad"), (2, "pad"), (20, "identity")])
 def test_impossible_resnets_are_refused(depth: int, shortcut: str) -> None:
     with pytest.raises(UserError, match="is needed|6n"):
-        models.resnet(depth, shortcut)
+        resnet.resnet(depth, shortcut)
 
 
 # ----------------------------------------------------------------------------------------------- trained once
@@ -315,7 +317,7 @@ def test_impossible_resnets_are_refused(depth: int, shortcut: str) -> None:
 def test_a_digits_network_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRUNING_CACHE", str(tmp_path))
     data = digits()
-    source = models.digits_mlp()
+    source = digits_models.digits_mlp()
     before = torch.get_rng_state()
     first = source.load(data)
     monkeypatch.setattr(models, "train", lambda *_: pytest.fail("trained again"))
@@ -329,7 +331,7 @@ def test_a_digits_network_is_trained_once(tmp_path: Path, monkeypatch: pytest.Mo
 def test_what_was_trained_otherwise_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRUNING_CACHE", str(tmp_path))
     data = digits()
-    build = models._build_mlp
+    build = digits_models._build_mlp
     for recipe, split in ((Recipe(1, 0.1), data), (Recipe(1, 0.2), data), (Recipe(1, 0.1), digits(200))):
         models.trained_once("net", lambda: build((1, 8, 8), 10), split, recipe)
     assert len(list((tmp_path / "models").iterdir())) == 3
@@ -337,6 +339,6 @@ def test_what_was_trained_otherwise_is_not_read(tmp_path: Path, monkeypatch: pyt
 
 def test_digits_cnn_reaches_its_accuracy() -> None:
     data = digits()
-    model = models.digits_cnn().load(data)
+    model = digits_models.digits_cnn().load(data)
     assert not model.training
     assert accuracy(model, data, data.test.images, data.test.labels) >= 0.98

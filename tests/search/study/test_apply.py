@@ -11,9 +11,9 @@ from hydra import compose, initialize_config_module
 from running import SMALL, Command
 from safetensors.torch import load_file, save_file
 
-from agents.base import Removed, Result, SearchTask
+from agents.base import Result, SearchTask
 from amc_env.errors import UserError
-from amc_env.space import Budget, Grid, Problem
+from amc_env.space import Budget, Grid, Problem, Removed
 from search import run_apply
 from search.models.resnet import ResNet
 from search.study.apply import Given

@@ -66,7 +66,9 @@ def test_a_table_is_built_for_the_run_and_read_when_it_goes_on(
     assert isinstance(cost, Latency)
     assert problem.budgets[0].cost is cost
     assert (tmp_path / "latency.json").exists()
-    monkeypatch.setattr("search.study.latency.build_table", lambda *args, **more: pytest.fail("built again"))
+    monkeypatch.setattr(
+        "search.study.latency_table.build_table", lambda *args, **more: pytest.fail("built again")
+    )
     again = posed(tmp_path, small_data).problem
     assert again.cost([0] * 3) == problem.cost([0] * 3)
     assert again.cost(again.most)["latency"] <= again.cost([0] * 3)["latency"]
@@ -151,7 +153,7 @@ def test_operations_that_cannot_be_counted_are_warned_of_once_and_points_are_cap
         return build_table(*arguments, **options)
 
     monkeypatch.setattr("search.study.problem.Activations", uncountable)
-    monkeypatch.setattr("search.study.latency.build_table", built)
+    monkeypatch.setattr("search.study.latency_table.build_table", built)
     posed(tmp_path, small_data, points=7)
     assert caplog.text.count("predicted as a constant: no trace") == 1
     assert asked["points"] == 7

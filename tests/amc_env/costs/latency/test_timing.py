@@ -71,10 +71,10 @@ def test_a_call_that_measures_itself_is_believed(clock: Clock) -> None:
 
 
 def test_the_machine_goes_by_its_processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(timing, "_CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(timing.os, "cpu_count", lambda: 8)
-    monkeypatch.setattr(timing.platform, "processor", lambda: "")
-    monkeypatch.setattr(timing.platform, "machine", lambda: "riscv64")
+    monkeypatch.setattr("amc_env.system._CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("platform.processor", lambda: "")
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
     assert machine() == "riscv64, 8 cores"
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Fast 9000\nmodel name\t: Fast 9000\n")
     assert machine() == "Fast 9000, 8 cores"

@@ -23,7 +23,7 @@ from amc_env.pruning.criteria import (
     check_fits,
 )
 
-CONF = Path(__file__).parents[3] / "conf" / "criterion"
+CONF = Path(__file__).parents[4] / "conf" / "criterion"
 GRANULARITIES = ("channel", "fine_grained", "nm", "vector", "kernel")
 SETTINGS = [
     *CRITERIA,
