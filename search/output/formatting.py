@@ -1,4 +1,4 @@
-"""Numbers as people read them, and the comparison original / pruned / fine-tuned, for the terminal and the report."""
+"""Numbers in words, and the comparison original / pruned / fine-tuned, for the terminal and the report."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ def amount(cost: str, value: float) -> str:
 
 def duration(seconds: float) -> str:
     """95.2 -> '1:35'; 3725 -> '1:02:05'."""
-    whole = max(0, round(seconds))
-    minutes, rest = divmod(whole, 60)
+    rounded = max(0, round(seconds))
+    minutes, rest = divmod(rounded, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 

@@ -1,7 +1,7 @@
 """The pictures of a run, as PNG files.
 
 Figures are built as objects, never through pyplot: no global state, no display, safe in threads. The palette is Okabe and
-Ito's, which keeps apart for the colour-blind; light grey is always the original network.
+Ito's, which colour-blind readers can distinguish; light grey is always the original network.
 """
 
 from __future__ import annotations
@@ -24,30 +24,16 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from agents.sensitivity import Curve
-from amc_env.costs.latency import Timing
+from amc_env.latency import Timing
 from search.output.formatting import cost_name
 
 BLUE, ORANGE, VERMILION, GREY, INK = "#0072B2", "#E69F00", "#D55E00", "#D0D3D6", "#30343A"
-
-
 DPI = 150
-
-
-_ALL_NAMED = 10  # lines that can still be told apart by colour
-
-
+_ALL_NAMED = 10  # lines that can still be distinguished by colour
 _NARROWEST = 0.02  # axis of costs, as a share of the original's
-
-
 _MARKERS = ("o", "s", "^", "D")  # of the lines with names where there are more
-
-
 _DEPTH = LinearSegmentedColormap.from_list("depth", colormaps["viridis_r"](np.linspace(0.1, 1.0, 256)))
-
-
 _PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.6g}%")
-
-
 _COUNT = FuncFormatter(lambda count, _: f"{count:.6g}" if count < 10_000 else f"{count / 1000:,.6g}k")
 
 
@@ -121,7 +107,7 @@ def plot_reward(
         warmup: episodes at the start, of each stage, that were played at random.
         note: a few words beside the axis title, such as the budget.
         stages: how many episodes lie before each further stage, whose rewards are of another network and budget: the
-            best begins anew there.
+            best starts again there.
     """
     figure = _figure()
     axes = figure.subplots()
@@ -196,7 +182,7 @@ def plot_tradeoff(
 
 
 def _widen(axes: Axes, narrowest: float) -> None:
-    """Keeps what all lies on the budget from looking spread out."""
+    """Widens a narrow axis of costs: candidates that all use up the budget must not look spread out."""
     left, right = axes.get_xlim()
     missing = max(0.0, narrowest - (right - left))
     axes.set_xlim(left - missing / 2, right + missing / 2)
@@ -268,7 +254,7 @@ def plot_sensitivity(
 def plot_latency_check(
     predicted: Sequence[float], measured: Sequence[Timing], path: Path, note: str = ""
 ) -> Path:
-    """Predicted against measured latency of whole networks; on the diagonal the two are equal.
+    """Predicted against measured latency of networks; on the diagonal the two are equal.
 
     Args:
         predicted: milliseconds by the table, one for each network.
@@ -332,7 +318,7 @@ def _figure(width: float = 5.8, height: float = 3.5) -> Figure:
 
 
 def _legend(axes: Axes) -> None:
-    """A row above the axes, where it covers no point; what is drawn several times is named once."""
+    """A row above the axes, where it covers no point; a label that occurs several times is shown once."""
     named = {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (-0.01, 1.0)}
     size = 10 if len(named) < 4 else 8.5

@@ -45,7 +45,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text; with `bars`, shares in [0, 1], each row ends with a bar and begins with code."""
+    """Rows of text; with `bars`, shares in [0, 1], the first column is code and a last one shows bars."""
 
     kind: ClassVar[str] = "table"
 

@@ -112,8 +112,8 @@ class CsvTracker(NoTracker):
 
     def _load(self) -> None:
         text = self.path.read_text()
-        whole = text[: text.rfind("\n") + 1]
-        reader = csv.DictReader(io.StringIO(whole))
+        complete = text[: text.rfind("\n") + 1]
+        reader = csv.DictReader(io.StringIO(complete))
         self._columns = list(reader.fieldnames or self._columns)
         for cells in reader:
             # A metric that a row lacks is an empty cell; a nan is written as 'nan'.

@@ -103,7 +103,7 @@ def load_pruned(module: nn.Module, folder: str | Path) -> nn.Module:
 def _channels(model: nn.Module, keeps: Keeps, original: nn.Module | None) -> dict[str, dict[str, Any]]:
     """The "channels" part of channels.json, checked against the small network."""
     modules = dict(model.named_modules())
-    whole = dict(original.named_modules()) if original is not None else {}
+    unpruned = dict(original.named_modules()) if original is not None else {}
     entries: dict[str, dict[str, Any]] = {}
     problems: list[str] = []
     for name, sides in keeps.items():
@@ -115,7 +115,7 @@ def _channels(model: nn.Module, keeps: Keeps, original: nn.Module | None) -> dic
             size = channels_of(modules[name], side)
             if side in sides and size != len(sides[side]):
                 problems.append(f"{name}.{side} has {size} channels, {len(sides[side])} are kept")
-            entries[name][f"{side}_total"] = channels_of(whole[name], side) if name in whole else None
+            entries[name][f"{side}_total"] = channels_of(unpruned[name], side) if name in unpruned else None
     if problems:
         raise ValueError(f"keeps do not describe {type(model).__name__}: {_listed(problems)}")
     return entries
