@@ -27,7 +27,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_packages_configuration_and_templates(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    for path in (*ROOT.glob("conf/**/*.yaml"), *ROOT.glob("search/templates/*")):
+    templates = list(ROOT.glob("search/output/templates/*"))
+    assert templates
+    for path in (*ROOT.glob("conf/**/*.yaml"), *templates):
         assert str(path.relative_to(ROOT)) in names
     for package in ("amc_env", "amc_env/pruning", "agents", "search", "conf"):
         assert f"{package}/__init__.py" in names
