@@ -24,7 +24,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from agents.sensitivity import Curve
-from amc_env.latency import Timing
+from amc_env.costs.latency import Timing
 from search.output.formatting import cost_name
 
 BLUE, ORANGE, VERMILION, GREY, INK = "#0072B2", "#E69F00", "#D55E00", "#D0D3D6", "#30343A"

@@ -483,7 +483,7 @@ def write_parquet(folder: Path, labels: list[int], label: str = "label") -> None
 
 @pytest.mark.parametrize(
     ("labels", "column", "says"),
-    [([0, 1], "fine_label", "no column label"), ([], "label", "is empty"), ([0, 10], "label", "10")],
+    [([0, 1], "fine_label", "no column label"), ([], "label", "cannot be read"), ([0, 10], "label", "10")],
     ids=["wrong column", "empty", "label outside"],
 )
 def test_data_that_cannot_be_used_is_refused(
