@@ -1,0 +1,93 @@
+"""scripts/compare_*.py: tiny studies run, resume and print their tables; points differ in what is compared alone."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+import compare_agents  # noqa: E402 -- scripts are no package
+import compare_latency  # noqa: E402
+import compare_pruning  # noqa: E402
+import compare_repairs  # noqa: E402
+import studies  # noqa: E402
+from hydra import compose, initialize_config_module  # noqa: E402
+
+TINY = ("model=digits_mlp", "search.images=60", "repair.images=60", "device=cpu")
+
+
+def test_agents_are_compared_and_finished_runs_are_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = ["--run", "even", "agent=uniform", "--run", "chance", "agent=random", "search.episodes=2"]
+    quiet = ["finetune.epochs=0", "export=[safetensors]", "latency.repeats=0", "finalists.count=0"]
+    arguments = [str(tmp_path), "--seeds", "1", "2", *runs, "--common", *TINY, *quiet]
+    assert compare_agents.main([*arguments]) == 0
+    first = capsys.readouterr().out
+    with monkeypatch.context() as patched:
+        patched.setattr(studies.subprocess, "run", None)
+        assert compare_agents.main(arguments) == 0
+    assert capsys.readouterr().out == first
+    titles, _, *rows = [line.strip("| ").split(" | ") for line in first.splitlines()]
+    assert [row[:2] for row in rows] == [["even", "2"], ["chance", "2"]]
+    macs = rows[0][titles.index("MACs")].split(" ± ")
+    assert float(macs[0]) <= 50
+    assert float(macs[1]) == 0
+    folders = [str(tmp_path / f"{name}-1") for name in ("even", "chance")]
+    assert compare_latency.main([*folders, "--repeats", "2"]) == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows] == ["run", "---", "even-1", "chance-1"]
+    assert all(row[-1].endswith(" ms)") for row in rows[2:])
+
+
+def test_a_failed_run_gives_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compare_agents.main([str(tmp_path), "--seeds", "1", "--run", "a", "agent=nosuch"]) == 1
+    assert "| a | 0 | – |" in capsys.readouterr().out
+    assert "nosuch" in (tmp_path / "a-1" / "output.txt").read_text()
+
+
+def test_repairs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = ("model=digits_cnn", *TINY[1:])
+    assert compare_repairs.main([str(tmp_path), "--jobs", "2", "--ratios", "0.3", "--common", *model]) == 0
+    titles, _, *rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    accuracy = {row[0]: float(row[titles.index("search accuracy")]) for row in rows}
+    assert set(accuracy) == {f"0.3 {repair}" for repair in compare_repairs.REPAIRS}
+    assert accuracy["0.3 sequential"] > accuracy["0.3 none"]
+
+
+def test_a_point_of_a_pruning_study_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare_pruning, "CURVE", (0.8,))
+    arguments = [str(tmp_path), "curve", "--epochs", "2", "--common", *TINY]
+    assert compare_pruning.main(arguments) == 0
+    titles, _, *rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    one_shot, cubic = rows
+    assert cubic[0] == f"{one_shot[0]} cubic"
+    for row in rows:
+        assert float(row[titles.index("params left")]) == pytest.approx(20, abs=2)
+        assert float(row[titles.index("fine-tuned")]) > 50
+
+
+@pytest.mark.parametrize("table", compare_pruning.TABLES)
+def test_every_point_is_a_configuration(table: str, tmp_path: Path) -> None:
+    options = argparse.Namespace(out=tmp_path, seeds=[1], epochs=3)
+    points = list(compare_pruning.TABLES[table](options))
+    assert len({point.name for point in points}) == len(points)
+    with initialize_config_module("conf", version_base="1.3"):
+        for point in points[:40]:
+            assert compose("search", list(point.overrides)).agent.ratio > 0
+
+
+def test_the_best_four_criteria_by_the_search_split_are_tuned(tmp_path: Path) -> None:
+    for rank, criterion in enumerate(compare_pruning.CRITERIA):
+        point = compare_pruning.uniform("fine_grained", 0.9, compare_pruning.REPAIR, 0, criterion)
+        folder = point.folder(tmp_path, 1)
+        folder.mkdir()
+        (folder / "result.json").write_text(f'{{"search": {{"search_accuracy": 0.{rank}}}}}')
+    options = argparse.Namespace(out=tmp_path, seeds=[1], epochs=1)
+    names = [point.name.split()[2] for point in compare_pruning.criteria_tuned(options)]
+    assert names == list(compare_pruning.CRITERIA[:-5:-1])
