@@ -16,11 +16,11 @@ from typing import Any
 
 import studies
 from omegaconf import OmegaConf
-from search.export import load_pruned
 from torch import Tensor, nn
 
 from amc_env.costs.latency import Timing, measure
-from search import wiring
+from search import load_pruned
+from search.config import compose as wiring
 
 
 def networks_of(folders: list[Path], batch: int) -> tuple[dict[str, nn.Module], Tensor]:

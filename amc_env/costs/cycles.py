@@ -63,7 +63,6 @@ class Cycles:
             depthwise_pixels=pixels,
         )
         layers = graph.layers
-        self._names = tuple(layer.name for layer in layers)
         self._sizes, self._per_unit = kept_channels(graph)
         self._depthwise = np.array([layer.depthwise for layer in layers], dtype=bool)
         self._groups = np.array([1 if layer.depthwise else layer.groups for layer in layers])
@@ -71,26 +70,11 @@ class Cycles:
         self._positions = np.array([layer.positions for layer in layers])
         self._waves = _ceil(self._positions, np.where(self._depthwise, pixels, pixel_parallel))
         self._parallel = input_parallel, output_parallel
-        self._peak = input_parallel * output_parallel * pixel_parallel
-        self._other_macs = graph.other_macs
-        self._other = -(-graph.other_macs // self._peak)
+        self._other = -(-graph.other_macs // (input_parallel * output_parallel * pixel_parallel))
 
     def __call__(self, removed: Sequence[int]) -> float:
         """Cycles of the cut network."""
         return float(self._by_layer(removed).sum() + self._other)
-
-    def by_layer(self, removed: Sequence[int]) -> dict[str, int]:
-        """Cycles of each layer of the cut network, in forward order."""
-        return dict(zip(self._names, self._by_layer(removed).tolist(), strict=True))
-
-    def utilisation(self, removed: Sequence[int]) -> float:
-        """The share of the array's multipliers that work: MACs / (cycles * MACs a cycle), in (0, 1].
-
-        MACs are those of the products: linear layers' biases, which `Macs` counts, are left out.
-        """
-        inputs, outputs = self._kept(removed)
-        macs = self._positions * self._area * self._groups * inputs * outputs
-        return float((macs.sum() + self._other_macs) / (self(removed) * self._peak))
 
     def _kept(self, removed: Sequence[int]) -> tuple[Ints, Ints]:
         """Input and output channels of one group of each layer; of a depthwise layer 1 and its channels."""

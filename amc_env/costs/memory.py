@@ -103,17 +103,12 @@ class Memory:
     unit = "bytes"
 
     def __init__(self, activations: Activations):
-        self._operations = activations.operations
         self._sizes = activations.live @ activations.buffers
         self._per_unit = activations.live @ activations.buffers_per_unit
 
     def __call__(self, removed: Sequence[int]) -> float:
         """Bytes at the peak of the cut network."""
         return float(self._living(removed).max())
-
-    def by_operation(self, removed: Sequence[int]) -> dict[str, int]:
-        """Bytes that live while each operation of the cut network runs, in order."""
-        return dict(zip(self._operations, self._living(removed).tolist(), strict=True))
 
     def _living(self, removed: Sequence[int]) -> Ints:
         living: Ints = self._sizes - self._per_unit @ np.asarray(removed, dtype=np.int64)

@@ -21,7 +21,6 @@ from torch import Tensor
 from amc_env.errors import UserError
 from amc_env.graph.layers import Layer, LayerGraph
 from amc_env.space import Grid
-from amc_env.sparse import place_bits
 
 _OTHER_BITS = 32  # of a parameter that is no weight of a layer
 
@@ -119,7 +118,9 @@ class Csr:
 
 @dataclass(frozen=True)
 class Nm:
-    """n of every m weights, and ceil(log2 m) bits for the place of each (2:4: 2 bits); see `amc_env.sparse`.
+    """n of every m weights, and ceil(log2 m) bits for the position of each (2:4: 2 bits).
+
+    Mishra et al., arXiv 2104.08378, section 3.
 
     Attributes:
         value_bits: Bits of a weight.
@@ -151,6 +152,32 @@ def eie_entries(keep: Matrix) -> int:
     gaps = np.diff(spots, prepend=-1) - 1
     np.minimum(gaps, spots % rows, out=gaps)  # a run begins with its column
     return len(spots) + int((gaps // (_LONGEST_RUN + 1)).sum())
+
+
+def place_bits(m: int) -> int:
+    """Bits of a weight's position within a block of ``m``: ceil(log2 m)."""
+    return (m - 1).bit_length()
+
+
+def follows_pattern(weight: Tensor, n: int, m: int) -> bool:
+    """Whether each block of ``m`` input channels has at most ``n`` weights that are not zero.
+
+    Args:
+        weight: [O, I / groups, kh, kw] or [O, I]; blocks run along the input channels at each kernel position.
+        n: Non-zero weights allowed in a block.
+        m: Weights of a block.
+
+    Raises:
+        UserError: n:m is no pattern, or the input channels do not divide into blocks.
+    """
+    if not 1 <= n <= m:
+        raise UserError(f"{n}:{m} is no pattern: 1 <= n <= m is needed, like 2:4")
+    if weight.shape[1] % m:
+        raise UserError(
+            f"{weight.shape[1]} input channels (per group) are not divisible by m={m}: such a layer is not pruned"
+        )
+    blocks = weight.movedim(1, -1).reshape(len(weight), -1, m)
+    return bool((blocks != 0).sum(-1).max() <= n)
 
 
 def params_beside_weights(graph: LayerGraph) -> int:

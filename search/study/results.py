@@ -14,9 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from amc_env import sparse
 from amc_env.costs.latency import Timing, measure, processor
-from amc_env.costs.storage import Storage, params_beside_weights
+from amc_env.costs.storage import Storage, follows_pattern, params_beside_weights
 from amc_env.errors import UserError
 from amc_env.evaluation.evaluator import Outcome
 from amc_env.evaluation.pruner import ORIGINAL
@@ -267,9 +266,6 @@ def stored_sizes(ranked: Ranked, weights: Mapping[str, Tensor], removed: Sequenc
 
 
 def _pattern(weights: Mapping[str, Tensor], n: int, m: int) -> Pattern:
-    """Whether weights that are to have the n:m pattern have it, packed and unpacked to the bit."""
-    holds = all(
-        sparse.check(weight, n, m) and torch.equal(sparse.unpack(sparse.pack(weight, n, m)), weight)
-        for weight in weights.values()
-    )
+    """Whether the pruned weights follow the n:m pattern."""
+    holds = all(follows_pattern(weight, n, m) for weight in weights.values())
     return Pattern(n, m, tuple(weights), holds)

@@ -56,7 +56,6 @@ def finetune(
     lr: float,
     momentum: float = 0.9,
     weight_decay: float = 1e-4,
-    nesterov: bool = True,
     warmup_epochs: int = 0,
     seed: int = 0,
     device: str | torch.device = "cpu",
@@ -93,7 +92,7 @@ def finetune(
     weights = [parameter for parameter in model.to(device).parameters() if parameter.requires_grad]
     problems = distillation_problems(distillation, temperature, teacher)
     _check_settings(epochs, lr, steps, len(weights), problems)
-    optimizer = torch.optim.SGD(weights, lr, momentum, 0, weight_decay, nesterov and momentum > 0)
+    optimizer = torch.optim.SGD(weights, lr, momentum, 0, weight_decay, nesterov=momentum > 0)
     layout = training_format(model, batches.example)
     zeros = _Zeros(model, masks or {})
     source = Teacher(teacher, batches.example, distillation, temperature) if distillation else None

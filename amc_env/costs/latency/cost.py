@@ -53,7 +53,6 @@ class Latency:
             raise UserError(
                 "the latency table corrects for activations, and this network's cannot be counted"
             )
-        self._names = list(units)
         self._calls = np.array([layer.calls for layer in graph.layers], dtype=np.float64)
         self._sizes, self._per_unit = kept_channels(graph)
         depthwise = np.array([unit.depthwise for unit in units.values()])
@@ -85,11 +84,6 @@ class Latency:
         kept = self._sizes - self._per_unit @ counts
         weights = self._areas @ (kept[:, 0] * kept[:, 1])
         return float(self._times(kept).sum()), float(whole - per_unit @ counts), float(weights)
-
-    def by_layer(self, removed: Sequence[int]) -> dict[str, float]:
-        """Milliseconds of every layer's unit by the layer's name, as timed alone: without the correction."""
-        times = self._times(self._sizes - self._per_unit @ np.asarray(removed, dtype=np.int64))
-        return dict(zip(self._names, times.tolist(), strict=True))
 
     def _times(self, kept: Ints) -> Floats:
         times: Floats = self._calls * self._lookup(kept[:, 0], kept[:, 1])

@@ -73,6 +73,12 @@ class Branching(Residual):
         return super().forward(x if x.sum() > 0 else -x)
 
 
+def living(found: Activations, removed: list[int]) -> dict[str, int]:
+    """Bytes in use while each operation of the cut network runs."""
+    buffers = found.buffers - found.buffers_per_unit @ removed
+    return dict(zip(found.operations, (found.live @ buffers).tolist(), strict=True))
+
+
 # ---------------------------------------------------------------------------------------------- by hand
 
 
@@ -81,7 +87,7 @@ def test_a_chain() -> None:
     memory = Memory(found)
     plane = 32 * 32 * 4
     nothing, some = [0, 0, 0], [1, 2, 3]
-    assert memory.by_operation(nothing) == {
+    assert living(found, nothing) == {
         "x": 3 * plane,
         "convs_0": (3 + 16) * plane,
         "convs_1": (16 + 32) * plane,
@@ -101,10 +107,10 @@ def test_a_shortcut_lives_until_it_is_added() -> None:
     found, grids = activations(Residual(), images(size=2))
     memory = Memory(found)
     assert [grid.total for grid in grids] == [4, 6]
-    living = memory.by_operation([0, 0])
+    live = living(found, [0, 0])
     want = {"first": 3 + 4, "inner": 4 + 6, "back": 4 + 6 + 4, "add": 4 + 4 + 4}
-    assert {name: living[name] for name in want} == {name: 16 * count for name, count in want.items()}
-    assert (living["mean"], living["head"]) == (16 * 4 + 4 * 4, 4 * 4 + 4 * 5)
+    assert {name: live[name] for name in want} == {name: 16 * count for name, count in want.items()}
+    assert (live["mean"], live["head"]) == (16 * 4 + 4 * 4, 4 * 4 + 4 * 5)
     assert (memory([0, 0]), memory([1, 3])) == (16 * 14, 16 * (3 + 3 + 3))
     assert (
         found.elements([1, 3], inside=("first", "inner", "back", "head")) == 3 * 4 + 3
@@ -113,16 +119,17 @@ def test_a_shortcut_lives_until_it_is_added() -> None:
 
 def test_a_concatenation_lives_with_its_parts() -> None:
     candidates, grids = prepared("concat", multiple=1)
-    memory = Memory(Activations(candidates.original, candidates.graph, grids, images()))
+    found = Activations(candidates.original, candidates.graph, grids, images())
+    memory = Memory(found)
     parts = {"left": 3 + 8, "right": 3 + 8 + 6, "cat": 8 + 6 + 14, "norm": 14 + 14}
-    living = memory.by_operation([0] * len(grids))
-    assert {name: living[name] for name in parts} == {name: 256 * count for name, count in parts.items()}
+    live = living(found, [0] * len(grids))
+    assert {name: live[name] for name in parts} == {name: 256 * count for name, count in parts.items()}
     assert memory([int(grid.name == "left") for grid in grids]) == 256 * (7 + 6 + 13)
 
 
 def test_what_shares_storage_counts_once_and_weights_do_not() -> None:
     found, _ = activations(InPlace(), images(size=2))
-    assert Memory(found).by_operation([1]) == {
+    assert living(found, [1]) == {
         "x": 48,
         "offset": 48,
         "add": 48 + 48,

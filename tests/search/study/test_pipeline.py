@@ -16,7 +16,7 @@ from torch import nn
 from agents.base import Agent
 from agents.baselines import Uniform
 from agents.ddpg import DDPGAgent
-from amc_env import sparse
+from amc_env.costs.storage import follows_pattern
 from amc_env.graph.tracing import trace_layers
 from search import load_pruned
 from search.config.compose import default_agent
@@ -78,7 +78,7 @@ def assert_delivered(
         assert torch.equal(found, weight(restored, layer))
         assert int((found == 0).sum()) * decision["total"] == found.numel() * decision["removed"]
         if granularity == "nm":
-            assert sparse.check(found, 2, 4) is bool(decision["removed"])
+            assert follows_pattern(found, 2, 4) is bool(decision["removed"])
     assert result["granularity"]["name"] == strategy["granularity"] == granularity
     assert read(folder / "channels.json")["channels"] == {}
     return result

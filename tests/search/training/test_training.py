@@ -171,7 +171,7 @@ def test_the_first_step_is_sgd_by_hand(small_data: Data) -> None:
     loss = F.cross_entropy(model(images), small_data.train.labels)
     (gradient,) = torch.autograd.grad(loss, model[1].weight)
     batches = AugmentedBatches(small_data.train, small_data, 64, 0, "cpu")
-    finetune(model, batches, epochs=1, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True)
+    finetune(model, batches, epochs=1, lr=0.1, momentum=0.9, weight_decay=0.01)
     # The first Nesterov step goes along (1 + momentum) times the gradient with decay.
     expected = weight - 0.1 * 1.9 * (gradient + 0.01 * weight)
     assert torch.allclose(model[1].weight, expected, atol=1e-6)
@@ -426,7 +426,7 @@ def test_masked_weights_are_zero_before_and_after_every_step(small_data: Data) -
 
     batches = Watched(small_data.train, small_data, 16, 0, "cpu")
     batches.look = look
-    options = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.05, "penalty": L1(0.01).penalty(model)}
+    options = {"momentum": 0.9, "weight_decay": 0.05, "penalty": L1(0.01).penalty(model)}
     finetune(model, batches, epochs=3, lr=0.1, masks=masks, **options)
     look()
     assert len(looks) == 3 * 4 + 1  # four steps an epoch, and the end

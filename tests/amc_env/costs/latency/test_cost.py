@@ -35,9 +35,7 @@ def test_a_perceptron_by_hand() -> None:
     candidates, _ = prepared("mlp")  # 192 - 20 - 16 - 4: the two hidden widths are decided
     latency = Latency(candidates.original, candidates.graph, table_of("mlp"))
     assert latency([0, 0]) == pytest.approx(0.192 + 0.04 + 0.02 + 0.032 + 0.016 + 0.008)
-    assert latency.by_layer([4, 6]) == pytest.approx(
-        {"1": 0.192 + 0.032, "3": 0.016 + 0.02, "5": 0.010 + 0.008}
-    )
+    assert latency([4, 6]) == pytest.approx(0.192 + 0.032 + 0.016 + 0.02 + 0.010 + 0.008)
     assert (latency.name, latency.unit) == ("latency", "ms")
 
 
@@ -56,7 +54,6 @@ def test_the_correction_is_of_the_sum_of_elements_outside_of_units_and_of_weight
     assert corrected.parts(removed) == pytest.approx((plain(removed), outside, weights))
     expected = 1.5 * plain(removed) + 1e-4 * outside + 1e-5 * weights - 0.01
     assert corrected(removed) == pytest.approx(expected)
-    assert corrected.by_layer(removed) == plain.by_layer(removed)
 
 
 @pytest.mark.parametrize("name", SMALL)
