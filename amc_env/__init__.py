@@ -5,6 +5,8 @@ The entry points are strings, so that registration costs no import of the enviro
 
 import gymnasium
 
+__version__ = "0.1.0"
+
 gymnasium.register(
     id="amc_env/Pruning-v0",
     entry_point="amc_env.env:PruningEnv",
