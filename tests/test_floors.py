@@ -97,8 +97,9 @@ def test_only_the_search_sees_everything() -> None:
         assert not roots(path) & {"agents", "search", "conf"}, path
     for path in files_of("agents"):
         assert not roots(path) & {"search", "conf"}, path
-        ours = {x for x in imports(path) if x.startswith("amc_env.") and x.count(".") == 1}
-        assert ours <= {"amc_env.errors", "amc_env.space"}, path
+        if path.stem not in ("testing", "toy"):  # the toy search has the real environment
+            ours = {x for x in imports(path) if x.startswith("amc_env.") and x.count(".") == 1}
+            assert ours <= {"amc_env.errors", "amc_env.space"}, path
 
 
 def test_agents_need_little() -> None:

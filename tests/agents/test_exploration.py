@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from agents.exploration import WARMUPS, TruncatedNormalNoise
+from amc_env.env import PruningEnv
 
 
 def draws(mean: float, sigma: float, count: int = 40_000, high: float = 0.8) -> np.ndarray:
@@ -66,7 +67,7 @@ def warm_up(name: str, problem, noise: TruncatedNormalNoise = NOISE):
 @pytest.mark.parametrize("name", ["landing", "near_uniform"])
 def test_a_warm_up_survives_the_bound_and_lands_on_the_budget(toy, name: str) -> None:
     search = toy()
-    env, warmup = search.env(), warm_up(name, search.problem)
+    env, warmup = PruningEnv(search.handle()), warm_up(name, search.problem)
     for _ in range(20):
         actions = warmup()
         env.reset()

@@ -113,7 +113,7 @@ def test_stable_baselines_own_algorithms_learn_on_episodes_side_by_side(toy) -> 
         env = VecMonitor(GymnasiumVecEnv(PruningVectorEnv(search.handle(), 3)))
         learner = algorithm("MlpPolicy", env, device="cpu", seed=0, **settings)
         learner.learn(2 * 8 * 3)  # four rounds of three episodes of four steps
-        assert search.rounds == [3] * 4
+        assert search.batches == [3] * 4
         assert [entry["r"] for entry in learner.ep_info_buffer] == pytest.approx(search.rewards, abs=1e-5)
         mean, _ = evaluate_policy(learner, env, n_eval_episodes=3)
         assert mean == pytest.approx(np.mean(search.rewards[-3:]), abs=1e-5)
