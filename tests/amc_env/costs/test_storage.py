@@ -12,6 +12,7 @@ from amc_env.costs.storage import Storage, eie_entries, params_beside_weights
 from amc_env.errors import UserError
 from amc_env.graph.layers import Layer
 from amc_env.space import Budget, Grid, Problem
+from amc_env.testing import check_cost
 
 EXAMPLE = [0, 0, 1, 2, *[0] * 18, 3]
 """A column that section III of the EIE paper encodes."""
@@ -148,6 +149,7 @@ def test_a_budget_on_it_is_met_by_bisection() -> None:
     places = {name: random_places(shape, "element", seed)[0] for seed, name in enumerate(names)}
     grids = [Grid(name, 4608, 1, 4500) for name in names]
     cost = Storage([layer(name, *shape) for name in names], grids, places, 128)
+    check_cost(cost, grids, original=128 * 4 + 2 * (64 + 4608 // 2), seeds=1)
     problem = Problem(grids, [cost], [Budget.of(cost, 2, ratio=0.6)])
     removed = problem.project([0.0, 0.0])
     assert problem.met(removed)
