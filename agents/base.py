@@ -17,24 +17,7 @@ import numpy.typing as npt
 from gymnasium.vector import VectorEnv
 
 from amc_env.errors import UserError
-from amc_env.space import Problem, Removed
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a proposal turned out to be worth.
-
-    Attributes:
-        removed: The strategy that was scored.
-        accuracy: In [0, 1].
-        reward: The search's reward; may be minus infinity.
-        met: Whether every budget is met.
-    """
-
-    removed: Removed
-    accuracy: float
-    reward: float
-    met: bool
+from amc_env.space import Problem, Removed, Trial
 
 
 def _stays(removed: Removed) -> None:
@@ -60,7 +43,7 @@ class SearchTask:
 
     problem: Problem
     envs: Callable[[int], VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[Any]]]
-    score: Callable[[Sequence[Removed]], list[Result]]
+    score: Callable[[Sequence[Removed]], list[Trial]]
     episodes: int
     seed: int
     on_update: Callable[[Mapping[str, float]], None] | None = None

@@ -14,9 +14,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from agents.base import Agent, Result, SearchTask
+from agents.base import Agent, SearchTask
 from amc_env.errors import UserError
-from amc_env.space import Budget, Problem, Removed
+from amc_env.space import Budget, Problem, Removed, Trial
 
 log = logging.getLogger(__name__)
 
@@ -119,17 +119,17 @@ class NetAdapt(Agent):
         log.info("round %d: no decision alone saves enough, so all are cut together", number)
         return [cut_together(problem, budget, removed, max(budget.limit, now - wanted))]
 
-    def _winner(self, state: Result, results: Sequence[Result], budget: Budget) -> Result:
+    def _winner(self, state: Trial, trials: Sequence[Trial], budget: Budget) -> Trial:
         now = budget.cost(state.removed)
 
-        def worth(result: Result) -> tuple[float, float]:
-            saved = now - budget.cost(result.removed)
+        def worth(trial: Trial) -> tuple[float, float]:
+            saved = now - budget.cost(trial.removed)
             if self.choice == "accuracy":
-                return result.accuracy, saved
-            lost = 100 * (state.accuracy - result.accuracy)
+                return trial.score, saved
+            lost = 100 * (state.score - trial.score)
             return -(lost + 1e-6) / (saved + 1e-5), saved  # the release's constants, accuracy in percent
 
-        return max(results, key=worth)  # the first of equals
+        return max(trials, key=worth)  # the first of equals
 
 
 def _furthest(budgets: Sequence[Budget], removed: Removed) -> Budget:

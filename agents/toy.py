@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from agents.base import Agent, Result, SearchTask
+from agents.base import Agent, SearchTask
 from amc_env.encoding import DecisionDescription, Encoder
 from amc_env.env import EnvHandle, PruningVectorEnv
 from amc_env.rewards import Error, Reward
-from amc_env.space import Budget, Grid, Problem, Removed, Strategy
+from amc_env.space import Budget, Grid, Problem, Removed, Strategy, Trial
 
 Accuracy = Callable[[npt.NDArray[np.float64]], float]
 WIDTH, LARGEST = 32, 28
@@ -33,16 +33,6 @@ class ChainMacs:
     def __call__(self, removed: Sequence[int]) -> float:
         kept = np.concatenate([[WIDTH], WIDTH - np.asarray(removed, dtype=float), [WIDTH]])
         return float(kept[:-1] @ kept[1:])
-
-
-@dataclass(frozen=True)
-class ToyOutcome:
-    """What the toy's environment reads of a scored strategy."""
-
-    strategy: Strategy
-    accuracy: float
-    costs: dict[str, float]
-    met: bool
 
 
 def one_fragile_layer(ratios: npt.NDArray[np.float64]) -> float:
@@ -80,27 +70,23 @@ class ToySearch:
         budgets = [Budget.of(ChainMacs(), len(grids), ratio=self.ratio)] if self.ratio else []
         self.problem = Problem(grids, [ChainMacs()], budgets)
 
-    def score_one(self, strategy: Strategy) -> ToyOutcome:
+    def score_one(self, strategy: Strategy) -> Trial:
         """Scores one strategy and writes it down."""
         if len(self.scored) == self.stop_after:
             raise KeyboardInterrupt
         removed = strategy.removed
-        accuracy = self.accuracy(np.array(strategy.ratios))
-        outcome = ToyOutcome(strategy, accuracy, self.problem.cost(removed), self.problem.met(removed))
+        score = self.accuracy(np.array(strategy.ratios))
+        costs, met = self.problem.cost(removed), self.problem.met(removed)
+        reward = self.reward(score, costs, met)
         self.scored.append(removed)
-        self.rewards.append(self.reward(outcome.accuracy, outcome.costs, outcome.met))
-        return outcome
+        self.rewards.append(reward)
+        return Trial(len(self.scored), strategy, "original", "none", score, costs, met, reward)
 
-    def score(self, batch: Sequence[Removed]) -> list[Result]:
+    def score(self, batch: Sequence[Removed]) -> list[Trial]:
         """Scores proposals, in order."""
-        outcomes = [self.score_one(self.problem.strategy(removed)) for removed in batch]
-        rewards = self.rewards[len(self.rewards) - len(outcomes) :]
-        return [
-            Result(outcome.strategy.removed, outcome.accuracy, reward, outcome.met)
-            for outcome, reward in zip(outcomes, rewards, strict=True)
-        ]
+        return [self.score_one(self.problem.strategy(removed)) for removed in batch]
 
-    def score_all(self, strategies: Sequence[Strategy]) -> list[Any]:
+    def score_all(self, strategies: Sequence[Strategy]) -> list[Trial]:
         """Scores the strategies of episodes that ended together."""
         self.batches.append(len(strategies))
         return [self.score_one(strategy) for strategy in strategies]
@@ -110,9 +96,10 @@ class ToySearch:
         described = [
             DecisionDescription(name, WIDTH, WIDTH, 8, 8, stride=1, kernel=3) for name in self.problem.names
         ]
-        score: Callable[[Strategy], Any] = self.score_one
         encoder = Encoder(described, self.problem)
-        return EnvHandle(self.problem, encoder, score, self.reward, self.bounded, score_all=self.score_all)
+        return EnvHandle(
+            self.problem, encoder, self.score_one, self.reward, self.bounded, score_all=self.score_all
+        )
 
     def task(self, episodes: int, seed: int = 1, **more: Any) -> SearchTask:
         """The search as an agent sees it; weights that an agent adopts change nothing."""

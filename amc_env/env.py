@@ -18,8 +18,7 @@ from amc_env.errors import UserError
 from amc_env.rewards import RewardFunction
 
 if TYPE_CHECKING:
-    from amc_env.evaluation.evaluator import Outcome
-    from amc_env.space import Problem, Strategy
+    from amc_env.space import Problem, Strategy, Trial
 
 Observation = npt.NDArray[np.float32]
 Action = npt.NDArray[np.float32]
@@ -47,11 +46,11 @@ class EnvHandle:
 
     problem: Problem
     encoder: Encoder
-    score: Callable[[Strategy], Outcome]
+    score: Callable[[Strategy], Trial]
     reward: RewardFunction
     enforce_budget: bool = True
     fill_budget: bool = False
-    score_all: Callable[[Sequence[Strategy]], Sequence[Outcome]] | None = None
+    score_all: Callable[[Sequence[Strategy]], Sequence[Trial]] | None = None
 
     def __copy__(self) -> EnvHandle:
         return self
@@ -116,7 +115,7 @@ class PruningEnv(gymnasium.Env[Observation, Action]):
     | accuracy       | last step only: accuracy of the strategy, in [0, 1]                               |
     | met            | last step only: whether every budget is met                                       |
     | strategy       | last step only: the `Strategy` that was scored                                    |
-    | outcome        | last step only: the evaluator's `Outcome`                                         |
+    | trial          | last step only: the `Trial`                                                       |
 
     ## Arguments
     ``gymnasium.make("amc_env/Pruning-v0", handle=EnvHandle(problem, encoder, score, reward))``
@@ -246,11 +245,11 @@ class PruningVectorEnv(VectorEnv[Observation, Action, npt.NDArray[Any]]):
         """Scores the strategies, adds what is known of them to ``infos`` and returns their rewards."""
         strategies = [episode.strategy for episode in self._episodes]
         if self.handle.score_all is None:
-            outcomes: Sequence[Outcome] = [self.handle.score(strategy) for strategy in strategies]
+            trials: Sequence[Trial] = [self.handle.score(strategy) for strategy in strategies]
         else:
-            outcomes = self.handle.score_all(strategies)
-        ends = zip(self._episodes, strategies, outcomes, infos, strict=True)
-        return [episode.judge(strategy, outcome, info) for episode, strategy, outcome, info in ends]
+            trials = self.handle.score_all(strategies)
+        ends = zip(self._episodes, strategies, trials, infos, strict=True)
+        return [episode.judge(strategy, trial, info) for episode, strategy, trial, info in ends]
 
 
 class _Episode:
@@ -303,13 +302,13 @@ class _Episode:
             "macs": costs["macs"],
         }
 
-    def judge(self, strategy: Strategy, outcome: Outcome, info: Info) -> float:
+    def judge(self, strategy: Strategy, trial: Trial, info: Info) -> float:
         """Adds what is known of the scored strategy to the last step's ``info`` and returns its reward."""
-        reward = float(self._handle.reward(outcome.accuracy, outcome.costs, outcome.met))
+        reward = float(self._handle.reward(trial.score, trial.costs, trial.met))
         if np.isnan(reward):
-            raise UserError(f"the reward of accuracy {outcome.accuracy} and costs {outcome.costs} is NaN")
-        info.update(accuracy=outcome.accuracy, met=outcome.met, strategy=strategy, outcome=outcome)
-        info.update(executed_ratio=strategy.ratios[-1], macs=outcome.costs["macs"])
+            raise UserError(f"the reward of score {trial.score} and costs {trial.costs} is NaN")
+        info.update(accuracy=trial.score, met=trial.met, strategy=strategy, trial=trial)
+        info.update(executed_ratio=strategy.ratios[-1], macs=trial.costs["macs"])
         return reward
 
 

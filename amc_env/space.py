@@ -8,7 +8,7 @@ limit. Costs never rise when more is removed, so bisection finds it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -187,6 +187,40 @@ class Strategy:
         if problems:
             raise UserError("the strategy does not fit the network: " + "; ".join(problems))
         return cls(tuple(g.name for g in grids), tuple(g.total for g in grids), tuple(removed))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A scored strategy: what memory, journal, agents, progress and report pass around.
+
+    Trials are equal when the same strategy scored the same, whenever that was and however long it took.
+
+    Attributes:
+        number: Place among the evaluations of a run, from 1.
+        strategy: The strategy.
+        start: Name of the weights that it was pruned from.
+        repair: Name of the repair that it was scored with.
+        score: On the search split, in [0, 1]; accuracy for classification.
+        costs: All costs by name.
+        met: Whether every budget is met.
+        reward: The search's reward; may be minus infinity.
+        seconds: Time by phase: ``repair`` (with pruning) and ``score``.
+    """
+
+    number: int = field(compare=False)
+    strategy: Strategy
+    start: str
+    repair: str
+    score: float
+    costs: Mapping[str, float]
+    met: bool
+    reward: float
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
+
+    @property
+    def removed(self) -> Removed:
+        """Units removed from every decision."""
+        return self.strategy.removed
 
 
 def as_ratios(values: Sequence[float] | np.ndarray, count: int) -> np.ndarray:

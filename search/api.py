@@ -19,7 +19,7 @@ from agents.base import Agent
 from agents.baselines import Random
 from amc_env.env import EnvHandle
 from amc_env.errors import UserError, first_line
-from amc_env.pruning.candidate import Keeps
+from amc_env.graph.surgery import Keeps
 from amc_env.pruning.granularity import Channel
 from search.config.compose import default_agent
 from search.data.base import Data
@@ -39,8 +39,8 @@ from search.settings import (
 )
 from search.study.evaluation import make_evaluator
 from search.study.pipeline import Context, env_handle, run
-from search.study.problem import prepare
-from search.study.study import Loop
+from search.study.problem import PruningProblem
+from search.study.study import Study
 
 Asked = float | Mapping[str, float] | BudgetSettings | Sequence[BudgetSettings]
 """Budgets: the share of the MACs that may remain, shares by cost, or settings."""
@@ -195,8 +195,8 @@ def _env_handle(
     budgets = () if budget is None else _budgets(budget)
     base = replace(settings or _defaults(Random(), budgets), agent=Random(), budgets=budgets)
     network = copy.deepcopy(module).cpu().eval()
-    prepared = prepare(network, _data(network, train_loader, val_loader, None, base), base)
-    return env_handle(prepared, Loop(make_evaluator(prepared), base.reward))
+    prepared = PruningProblem.build(network, _data(network, train_loader, val_loader, None, base), base)
+    return env_handle(prepared, Study(make_evaluator(prepared)))
 
 
 def _data(

@@ -50,8 +50,8 @@ def main_job(cfg: DictConfig) -> float:
     except KeyboardInterrupt:
         log.warning("stopped; nothing that was scored is lost, go on with: %s", go_on)
         raise
-    outcome = scanned.picked or scanned.outcomes[0][0]
-    return outcome.accuracy
+    outcome = scanned.picked or scanned.trials[0][0]
+    return outcome.score
 
 
 def _header_config(cfg: DictConfig) -> Mapping[str, Any]:

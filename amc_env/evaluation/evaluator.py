@@ -1,36 +1,19 @@
-"""The evaluator: strategies in, outcomes out. Every policy is judged here and nowhere else."""
+"""The evaluator: strategies in, trials out. Every policy is scored here and nowhere else."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 from torch import nn
 
-from amc_env.evaluation.pruner import ORIGINAL, Bench, Pruned, Start
+from amc_env.errors import UserError
+from amc_env.evaluation.pruner import BaseWeights, Pruned, Pruner
 from amc_env.pruning.candidate import Builder
-from amc_env.space import Problem, Strategy
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a strategy is worth.
-
-    Attributes:
-        strategy: The strategy.
-        accuracy: On the search split, in [0, 1].
-        costs: All costs by name.
-        met: Whether every budget holds.
-        repair: Name of the repair that it was scored with.
-        start: Name of the weights that it was cut from.
-    """
-
-    strategy: Strategy
-    accuracy: float
-    costs: Mapping[str, float]
-    met: bool
-    repair: str
-    start: str = ORIGINAL
+from amc_env.rewards import Error, RewardFunction
+from amc_env.space import Problem, Removed, Strategy, Trial
 
 
 @dataclass(frozen=True)
@@ -39,125 +22,143 @@ class Key:
 
     start: str
     repair: str
-    removed: tuple[int, ...]
+    removed: Removed
+
+
+class Memory(Protocol):
+    """Trials by key. A dictionary will do; a journal keeps them on disk."""
+
+    def get(self, key: Key, /) -> Trial | None:
+        """The trial of an evaluation, None where it is not known."""
+
+    def __setitem__(self, key: Key, trial: Trial, /) -> None: ...
+
+    def __len__(self) -> int: ...
 
 
 class Evaluator:
-    """Turns strategies into outcomes; the same one is never scored twice.
+    """Scores strategies; the same one is never scored twice.
 
     Scoring is a pure function of (start, repair, strategy): it does not touch the global random state.
 
     Args:
-        start: The weights that a search begins with.
+        weights: The weights that strategies are pruned from at first.
         problem: Costs and budgets.
-        scorer: Accuracy of a cut network.
+        scorer: Score of a pruned network, in [0, 1].
         repair: Name of the repair that strategies are scored with by default.
-        memo: Accuracies known already; a journal keeps them across runs.
-        threads: Of torch while candidates are cut, mended and scored; None leaves them as they are.
+        memory: Trials that are known already; a journal keeps them across runs.
+        reward: Of a trial's score, costs and whether its budgets are met.
+        threads: Torch's threads while candidates are pruned, repaired and scored; None leaves them as they are.
     """
 
     def __init__(
         self,
-        start: Start,
+        weights: BaseWeights,
         problem: Problem,
         scorer: Callable[[nn.Module], float],
         repair: str,
-        memo: MutableMapping[Key, Outcome] | None = None,
+        memory: Memory | None = None,
         *,
+        reward: RewardFunction | None = None,
         threads: int | None = None,
     ):
         self.problem = problem
         self.repair = repair
-        self.start = start.name
+        self.start = weights.name
         self.hits = 0
         self.evaluations = 0
-        self._bench = Bench(scorer, threads)
-        self._starts = {start.name: start}
-        self._memo: MutableMapping[Key, Outcome] = {} if memo is None else memo
+        self._reward = reward or Error()
+        self._pruner = Pruner(scorer, threads)
+        self._weights = {weights.name: weights}
+        self._memory: Memory = {} if memory is None else memory
 
-    def begin(self, start: Start) -> None:
-        """Makes further weights known, for example those that an earlier outcome was tuned to.
+    def add(self, weights: BaseWeights) -> None:
+        """Make further weights known, for example those that an earlier trial was fine-tuned to.
 
         Raises:
-            ValueError: There is a start of that name already; its outcomes would be taken for this one's.
+            ValueError: There are weights of that name already; their trials would be taken for those of these.
         """
-        if start.name in self._starts:
+        if weights.name in self._weights:
             raise ValueError(
-                f"a start named {start.name!r} is known already; give each state of the weights its own name"
+                f"weights named {weights.name!r} are known already; give each state of the weights its own name"
             )
-        self._starts[start.name] = start
+        self._weights[weights.name] = weights
 
-    def move(self, start: Start) -> None:
-        """Goes on from further weights: strategies are cut from them by default, and those before are forgotten.
+    def move(self, weights: BaseWeights) -> None:
+        """Switch to new base weights and drop the previous ones.
 
         Raises:
-            ValueError: There is a start of that name already.
+            ValueError: There are weights of that name already.
         """
-        self.begin(start)
-        left, self.start = self.start, start.name
-        del self._starts[left]
+        self.add(weights)
+        left, self.start = self.start, weights.name
+        del self._weights[left]
 
     def builder(self, start: str) -> Builder:
         """What builds candidates from these weights."""
-        return self._known_start(start).candidates
+        return self._known(start).candidates
 
     def evaluate(
         self, strategies: Sequence[Strategy], *, start: str | None = None, repair: str | None = None
-    ) -> list[Outcome]:
-        """The `outcomes` of strategies, all of them."""
-        return list(self.outcomes(strategies, start=start, repair=repair))
+    ) -> list[Trial]:
+        """All `trials` of strategies."""
+        return list(self.trials(strategies, start=start, repair=repair))
 
-    def outcomes(
-        self,
-        strategies: Sequence[Strategy],
-        *,
-        start: str | None = None,
-        repair: str | None = None,
-    ) -> Iterator[Outcome]:
-        """Scores strategies and gives each as soon as it and those before it are known; from memory where they are.
+    def trials(
+        self, strategies: Sequence[Strategy], *, start: str | None = None, repair: str | None = None
+    ) -> Iterator[Trial]:
+        """Score strategies one after another; known ones come from memory.
 
         Args:
             strategies: What to score.
-            start: Name of the weights that they are cut from; by default those that the search began with.
+            start: Name of the weights that they are pruned from; by default the current ones.
             repair: Name of the repair; by default the search's.
 
         Raises:
-            UserError: A candidate's outputs are not numbers, or the repair is unknown.
+            UserError: A candidate's outputs are not numbers, the repair is unknown, or the reward is NaN.
             ValueError: The start is unknown.
         """
-        begun, mend = self._known_start(start or self.start), repair or self.repair
+        weights, repair = self._known(start or self.start), repair or self.repair
         for strategy in strategies:
-            key = Key(begun.name, mend, strategy.removed)
-            outcome = self._memo.get(key)
-            if outcome is None:
-                outcome = self._outcome(key, strategy, self._bench.score(begun, mend, strategy.removed))
-                self._memo[key] = outcome
+            key = Key(weights.name, repair, strategy.removed)
+            known = self._memory.get(key)
+            if known is None:
+                trial = self._scored(weights, repair, strategy)
+                self._memory[key] = trial
                 self.evaluations += 1
+                yield trial
             else:
                 self.hits += 1
-            yield outcome
+                yield replace(known, reward=self._rewarded(known.score, known.costs, known.met))
 
-    def _known_start(self, name: str) -> Start:
-        if name not in self._starts:
-            raise ValueError(f"unknown start {name!r}; there are {', '.join(self._starts)}")
-        return self._starts[name]
-
-    def _outcome(self, key: Key, strategy: Strategy, accuracy: float) -> Outcome:
+    def _scored(self, weights: BaseWeights, repair: str, strategy: Strategy) -> Trial:
+        score, seconds = self._pruner.score(weights, repair, strategy.removed)
         costs, met = self.problem.cost(strategy.removed), self.problem.met(strategy.removed)
-        return Outcome(strategy, accuracy, costs, met, key.repair, key.start)
+        reward = self._rewarded(score, costs, met)
+        number = len(self._memory) + 1
+        return Trial(number, strategy, weights.name, repair, score, costs, met, reward, seconds)
+
+    def _rewarded(self, score: float, costs: Mapping[str, float], met: bool) -> float:
+        reward = self._reward(score, costs, met)
+        if math.isnan(reward):
+            raise UserError(f"the reward of score {score} and costs {dict(costs)} is NaN", code="nan_reward")
+        return reward
+
+    def _known(self, name: str) -> BaseWeights:
+        if name not in self._weights:
+            raise ValueError(f"unknown start {name!r}; there are {', '.join(self._weights)}")
+        return self._weights[name]
 
     def apply(self, strategy: Strategy, *, start: str | None = None, repair: str | None = None) -> Pruned:
-        """Prunes and mends without scoring.
+        """Prune and repair without scoring.
 
         Args:
             strategy: What to remove.
-            start: As in `evaluate`.
-            repair: As in `evaluate`.
+            start: As in `trials`.
+            repair: As in `trials`.
         """
-        return self._bench.pruned(
-            self._known_start(start or self.start), repair or self.repair, strategy.removed
-        )
+        return self._pruner.pruned(self._known(start or self.start), repair or self.repair, strategy.removed)
 
-    def network(self, outcome: Outcome) -> Pruned:
+    def network(self, trial: Trial) -> Pruned:
         """The network that was scored, bit for bit."""
-        return self.apply(outcome.strategy, start=outcome.start, repair=outcome.repair)
+        return self.apply(trial.strategy, start=trial.start, repair=trial.repair)

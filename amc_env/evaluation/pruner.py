@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ from amc_env.space import Removed
 from amc_env.system import using_threads
 
 ORIGINAL = "original"
-"""The start of a search that begins with the uncut network's weights."""
+"""Name of the unpruned network's own weights."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,17 +41,16 @@ class Pruned:
 
 
 @dataclass(frozen=True, eq=False)
-class Start:
-    """A state of the weights that strategies are cut from.
+class BaseWeights:
+    """A state of the weights that strategies are pruned from.
 
-    Calibration, rankings and memory belong to a start. Its strategies are counted from the uncut network, whatever
-    the weights are.
+    Calibration, rankings and memory belong to one state. Strategies are always counted from the unpruned network.
 
     Attributes:
-        name: What identifies it in keys, outcomes and the journal.
+        name: Identifies it in keys, trials and the journal.
         candidates: Builds networks from these weights.
-        repairs: How to make each repair for these weights, by name; they are made when first asked for.
-        removed: What is gone from these weights already: a strategy that removes no more needs no repair.
+        repairs: How to make each repair for these weights, by name; made on first use.
+        removed: What is removed from these weights already: a strategy that removes no more needs no repair.
     """
 
     name: str
@@ -59,54 +59,60 @@ class Start:
     removed: tuple[int, ...] = ()
 
 
-class Bench:
-    """Cuts, mends and scores candidates, one after another.
+class Pruner:
+    """Prunes, repairs and scores candidates, one after another.
 
-    Repairs are calibrated once while candidates come from one start; those of the start before are forgotten.
+    Repairs are calibrated once for the weights that candidates are pruned from; those of the weights before are dropped.
 
     Args:
-        scorer: Accuracy of a cut network.
-        threads: Of torch meanwhile; None leaves them as they are.
+        scorer: Score of a pruned network.
+        threads: Torch's threads meanwhile; None leaves them as they are.
     """
 
     def __init__(self, scorer: Callable[[nn.Module], float], threads: int | None = None):
         self.scorer = scorer
         self._threads = threads
-        self._start: Start | None = None
+        self._weights: BaseWeights | None = None
         self._repairs: dict[str, Repair] = {}
 
-    def score(self, start: Start, repair: str, removed: Removed) -> float:
-        """Score of a candidate, in [0, 1]."""
+    def score(self, weights: BaseWeights, repair: str, removed: Removed) -> tuple[float, dict[str, float]]:
+        """Score of a candidate, in [0, 1], and the seconds of each phase."""
+        began = time.perf_counter()
         with using_threads(self._threads):
-            model, _ = self._mended(start, repair, removed)
-            return self.scorer(model)
+            model, _ = self._repaired(weights, repair, removed)
+            repaired = time.perf_counter()
+            score = self.scorer(model)
+        ended = time.perf_counter()
+        return score, {"repair": round(repaired - began, 6), "score": round(ended - repaired, 6)}
 
-    def pruned(self, start: Start, repair: str, removed: Removed) -> Pruned:
+    def pruned(self, weights: BaseWeights, repair: str, removed: Removed) -> Pruned:
         """The candidate that `score` scores, as a network of its own."""
         with using_threads(self._threads):
-            model, keeps = self._mended(start, repair, removed)
-        builder = start.candidates
+            model, keeps = self._repaired(weights, repair, removed)
+        builder = weights.candidates
         return Pruned(_own(model), keeps, builder.masks(removed), builder.units(removed))
 
-    def _mended(self, start: Start, repair: str, removed: Removed) -> tuple[nn.Module, Keeps]:
-        keeps = start.candidates.keeps(removed)
-        model = start.candidates.cut(removed, keeps)
-        if any(removed) and removed != start.removed:
-            mend = self._repair(start, repair)
-            if isinstance(mend, FrontToBack):  # it needs the room, and takes several times as long as scoring
+    def _repaired(self, weights: BaseWeights, name: str, removed: Removed) -> tuple[nn.Module, Keeps]:
+        keeps = weights.candidates.keeps(removed)
+        model = weights.candidates.cut(removed, keeps)
+        if any(removed) and removed != weights.removed:
+            repair = self._repair(weights, name)
+            if isinstance(
+                repair, FrontToBack
+            ):  # it needs the memory, and takes several times as long as scoring
                 self._forget()
             with arithmetic(FLOAT32):
-                mend(model, removed, keeps)
+                repair(model, removed, keeps)
         return model, keeps
 
-    def _repair(self, start: Start, name: str) -> Repair:
-        if name not in start.repairs:
-            raise UserError(f"unknown repair {name!r}; there are {', '.join(start.repairs)}")
-        if start is not self._start:
-            self._start, self._repairs = start, {}
+    def _repair(self, weights: BaseWeights, name: str) -> Repair:
+        if name not in weights.repairs:
+            raise UserError(f"unknown repair {name!r}; there are {', '.join(weights.repairs)}")
+        if weights is not self._weights:
+            self._weights, self._repairs = weights, {}
         if name not in self._repairs:
-            self._forget()  # a calibration needs the room
-            self._repairs[name] = start.repairs[name]()
+            self._forget()  # calibration needs the memory
+            self._repairs[name] = weights.repairs[name]()
         return self._repairs[name]
 
     def _forget(self) -> None:

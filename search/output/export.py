@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from amc_env import onnx as onnx_files
 from amc_env.errors import UserError
-from amc_env.pruning.candidate import Keeps
+from amc_env.graph.surgery import Keeps
 from search import files
 from search.output.weights import WEIGHTS_FILE, ExportError, one_line, save_pruned
 

@@ -20,14 +20,14 @@ class Evaluation:
     Attributes:
         start: the weights that the strategy was cut from.
         removed: the strategy's counts.
-        accuracy: on the search split, in [0, 1].
+        score: on the search split, in [0, 1].
         costs: by name.
         met: whether every budget was met.
     """
 
     start: str
     removed: tuple[int, ...]
-    accuracy: float
+    score: float
     costs: Mapping[str, float]
     met: bool
 
@@ -71,7 +71,7 @@ class RunFiles:
             result=result,
             decisions=_decisions(folder / "strategy.json"),
             header=header,
-            evaluations=tuple(_evaluation(line) for line in lines if "accuracy" in line),
+            evaluations=tuple(_evaluation(line) for line in lines if "score" in line),
             metrics=tuple(csv.DictReader(_text(folder / "metrics.csv").splitlines())),
             configuration=_text(folder / ".hydra" / "config.yaml")
             or (json.dumps(config, indent=2) if config else ""),
@@ -95,7 +95,7 @@ class RunFiles:
 
 
 def _evaluation(line: Mapping[str, Any]) -> Evaluation:
-    return Evaluation(line["start"], tuple(line["removed"]), line["accuracy"], line["costs"], line["met"])
+    return Evaluation(line["start"], tuple(line["removed"]), line["score"], line["costs"], line["met"])
 
 
 def _decisions(path: Path) -> dict[str, Decision]:

@@ -178,7 +178,7 @@ def tradeoff(run: RunFiles) -> Section | None:
     original = result.base.costs[cost]
 
     def candidate(evaluation: Evaluation) -> Candidate:
-        return Candidate(evaluation.accuracy, evaluation.costs[cost] / original, evaluation.met)
+        return Candidate(evaluation.score, evaluation.costs[cost] / original, evaluation.met)
 
     starts, rounds = result.search.start or ("original",), run.first_of_rounds()
     shown = starts if rounds else starts[-1:]

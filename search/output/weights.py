@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from amc_env.errors import UserError
 from amc_env.graph.layers import Side, channels_of
-from amc_env.pruning.candidate import Keeps, resize
+from amc_env.graph.surgery import Keeps, resize
 from search import files
 
 WEIGHTS_FILE = "model.safetensors"

@@ -9,7 +9,7 @@ from functools import partial
 from amc_env.evaluation.evaluator import Evaluator
 from amc_env.evaluation.precision import FLOAT32
 from amc_env.evaluation.prefix import PrefixScorer
-from amc_env.evaluation.pruner import ORIGINAL, Start
+from amc_env.evaluation.pruner import ORIGINAL, BaseWeights
 from amc_env.evaluation.scorer import accuracy
 from amc_env.graph.layers import LayerGraph
 from amc_env.graph.topology import Topology
@@ -20,7 +20,7 @@ from amc_env.pruning.repair.masked import MaskedLeastSquares, MaskedSequential
 from amc_env.pruning.repair.sequential import Sequential
 from search.settings import SHORT_TERM, RepairSettings
 from search.study.journal import Journal
-from search.study.problem import Prepared, Ranked
+from search.study.problem import PruningProblem
 from search.training.short_term import ShortTerm
 
 log = logging.getLogger(__name__)
@@ -32,11 +32,11 @@ _CALIBRATION_BYTES = (
 
 
 def start_of(
-    prepared: Ranked,
+    prepared: PruningProblem,
     name: str,
     candidates: Candidates | MaskedCandidates,
     removed: tuple[int, ...] = (),
-) -> Start:
+) -> BaseWeights:
     """A state of the weights that strategies are cut from, with its repairs.
 
     Args:
@@ -52,10 +52,12 @@ def start_of(
         return ShortTerm(repairs[base](), candidates, prepared.data, settings, name)
 
     more = {SHORT_TERM: short_term} if settings.short_term_steps else {}
-    return Start(name, candidates, {**repairs, **more}, removed)
+    return BaseWeights(name, candidates, {**repairs, **more}, removed)
 
 
-def _repairs(prepared: Ranked, candidates: Candidates | MaskedCandidates) -> dict[str, Callable[[], Repair]]:
+def _repairs(
+    prepared: PruningProblem, candidates: Candidates | MaskedCandidates
+) -> dict[str, Callable[[], Repair]]:
     """How to make each repair; made when first asked for, since calibration takes time."""
     settings: RepairSettings = prepared.settings.repair
     topology = Topology.of(candidates.original)
@@ -104,7 +106,7 @@ def _calibration_images(graph: LayerGraph, wanted: int) -> int:
     return min(room, wanted)
 
 
-def scorer_of(prepared: Prepared) -> PrefixScorer:
+def scorer_of(prepared: PruningProblem) -> PrefixScorer:
     """Accuracy of cut networks on the search split."""
     search, scoring = prepared.data.search, prepared.settings.scoring
     return PrefixScorer(
@@ -117,12 +119,14 @@ def scorer_of(prepared: Prepared) -> PrefixScorer:
     )
 
 
-def make_evaluator(prepared: Prepared, memo: Journal | None = None, start: Start | None = None) -> Evaluator:
+def make_evaluator(
+    prepared: PruningProblem, memory: Journal | None = None, start: BaseWeights | None = None
+) -> Evaluator:
     """The evaluator that judges every policy of this run.
 
     Args:
         prepared: The run.
-        memo: Keeps outcomes across runs.
+        memory: Keeps trials across runs.
         start: The weights to begin with; by default the network's own.
     """
     settings = prepared.settings
@@ -142,10 +146,12 @@ def make_evaluator(prepared: Prepared, memo: Journal | None = None, start: Start
     if original < 2 / len(prepared.data.classes):
         log.warning("that is near chance: are the images scaled and normalised as in the network's training?")
     threads = settings.scoring.threads
-    return Evaluator(start, prepared.problem, scorer, settings.scored_by, memo, threads=threads)
+    return Evaluator(
+        start, prepared.problem, scorer, settings.scored_by, memory, reward=settings.reward, threads=threads
+    )
 
 
-def _in_float32(start: Start, prepared: Prepared) -> float:
+def _in_float32(start: BaseWeights, prepared: PruningProblem) -> float:
     search = prepared.data.search
     labels = search.labels.to(prepared.settings.device)
     return accuracy(start.candidates.original, prepared.images(search), labels)

@@ -10,14 +10,15 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 from amc_env.errors import UserError
-from amc_env.evaluation.evaluator import Key, Outcome
-from amc_env.space import Problem
+from amc_env.evaluation.evaluator import Key
+from amc_env.space import Problem, Trial
 from search import files
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ class Journal:
         self._lock = _locked(folder)
         self._path = folder / FILE
         self._problem = problem
-        self._known: dict[Key, Outcome] = {}
+        self._known: dict[Key, Trial] = {}
         self._replay: list[Key] = []
         self._asked = 0
         self._warned = False
@@ -75,10 +76,11 @@ class Journal:
     def _remember(self, lines: Sequence[Mapping[str, Any]]) -> None:
         for number, line in enumerate(lines, start=2):
             try:
-                key, outcome = self._outcome(line)
+                trial = self._trial(line)
             except (KeyError, TypeError, ValueError, AssertionError) as error:
                 raise self._damaged(f"line {number} is no evaluation of this network") from error
-            self._known[key] = outcome
+            key = Key(trial.start, trial.repair, trial.removed)
+            self._known[key] = trial
             if not self._replay or key.repair == self._replay[0].repair:  # finalists come after the search
                 self._replay.append(key)
 
@@ -99,14 +101,14 @@ class Journal:
         """Evaluations that were there when the run began."""
         return self._found
 
-    def get(self, key: Key) -> Outcome | None:
-        """The outcome of an evaluation, or None where it is not known yet."""
+    def get(self, key: Key, /) -> Trial | None:
+        """The trial of an evaluation, or None where it is not known yet."""
         if self._asked < len(self._replay) and key == self._replay[self._asked]:
             self._asked += 1
         return self._known.get(key)
 
-    def __setitem__(self, key: Key, outcome: Outcome) -> None:
-        """Keeps an outcome; it is on disk when this returns."""
+    def __setitem__(self, key: Key, trial: Trial, /) -> None:
+        """Keep a trial; it is on disk when this returns."""
         other_way = self._asked < len(self._replay) and key.repair == self._replay[0].repair
         if other_way and not self._warned:
             self._warned = True
@@ -116,8 +118,8 @@ class Journal:
                 self._asked,
                 len(self._replay),
             )
-        self._known[key] = outcome
-        self._file.write(json.dumps(_line(len(self._known) - 1, outcome)) + "\n")
+        self._known[key] = trial
+        self._file.write(json.dumps(_line(trial)) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -148,29 +150,33 @@ class Journal:
     def _write_back(self, lines: list[dict[str, Any]]) -> None:
         files.write(self._path, "".join(json.dumps(line) + "\n" for line in lines))
 
-    def _outcome(self, line: Mapping[str, Any]) -> tuple[Key, Outcome]:
-        strategy = self._problem.strategy(line["removed"])
-        key = Key(line["start"], line["repair"], strategy.removed)
-        outcome = Outcome(
-            strategy,
-            line["accuracy"],
-            line["costs"],
-            line["met"],
-            repair=line["repair"],
+    def _trial(self, line: Mapping[str, Any]) -> Trial:
+        reward = line["reward"]
+        return Trial(
+            number=line["number"],
+            strategy=self._problem.strategy(line["removed"]),
             start=line["start"],
+            repair=line["repair"],
+            score=line["score"],
+            costs=line["costs"],
+            met=line["met"],
+            reward=-math.inf if reward is None else reward,
+            seconds=line["seconds"],
         )
-        return key, outcome
 
 
-def _line(index: int, outcome: Outcome) -> dict[str, Any]:
+def _line(trial: Trial) -> dict[str, Any]:
+    """A trial as a JSON object; a reward of minus infinity is null."""
     return {
-        "index": index,
-        "start": outcome.start,
-        "repair": outcome.repair,
-        "removed": list(outcome.strategy.removed),
-        "accuracy": outcome.accuracy,
-        "costs": dict(outcome.costs),
-        "met": outcome.met,
+        "number": trial.number,
+        "start": trial.start,
+        "repair": trial.repair,
+        "removed": list(trial.removed),
+        "score": trial.score,
+        "costs": dict(trial.costs),
+        "met": trial.met,
+        "reward": trial.reward if math.isfinite(trial.reward) else None,
+        "seconds": dict(trial.seconds),
     }
 
 

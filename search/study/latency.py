@@ -7,13 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from amc_env.costs.latency import (
-    Call,
-    Timing,
-    interleaved,
-    using_threads,
-    warn_where_busy,
-)
+from amc_env.costs.latency import Call, Timing, interleaved, using_threads, warn_where_busy
 from amc_env.costs.latency.cost import Latency
 from amc_env.costs.latency.sampling import Checked, check_table, random_strategies
 from amc_env.costs.latency.table import LatencyTable

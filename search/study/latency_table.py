@@ -11,11 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from amc_env.costs.latency import (
-    Runtime,
-    machine,
-    sampling,
-)
+from amc_env.costs.latency import Runtime, machine, sampling
 from amc_env.costs.latency.sampling import build_table
 from amc_env.costs.latency.table import Conditions, LatencyTable
 from amc_env.costs.memory import Activations

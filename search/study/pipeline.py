@@ -18,9 +18,9 @@ from torch import nn
 from agents.base import SearchTask
 from amc_env.encoding import Encoder, describe
 from amc_env.env import EnvHandle, PruningVectorEnv
-from amc_env.evaluation.evaluator import Outcome
-from amc_env.evaluation.pruner import ORIGINAL, Start
-from amc_env.pruning.candidate import Keeps
+from amc_env.evaluation.pruner import ORIGINAL, BaseWeights
+from amc_env.graph.surgery import Keeps
+from amc_env.space import Trial
 from search.data.base import Data
 from search.output.export import Small, export_all
 from search.output.formatting import cost_name
@@ -29,10 +29,10 @@ from search.output.run_result import RunResult
 from search.settings import Settings
 from search.study.evaluation import make_evaluator, start_of
 from search.study.journal import Journal
-from search.study.problem import Prepared, announce, prepare
+from search.study.problem import PruningProblem, announce
 from search.study.results import result_of, strategy_json, write_json
 from search.study.stages import Stage, adopted, first_start, forget, next_start, stage_of
-from search.study.study import Episode, Loop, Scored
+from search.study.study import Study
 from search.study.tuning import Tuner, finetuned, penalty_of
 
 log = logging.getLogger(__name__)
@@ -78,49 +78,49 @@ class Finished:
 
 
 def search(
-    stage: Stage, start: Start, context: Context, progress: Progress, journal: Journal
-) -> tuple[Scored, Loop]:
+    stage: Stage, start: BaseWeights, context: Context, progress: Progress, journal: Journal
+) -> tuple[Trial, Study]:
     """Runs the agent; what earlier runs in the folder have scored is read back from the journal."""
     prepared, settings = stage.prepared, stage.prepared.settings
     latest: dict[str, float] = {}
     evaluator = make_evaluator(prepared, journal, start)
     before = (stage.number - 1) * settings.episodes
-    watcher = _watcher(prepared, context, progress, latest, before)
-
-    def moved(outcome: Outcome, number: int) -> Start:
-        return adopted(prepared, evaluator, outcome, number, context.folder)
-
-    loop = Loop(evaluator, settings.reward, watcher, moved)
+    show = _watcher(prepared, context, progress, latest, before)
+    study = Study(
+        evaluator,
+        lambda trial: show(trial, study),
+        lambda trial, number: adopted(prepared, evaluator, trial, number, context.folder),
+    )
     task = SearchTask(
         problem=prepared.problem,
-        envs=partial(PruningVectorEnv, env_handle(prepared, loop)),
-        score=loop.score,
+        envs=partial(PruningVectorEnv, env_handle(prepared, study)),
+        score=study.score,
         episodes=settings.episodes,
         seed=settings.seed,
         on_update=latest.update,
-        adopt=loop.adopt,
+        adopt=study.adopt,
     )
     settings.agent.search(task)
-    return loop.best(settings.rescored, settings.finalists.repair), loop
+    return study.best(settings.rescored, settings.finalists.repair), study
 
 
-def env_handle(prepared: Prepared, loop: Loop) -> EnvHandle:
-    """What the environments of a search refer to; their last step ends in ``loop``."""
+def env_handle(prepared: PruningProblem, study: Study) -> EnvHandle:
+    """What the environments of a search refer to; their last step ends in ``study``."""
     settings, problem = prepared.settings, prepared.problem
     return EnvHandle(
         problem,
         Encoder(describe(prepared.graph, problem.grids), problem),
-        loop.outcome,
+        study.score_one,
         settings.reward,
         enforce_budget=settings.enforce_budget,
         fill_budget=settings.fill_budget,
-        score_all=loop.outcomes,
+        score_all=study.score_all,
     )
 
 
 def _watcher(
-    prepared: Prepared, context: Context, progress: Progress, latest: Mapping[str, float], before: int
-) -> Callable[[Episode], None]:
+    prepared: PruningProblem, context: Context, progress: Progress, latest: Mapping[str, float], before: int
+) -> Callable[[Trial, Study], None]:
     """What is shown and tracked of every episode.
 
     Args:
@@ -134,30 +134,31 @@ def _watcher(
     cost = budgets[0].cost.name if budgets else "macs"
     whole = prepared.problem.cost([0] * len(prepared.problem.grids))
 
-    def on_episode(episode: Episode) -> None:
-        outcome, best = episode.scored.outcome, episode.best
+    def show(trial: Trial, study: Study) -> None:
+        best, number = study.best_so_far, before + study.episodes
+        assert best is not None
         progress.episode(
             SearchStatus(
-                done=before + episode.number,
-                reward=episode.scored.reward,
+                done=number,
+                reward=trial.reward,
                 best_reward=best.reward,
-                best_accuracy=best.outcome.accuracy,
-                best_cost_ratio=best.outcome.costs[cost] / whole[cost],
+                best_accuracy=best.score,
+                best_cost_ratio=best.costs[cost] / whole[cost],
                 cost=cost_name(cost, bool(prepared.masked)),
-                evaluations=episode.evaluations,
-                cache_hits=episode.cache_hits,
+                evaluations=study.evaluations,
+                cache_hits=study.cache_hits,
             )
         )
         metrics = {
-            "episode/reward": episode.scored.reward,
-            "episode/accuracy": outcome.accuracy,
-            **{f"episode/{name}_ratio": outcome.costs[name] / whole[name] for name in whole},
+            "episode/reward": trial.reward,
+            "episode/accuracy": trial.score,
+            **{f"episode/{name}_ratio": trial.costs[name] / whole[name] for name in whole},
             "best/reward": best.reward,
-            "best/accuracy": best.outcome.accuracy,
+            "best/accuracy": best.score,
         }
-        context.track({**metrics, **latest}, before + episode.number)
+        context.track({**metrics, **latest}, number)
 
-    return on_episode
+    return show
 
 
 def run(model: nn.Module, data: Data, settings: Settings, context: Context) -> Finished:
@@ -172,7 +173,7 @@ def run(model: nn.Module, data: Data, settings: Settings, context: Context) -> F
     Returns:
         The small network, its strategy and the content of result.json. The folder then holds all the rest.
     """
-    prepared = prepare(model, data, settings)
+    prepared = PruningProblem.build(model, data, settings)
     announce(prepared)
     refuse_early(prepared)
     head = header(prepared, context)
@@ -182,7 +183,7 @@ def run(model: nn.Module, data: Data, settings: Settings, context: Context) -> F
         return _run(prepared, context, journal)
 
 
-def refuse_early(prepared: Prepared) -> None:
+def refuse_early(prepared: PruningProblem) -> None:
     """Finds what cannot be done before anything is trained or scored.
 
     Raises:
@@ -198,7 +199,7 @@ def refuse_early(prepared: Prepared) -> None:
         penalty_of(prepared, prepared.model)
 
 
-def _run(prepared: Prepared, context: Context, journal: Journal) -> Finished:
+def _run(prepared: PruningProblem, context: Context, journal: Journal) -> Finished:
     settings = prepared.settings
     if journal.replayed:
         log.info("going on with %d evaluations of %s", journal.replayed, context.folder)
@@ -207,19 +208,19 @@ def _run(prepared: Prepared, context: Context, journal: Journal) -> Finished:
     planned = settings.agent.planned(prepared.problem, settings.episodes) * max(1, len(settings.stages))
     with Progress(episodes=planned, epochs=settings.all_epochs) as progress:
         tune = Tuner(prepared, _epoch_watcher(context, progress))
-        last, best, loop = _searched(prepared, context, progress, journal, tune)
-        write_json(context.folder / "strategy.json", strategy_json(last, best.outcome))
-        pruned = loop.evaluator.network(best.outcome)
+        last, best, study = _searched(prepared, context, progress, journal, tune)
+        write_json(context.folder / "strategy.json", strategy_json(last, best))
+        pruned = study.evaluator.network(best)
         networks = {"base": prepared.model, "pruned": pruned.network}
         if settings.finetune.epochs:
             progress.start("fine-tune")
-            pruned = finetuned(last, loop.evaluator, best.outcome, tune)
+            pruned = finetuned(last, study.evaluator, best, tune)
             networks["finetuned"] = pruned.network
     example = prepared.images(prepared.data.search, 4)
     small = Small(pruned.network, example, pruned.keeps, context.model, prepared.model)
     exports = export_all(small, context.folder, settings.export)
     result = replace(
-        result_of(last, networks, best, loop, exports),
+        result_of(last, networks, best, study, exports),
         model=context.model,
         command=context.command,
         resumed=journal.replayed > 0,
@@ -229,18 +230,18 @@ def _run(prepared: Prepared, context: Context, journal: Journal) -> Finished:
 
 
 def _searched(
-    prepared: Prepared, context: Context, progress: Progress, journal: Journal, tune: Tuner
-) -> tuple[Prepared, Scored, Loop]:
-    """All searches of a run; the last stage with its best strategy and the loop that found it."""
+    prepared: PruningProblem, context: Context, progress: Progress, journal: Journal, tune: Tuner
+) -> tuple[PruningProblem, Trial, Study]:
+    """All searches of a run; the last stage with its best strategy and the study that found it."""
     start = first_start(prepared, context.folder, tune)
     for number in count(1):
         stage = stage_of(prepared, number, start)
         progress.start("search")
-        best, loop = search(stage, start, context, progress, journal)
+        best, study = search(stage, start, context, progress, journal)
         if stage.last:
             break
-        start = next_start(stage, loop.evaluator, best.outcome, context.folder, tune)
-    return stage.prepared, best, loop
+        start = next_start(stage, study.evaluator, best, context.folder, tune)
+    return stage.prepared, best, study
 
 
 def _epoch_watcher(context: Context, progress: Progress) -> Callable[[int, float, float], None]:
@@ -251,7 +252,7 @@ def _epoch_watcher(context: Context, progress: Progress) -> Callable[[int, float
     return on_epoch
 
 
-def header(prepared: Prepared, context: Context) -> dict[str, Any]:
+def header(prepared: PruningProblem, context: Context) -> dict[str, Any]:
     """What evaluations depend on."""
     return {
         "config": dict(context.config),
@@ -264,7 +265,7 @@ def header(prepared: Prepared, context: Context) -> dict[str, Any]:
     }
 
 
-def _table(prepared: Prepared) -> dict[str, Any]:
+def _table(prepared: PruningProblem) -> dict[str, Any]:
     """Two predictions, which stand for the latency table that they are made from."""
     problem = prepared.problem
     ends = [0] * len(problem.grids), problem.most

@@ -44,14 +44,16 @@ from search.settings import (
 from search.study.latency_table import How, Subject, build, counted, read_table
 from search.training.short_term import check_loader
 
-_GONE = (
-    -1e-300
-)  # worth of a weight that is zero: below that of an idle one, and nothing in a sum with any other
+log = logging.getLogger(__name__)
+
+_GONE = -1e-300
+"""Saliency of a weight that is zero: below that of an unused one, and nothing in a sum with any other."""
+_NAMES_SHOWN = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Ranked:
-    """A network's decisions, and what each of them removes first.
+class PruningProblem:
+    """A network, its data and the settings, made ready for a search. Nothing has been scored yet.
 
     Attributes:
         model: The network, in eval mode on the device.
@@ -59,6 +61,7 @@ class Ranked:
         settings: The run's settings.
         graph: Its layers and coupled channels.
         grids: The decisions' feasible counts.
+        candidates: What builds pruned networks, where it is known already; else the units are ranked on first use.
     """
 
     model: nn.Module
@@ -66,25 +69,60 @@ class Ranked:
     settings: Settings
     graph: LayerGraph
     grids: tuple[Grid, ...]
+    candidates: Candidates | MaskedCandidates | None = None
 
-    def images(self, split: Split, count: int | None = None) -> Tensor:
-        """Normalised images of a split on the device, the first ``count`` of them."""
-        chosen = split.images if count is None else split.images[:count]
-        return self.data.normalise(chosen.to(self.settings.device))
+    @classmethod
+    def build(cls, model: nn.Module, data: Data, settings: Settings) -> PruningProblem:
+        """Trace the network and find every mistake that can be found without scoring.
 
-    def batch(self, size: int) -> Tensor:
-        """Normalised images of the search split on the device, ``size`` of them: over again where it has fewer."""
-        images = self.data.search.images
-        return self.data.normalise(images[torch.arange(size) % len(images)].to(self.settings.device))
+        Raises:
+            UserError: The device is missing, weights are not finite, labels do not fit the outputs, nothing can be
+                pruned, a budget is out of reach, or the data's loader does not fit short-term fine-tuning.
+        """
+        check(settings)
+        if settings.short_term_steps:
+            check_loader(data)
+        bad = [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
+        if bad:
+            raise UserError(
+                f"weights are not finite (NaN or infinity) in {', '.join(bad[:8])}", code="not_finite"
+            )
+        model = model.to(settings.device).eval()
+        example = data.normalise(data.search.images[:2].to(settings.device))
+        granularity = settings.granularity
+        graph = (trace_layers if granularity.masked else trace)(model, example)
+        _check_outputs(model, example, data)
+        graph, grids = granularity.decisions(graph)
+        if not grids:
+            reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in graph.whole[:8])
+            raise UserError(f"nothing is left to decide: {reasons}", code="nothing_to_prune")
+        settings = _with_possible_repairs(settings, Topology.of(model))
+        problem = cls(model, data, settings, graph, grids)
+        problem.problem  # noqa: B018 -- an unreachable budget is refused now
+        return problem
+
+    @cached_property
+    def problem(self) -> Problem:
+        """Decisions, costs and budgets of the settings.
+
+        Raises:
+            UserError: A budget does not fit the granularity, or is out of reach.
+        """
+        costs = costs_of(self)
+        budgets = [
+            Budget.of(costs[b.cost], len(self.grids), ratio=None if b.limit else b.ratio, limit=b.limit)
+            for b in self.settings.budgets
+        ]
+        return Problem(self.grids, list(costs.values()), budgets)
 
     @cached_property
     def builder(self) -> Candidates | MaskedCandidates:
         """Builds the networks of strategies. Ranking their units may take passes over training images."""
-        return builder_of(self, self.model)
+        return self.candidates or builder_of(self, self.model)
 
     @cached_property
     def activations(self) -> Activations:
-        """How large the activations of cut networks are. Finding out takes a pass over one image for every decision.
+        """Sizes of the activations of pruned networks; takes a pass over one image for every decision.
 
         Raises:
             UserError: The network cannot be traced symbolically, or they do not follow from the counts removed.
@@ -96,36 +134,50 @@ class Ranked:
         """The decisions where they mask weights, nothing where they cut channels."""
         return self.grids if self.settings.granularity.masked else ()
 
+    def images(self, split: Split, count: int | None = None) -> Tensor:
+        """Normalised images of a split on the device, the first ``count`` of them."""
+        chosen = split.images if count is None else split.images[:count]
+        return self.data.normalise(chosen.to(self.settings.device))
 
-@dataclass(frozen=True, eq=False)
-class Prepared(Ranked):
-    """A network and data made ready for a search; nothing has been scored yet."""
+    def batch(self, size: int) -> Tensor:
+        """``size`` normalised images of the search split on the device, repeated where it has fewer."""
+        images = self.data.search.images
+        return self.data.normalise(images[torch.arange(size) % len(images)].to(self.settings.device))
 
-    problem: Problem
+
+def _check_outputs(model: nn.Module, example: Tensor, data: Data) -> None:
+    with torch.no_grad():
+        outputs = model(example)
+    if outputs.ndim != 2 or outputs.shape[1] < len(data.classes):
+        raise UserError(
+            f"the network's output has shape {tuple(outputs.shape)}; one logit for each of the "
+            f"{len(data.classes)} classes of {data.name} is needed",
+            code="wrong_output",
+        )
 
 
 def builder_of(
-    ranked: Ranked, network: nn.Module, kept_units: Sequence[Tensor] = ()
+    problem: PruningProblem, network: nn.Module, kept_units: Sequence[Tensor] = ()
 ) -> Candidates | MaskedCandidates:
     """Ranks the units of ``network`` and gives the builder of its candidates.
 
     Args:
-        ranked: The decisions, criterion and data.
+        problem: The decisions, criterion and data.
         network: The uncut network, or later weights of it in its shapes.
         kept_units: Units that earlier cuts left of every channel group, in any order; the others go first. Empty: no
             channel was cut. What earlier masks removed is zero, and goes first as well.
     """
-    criterion = ranked.settings.criterion
-    train = ranked.data.train
-    labels = train.labels[: criterion.images].to(ranked.settings.device)
-    sample = Sample(ranked.images(train, criterion.images), labels, ranked.settings.seed)
-    if not ranked.masked:
-        scores = criterion.channel_scores(network, ranked.graph, sample)
+    criterion = problem.settings.criterion
+    train = problem.data.train
+    labels = train.labels[: criterion.images].to(problem.settings.device)
+    sample = Sample(problem.images(train, criterion.images), labels, problem.settings.seed)
+    if not problem.masked:
+        scores = criterion.channel_scores(network, problem.graph, sample)
         return Candidates(
-            network, ranked.graph, rank_after(scores, kept_units) if kept_units else rank(scores)
+            network, problem.graph, rank_after(scores, kept_units) if kept_units else rank(scores)
         )
-    granularity = cast(Masked, ranked.settings.granularity)
-    layers = {grid.name: ranked.graph.layer(grid.name) for grid in ranked.grids}
+    granularity = cast(Masked, problem.settings.granularity)
+    layers = {grid.name: problem.graph.layer(grid.name) for grid in problem.grids}
     saliency = cast(ElementCriterion, criterion).saliency(network, list(layers.values()), sample)
     places = {}
     for name, layer in layers.items():
@@ -133,13 +185,7 @@ def builder_of(
         assert isinstance(weight, Tensor)
         worth = torch.where(weight == 0, _GONE, saliency[name].to(weight.device))
         places[name] = granularity.places(worth, layer)
-    return MaskedCandidates(network, ranked.grids, places)
-
-
-log = logging.getLogger(__name__)
-
-
-_NAMES_SHOWN = 4
+    return MaskedCandidates(network, problem.grids, places)
 
 
 def check(settings: Settings) -> None:
@@ -156,58 +202,7 @@ def check(settings: Settings) -> None:
         runtime(settings.latency.runtime, settings.latency.threads or 1).check()
 
 
-def prepare(model: nn.Module, data: Data, settings: Settings) -> Prepared:
-    """Traces the network and poses the problem; mistakes that can be found without scoring are found here.
-
-    Raises:
-        UserError: The device is missing, weights are not finite, labels do not fit the outputs, nothing can
-            be pruned, a budget is out of reach, or the data's loader does not fit short-term fine-tuning.
-    """
-    check(settings)
-    if settings.short_term_steps:
-        check_loader(data)
-    bad = [name for name, value in model.state_dict().items() if not torch.isfinite(value).all()]
-    if bad:
-        raise UserError(f"weights are not finite (NaN or infinity) in {', '.join(bad[:8])}")
-    model = model.to(settings.device).eval()
-    example = data.normalise(data.search.images[:2].to(settings.device))
-    granularity = settings.granularity
-    graph = (trace_layers if granularity.masked else trace)(model, example)
-    with torch.no_grad():
-        outputs = model(example)
-    if outputs.ndim != 2 or outputs.shape[1] < len(data.classes):
-        raise UserError(
-            f"the network's output has shape {tuple(outputs.shape)}; one logit for each of the "
-            f"{len(data.classes)} classes of {data.name} is needed"
-        )
-    graph, grids = granularity.decisions(graph)
-    if not grids:
-        raise UserError(
-            f"nothing is left to decide: {'; '.join(f'{w.name}: {w.reason}' for w in graph.whole[:8])}"
-        )
-    settings = _with_possible_repairs(settings, Topology.of(model))
-    return posed(Ranked(model, data, settings, graph, grids))
-
-
-def posed(ranked: Ranked) -> Prepared:
-    """The search problem: all costs, and the budgets of the settings.
-
-    Raises:
-        UserError: A budget does not fit the granularity, or is out of reach.
-    """
-    costs = costs_of(ranked)
-    budgets = [
-        Budget.of(costs[b.cost], len(ranked.grids), ratio=None if b.limit else b.ratio, limit=b.limit)
-        for b in ranked.settings.budgets
-    ]
-    problem = Problem(ranked.grids, list(costs.values()), budgets)
-    prepared = Prepared(ranked.model, ranked.data, ranked.settings, ranked.graph, ranked.grids, problem)
-    if "builder" in vars(ranked):  # the storage needed it: ranked once
-        vars(prepared)["builder"] = ranked.builder
-    return prepared
-
-
-def announce(prepared: Prepared) -> None:
+def announce(prepared: PruningProblem) -> None:
     """Says what will be decided, what stays whole and why, and what can be reached."""
     problem = prepared.problem
     log.info(
@@ -254,66 +249,66 @@ def _check_device(device: str) -> None:
         ) from error
 
 
-def costs_of(ranked: Ranked) -> dict[str, Cost]:
+def costs_of(problem: PruningProblem) -> dict[str, Cost]:
     """The costs that every outcome states: MACs, parameters, and what a budget limits besides."""
     costs: dict[str, Cost] = {
-        "macs": Macs(ranked.graph, ranked.masked),
-        "params": Params(ranked.graph, ranked.masked),
+        "macs": Macs(problem.graph, problem.masked),
+        "params": Params(problem.graph, problem.masked),
     }
-    for budget in ranked.settings.budgets:
+    for budget in problem.settings.budgets:
         if isinstance(budget, StorageBudget):
-            costs["storage"] = storage_of(ranked, budget.format, budget.value_bits)
+            costs["storage"] = storage_of(problem, budget.format, budget.value_bits)
         elif isinstance(budget, CyclesBudget):
-            costs["cycles"] = _cycles(ranked, budget)
+            costs["cycles"] = _cycles(problem, budget)
         elif isinstance(budget, MemoryBudget):
-            costs["memory"] = _memory(ranked)
+            costs["memory"] = _memory(problem)
         elif isinstance(budget, LatencyBudget):
-            costs["latency"] = _latency(ranked, budget)
+            costs["latency"] = _latency(problem, budget)
     return costs
 
 
-def storage_of(ranked: Ranked, format: str, value_bits: int = 32) -> Storage:
+def storage_of(problem: PruningProblem, format: str, value_bits: int = 32) -> Storage:
     """Stored size of the masked network.
 
     Raises:
         UserError: Nothing is masked, or the format does not fit.
     """
-    if not ranked.masked:
+    if not problem.masked:
         raise UserError(
             "budget=storage counts the bytes of masked weights, and granularity=channel masks none: use "
             "budget=params, or a granularity such as fine_grained"
         )
-    builder = cast(MaskedCandidates, ranked.builder)
-    others = params_beside_weights(ranked.graph)
-    return Storage(ranked.graph.layers, ranked.grids, builder.places, others, format, value_bits=value_bits)
+    builder = cast(MaskedCandidates, problem.builder)
+    others = params_beside_weights(problem.graph)
+    return Storage(problem.graph.layers, problem.grids, builder.places, others, format, value_bits=value_bits)
 
 
-def _cycles(ranked: Ranked, budget: CyclesBudget) -> Cycles:
-    if ranked.masked:
+def _cycles(problem: PruningProblem, budget: CyclesBudget) -> Cycles:
+    if problem.masked:
         raise UserError(
-            f"budget=cycles counts a dense array processor, which granularity={ranked.settings.granularity.name} "
+            f"budget=cycles counts a dense array processor, which granularity={problem.settings.granularity.name} "
             "does not make faster: use granularity=channel"
         )
     return Cycles(
-        ranked.graph,
+        problem.graph,
         input_parallel=budget.input_parallel,
         output_parallel=budget.output_parallel,
         pixel_parallel=budget.pixel_parallel,
     )
 
 
-def _memory(ranked: Ranked) -> Memory:
-    if ranked.masked:
+def _memory(problem: PruningProblem) -> Memory:
+    if problem.masked:
         raise UserError(
-            f"budget=memory counts activations, which granularity={ranked.settings.granularity.name} does not make "
+            f"budget=memory counts activations, which granularity={problem.settings.granularity.name} does not make "
             "smaller: use granularity=channel"
         )
-    return Memory(ranked.activations)
+    return Memory(problem.activations)
 
 
-def _latency(ranked: Ranked, budget: LatencyBudget) -> Latency:
-    settings = ranked.settings
-    if ranked.masked:
+def _latency(problem: PruningProblem, budget: LatencyBudget) -> Latency:
+    settings = problem.settings
+    if problem.masked:
         raise UserError(
             f"budget=latency measures dense networks, which granularity={settings.granularity.name} does not make "
             "faster: use granularity=channel"
@@ -321,17 +316,17 @@ def _latency(ranked: Ranked, budget: LatencyBudget) -> Latency:
     wanted = settings.latency
     threads = wanted.threads or torch.get_num_threads()
     subject = Subject(
-        ranked.data.name,
-        Candidates(ranked.model, ranked.graph, [torch.arange(g.total) for g in ranked.graph.groups]),
-        ranked.grids,
-        ranked.batch(wanted.batch),
+        problem.data.name,
+        Candidates(problem.model, problem.graph, [torch.arange(g.total) for g in problem.graph.groups]),
+        problem.grids,
+        problem.batch(wanted.batch),
         How(runtime(wanted.runtime, threads), threads, budget.repeats, settings.seed),
     )
-    activations = counted(lambda: ranked.activations)
+    activations = counted(lambda: problem.activations)
     if budget.table is not None:
         table = read_table(Path(budget.table), subject, elsewhere=budget.elsewhere)
     elif budget.kept is not None and budget.kept.exists():
         table = read_table(budget.kept, subject)
     else:
         table = build(subject, activations, budget.kept, tolerance=budget.tolerance, points=budget.points)
-    return Latency(ranked.model, ranked.graph, table, activations)
+    return Latency(problem.model, problem.graph, table, activations)

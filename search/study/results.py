@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from amc_env.costs.latency import Timing, measure, processor
 from amc_env.costs.storage import Storage, follows_pattern, params_beside_weights
 from amc_env.errors import UserError
-from amc_env.evaluation.evaluator import Outcome
 from amc_env.evaluation.pruner import ORIGINAL
 from amc_env.evaluation.scorer import accuracy
 from amc_env.pruning.granularity import NM, Channel, FineGrained, Granularity, Kernel, Masked, Vector
-from amc_env.space import Strategy
+from amc_env.space import Strategy, Trial
 from search import files
 from search.data.base import Split
 from search.output.export import Exported
@@ -37,32 +36,32 @@ from search.output.run_result import (
     SkippedLayer,
 )
 from search.settings import StorageBudget
-from search.study.problem import Prepared, Ranked
+from search.study.problem import PruningProblem
 from search.study.stages import chain
-from search.study.study import Loop, Scored
+from search.study.study import Study
 
 log = logging.getLogger(__name__)
 
 
-def strategy_json(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:
+def strategy_json(prepared: PruningProblem, trial: Trial) -> dict[str, Any]:
     """The content of strategy.json: counts, granularity, criterion and, but for the original, the weights they were cut from.
 
     Those are named as the chain that led to them: ``["original", "stage 1 (0.5)"]``.
     """
     settings = prepared.settings
     made = {"granularity": settings.granularity.name, "criterion": settings.criterion.name}
-    return outcome.strategy.to_json() | made | _start(prepared, outcome)
+    return trial.strategy.to_json() | made | _start(prepared, trial)
 
 
-def _start(prepared: Prepared, outcome: Outcome) -> dict[str, Any]:
-    return {"start": chain(prepared.settings, outcome.start)} if outcome.start != ORIGINAL else {}
+def _start(prepared: PruningProblem, trial: Trial) -> dict[str, Any]:
+    return {"start": chain(prepared.settings, trial.start)} if trial.start != ORIGINAL else {}
 
 
 def result_of(
-    prepared: Prepared,
+    prepared: PruningProblem,
     networks: Mapping[str, nn.Module],
-    best: Scored,
-    loop: Loop,
+    best: Trial,
+    study: Study,
     exports: Sequence[Exported],
 ) -> RunResult:
     """The run's result; the test split is read here, once.
@@ -71,11 +70,11 @@ def result_of(
         prepared: The run's network, data and problem.
         networks: ``base``, ``pruned`` and, where there was fine-tuning, ``finetuned``.
         best: The strategy that is delivered.
-        loop: The search that found it.
+        study: The search that found it.
         exports: What was exported.
     """
-    settings, strategy = prepared.settings, best.outcome.strategy
-    figures = _networks(prepared, networks, best.outcome)
+    settings, strategy = prepared.settings, best.strategy
+    figures = _networks(prepared, networks, best)
     return RunResult(
         data=prepared.data.name,
         granularity=granularity_of(settings.granularity),
@@ -83,7 +82,7 @@ def result_of(
         pruned=figures["pruned"],
         finetuned=figures.get("finetuned"),
         budgets=budget_figures(prepared, strategy.removed),
-        search=_search(prepared, best, loop),
+        search=_search(prepared, best, study),
         strategy=dict(zip(strategy.names, strategy.ratios, strict=True)),
         masked=masked_figures(prepared, networks.get("finetuned", networks["pruned"]), strategy),
         skipped=tuple(SkippedLayer(layer.name, layer.reason) for layer in prepared.graph.whole),
@@ -96,7 +95,7 @@ def result_of(
 
 
 def _networks(
-    prepared: Prepared, networks: Mapping[str, nn.Module], outcome: Outcome
+    prepared: PruningProblem, networks: Mapping[str, nn.Module], trial: Trial
 ) -> dict[str, NetworkFigures]:
     data = prepared.data
     name, split = ("search", data.search) if data.test is None else ("test", data.test)
@@ -105,7 +104,7 @@ def _networks(
     dense = {f"dense_{cost}": round(original[cost]) for cost in ("macs", "params") if prepared.masked}
     figures = {}
     for stage, network in networks.items():
-        costs = original if stage == "base" else outcome.costs
+        costs = original if stage == "base" else trial.costs
         rounded = {c: round(v, 4) if c == "latency" else round(v) for c, v in costs.items()}
         timing = latency.get(stage)
         figures[stage] = NetworkFigures(
@@ -118,7 +117,7 @@ def _networks(
     return figures
 
 
-def _latency(prepared: Prepared, networks: Mapping[str, nn.Module]) -> dict[str, Timing]:
+def _latency(prepared: PruningProblem, networks: Mapping[str, nn.Module]) -> dict[str, Timing]:
     """Empty where it is left out, or where the runtime cannot run such networks, which does not end the run."""
     wanted = prepared.settings.latency
     if not wanted.repeats:
@@ -133,7 +132,7 @@ def _latency(prepared: Prepared, networks: Mapping[str, nn.Module]) -> dict[str,
         return {}
 
 
-def _accuracy(prepared: Prepared, network: nn.Module, split: Split) -> float:
+def _accuracy(prepared: PruningProblem, network: nn.Module, split: Split) -> float:
     """Of a split that may be larger than the memory: its images are normalised batch by batch."""
     device = prepared.settings.device
 
@@ -144,7 +143,7 @@ def _accuracy(prepared: Prepared, network: nn.Module, split: Split) -> float:
     return accuracy(logits, split.images, split.labels.to(device))
 
 
-def budget_figures(prepared: Prepared, removed: Sequence[int]) -> tuple[BudgetFigures, ...]:
+def budget_figures(prepared: PruningProblem, removed: Sequence[int]) -> tuple[BudgetFigures, ...]:
     """Every budget of the run, and what a strategy needs of it."""
     formats = {b.cost: b.format for b in prepared.settings.budgets if isinstance(b, StorageBudget)}
     return tuple(
@@ -160,21 +159,21 @@ def budget_figures(prepared: Prepared, removed: Sequence[int]) -> tuple[BudgetFi
     )
 
 
-def _search(prepared: Prepared, best: Scored, loop: Loop) -> SearchFigures:
+def _search(prepared: PruningProblem, best: Trial, study: Study) -> SearchFigures:
     settings, rounds = prepared.settings, prepared.settings.schedule.rounds
     return SearchFigures(
         agent=settings.agent.name,
-        episodes=loop.episodes,
-        evaluations=loop.evaluations,
-        cache_hits=loop.cache_hits,
-        seconds=round(loop.seconds, 2),
+        episodes=study.episodes,
+        evaluations=study.evaluations,
+        cache_hits=study.cache_hits,
+        seconds=round(study.seconds, 2),
         seed=settings.seed,
         best_reward=best.reward,
-        search_accuracy=best.outcome.accuracy,
+        search_accuracy=best.score,
         precision=settings.scoring.precision,
-        repair=best.outcome.repair,
+        repair=best.repair,
         warmup=getattr(settings.agent, "warmup_episodes", 0),
-        start=tuple(_start(prepared, best.outcome).get("start", ())),
+        start=tuple(_start(prepared, best).get("start", ())),
         stages=tuple(settings.stages),
         stage_episodes=settings.episodes if settings.stages else None,
         schedule=settings.schedule.shape if rounds > 1 else None,
@@ -210,7 +209,7 @@ def granularity_of(granularity: Granularity) -> GranularityFigures:
     return GranularityFigures(*known, units.get(type(granularity), "units"))
 
 
-def masked_figures(ranked: Ranked, network: nn.Module, strategy: Strategy) -> MaskedFigures | None:
+def masked_figures(ranked: PruningProblem, network: nn.Module, strategy: Strategy) -> MaskedFigures | None:
     """Counts of masked weights; None where channels are cut.
 
     Args:
@@ -235,7 +234,9 @@ def _weight(network: nn.Module, layer: str) -> Tensor:
     return weight.detach().cpu()
 
 
-def stored_sizes(ranked: Ranked, weights: Mapping[str, Tensor], removed: Sequence[int]) -> dict[str, int]:
+def stored_sizes(
+    ranked: PruningProblem, weights: Mapping[str, Tensor], removed: Sequence[int]
+) -> dict[str, int]:
     """Bytes of a masked network by format, each layer dense where that is smaller; see `Storage`.
 
     The zeros are those of ``weights``: after stages or rounds they lie elsewhere than where the search began.

@@ -11,9 +11,9 @@ from pathlib import Path
 from torch import nn
 
 from agents.sensitivity import Curve, Sensitivity, curves_of, pick, plan
-from amc_env.evaluation.evaluator import Evaluator, Outcome
+from amc_env.evaluation.evaluator import Evaluator
 from amc_env.evaluation.pruner import ORIGINAL
-from amc_env.space import Problem, Removed
+from amc_env.space import Problem, Removed, Trial
 from search import files
 from search.data.base import Data
 from search.output.formatting import amount, budget_lines, cost_name, percent
@@ -23,7 +23,7 @@ from search.settings import Settings
 from search.study.evaluation import make_evaluator, start_of
 from search.study.journal import Journal
 from search.study.pipeline import Context, header
-from search.study.problem import Prepared, announce, prepare
+from search.study.problem import PruningProblem, announce
 from search.study.results import budget_figures, strategy_json, write_json
 
 log = logging.getLogger(__name__)
@@ -40,17 +40,17 @@ class Scanned:
     """What a scan ends with.
 
     Attributes:
-        outcomes: A list per decision: the original, then what cuts the decision alone, less to more.
+        trials: A list per decision: the original, then what cuts the decision alone, less to more.
         curves: The same as accuracy against ratio.
         threshold: The accuracy, in [0, 1], that was picked for all decisions; None where there is neither a budget
             nor a drop of accuracy to pick it by.
-        picked: The outcome of the strategy that came of it.
+        picked: The trial of the strategy that came of it.
     """
 
-    outcomes: tuple[tuple[Outcome, ...], ...]
+    trials: tuple[tuple[Trial, ...], ...]
     curves: tuple[Curve, ...]
     threshold: float | None = None
-    picked: Outcome | None = None
+    picked: Trial | None = None
 
 
 def run(model: nn.Module, data: Data, settings: Settings, context: Context) -> Scanned:
@@ -70,30 +70,29 @@ def run(model: nn.Module, data: Data, settings: Settings, context: Context) -> S
     """
     agent = settings.agent
     assert isinstance(agent, Sensitivity)
-    prepared = prepare(model, data, settings)
+    prepared = PruningProblem.build(model, data, settings)
     announce(prepared)
     problem = prepared.problem
     # What is scored depends on no budget: the journal serves them all.
-    free = replace(prepared, problem=Problem(problem.grids, problem.costs))
+    free = replace(prepared, settings=replace(settings, budgets=()))
     start = start_of(prepared, ORIGINAL, prepared.builder)
     head = {name: value for name, value in header(free, context).items() if name != "latency"}
     with Journal(context.folder, head, free.problem, ordered=False) as journal:
         if journal.replayed:
             log.info("going on with %d evaluations of %s", journal.replayed, context.folder)
         evaluator = make_evaluator(free, journal, start)
-        scanned = _scan(evaluator, agent.ratios)
+        scanned = _scan(evaluator, problem, agent.ratios)
         if problem.budgets or agent.threshold is not None:
             common = pick(problem, scanned.curves, agent.threshold)
-            (picked,) = _evaluated(evaluator, [common.removed])
+            (picked,) = _evaluated(evaluator, problem, [common.removed])
             scanned = replace(scanned, threshold=common.threshold, picked=picked)
         _write(scanned, prepared, context.folder)
     _tell(scanned, prepared, context.folder)
     return scanned
 
 
-def _scan(evaluator: Evaluator, ratios: Sequence[float]) -> Scanned:
+def _scan(evaluator: Evaluator, problem: Problem, ratios: Sequence[float]) -> Scanned:
     """Scores every decision alone, front to back, so that candidates share what is before the cut."""
-    problem = evaluator.problem
     plans = plan(problem, ratios)
     asked: list[tuple[str, Removed]] = [("the original", (0,) * len(plans))]
     for place, (grid, alone) in enumerate(zip(problem.grids, plans, strict=True)):
@@ -101,25 +100,24 @@ def _scan(evaluator: Evaluator, ratios: Sequence[float]) -> Scanned:
     scored = []
     with Progress() as progress:
         stage = progress.stage("scan", len(asked))
-        found = _evaluated(evaluator, [removed for _, removed in asked])
-        for (what, _), outcome in zip(asked, found, strict=True):
-            stage.advance(f"{what}: {percent(outcome.accuracy)}")
-            scored.append(outcome)
+        found = _evaluated(evaluator, problem, [removed for _, removed in asked])
+        for (what, _), trial in zip(asked, found, strict=True):
+            stage.advance(f"{what}: {percent(trial.score)}")
+            scored.append(trial)
     original, rest = scored[0], iter(scored[1:])
     cut = [tuple(islice(rest, len(alone))) for alone in plans]
-    accuracies = [[outcome.accuracy for outcome in alone] for alone in cut]
-    curves = curves_of(problem, plans, original.accuracy, accuracies)
+    accuracies = [[trial.score for trial in alone] for alone in cut]
+    curves = curves_of(problem, plans, original.score, accuracies)
     return Scanned(tuple((original, *alone) for alone in cut), tuple(curves))
 
 
-def _evaluated(evaluator: Evaluator, removed: Sequence[Removed]) -> Iterator[Outcome]:
+def _evaluated(evaluator: Evaluator, problem: Problem, removed: Sequence[Removed]) -> Iterator[Trial]:
     """Outcomes with the costs of this run: those of the journal may have been scored for a budget on others."""
-    problem = evaluator.problem
-    for outcome in evaluator.outcomes([problem.strategy(counts) for counts in removed]):
-        yield replace(outcome, costs=problem.cost(outcome.strategy.removed))
+    for trial in evaluator.trials([problem.strategy(counts) for counts in removed]):
+        yield replace(trial, costs=problem.cost(trial.removed))
 
 
-def _write(scanned: Scanned, prepared: Prepared, folder: Path) -> None:
+def _write(scanned: Scanned, prepared: PruningProblem, folder: Path) -> None:
     """sensitivity.csv, the plot and, where one was picked, strategy.json."""
     _write_csv(scanned, folder / CSV)
     picked = scanned.picked
@@ -131,17 +129,17 @@ def _write(scanned: Scanned, prepared: Prepared, folder: Path) -> None:
 
 def _write_csv(scanned: Scanned, path: Path) -> None:
     """A row for each evaluation, with its costs; accuracy in [0, 1]."""
-    costs = list(scanned.outcomes[0][0].costs)
+    costs = list(scanned.trials[0][0].costs)
     rows: list[Sequence[object]] = []
-    for curve, alone in zip(scanned.curves, scanned.outcomes, strict=True):
-        for outcome in alone:
-            cut = outcome.strategy.decisions[curve.name]
-            shown = (f"{cut.ratio:.6g}", cut.removed, cut.total, f"{outcome.accuracy:.6g}")
-            rows.append((curve.name, *shown, *(f"{outcome.costs[cost]:.12g}" for cost in costs)))
+    for curve, alone in zip(scanned.curves, scanned.trials, strict=True):
+        for trial in alone:
+            cut = trial.strategy.decisions[curve.name]
+            shown = (f"{cut.ratio:.6g}", cut.removed, cut.total, f"{trial.score:.6g}")
+            rows.append((curve.name, *shown, *(f"{trial.costs[cost]:.12g}" for cost in costs)))
     files.write_csv(path, ("decision", "ratio", "removed", "total", "accuracy", *costs), rows)
 
 
-def _tell(scanned: Scanned, prepared: Prepared, folder: Path) -> None:
+def _tell(scanned: Scanned, prepared: PruningProblem, folder: Path) -> None:
     """The most sensitive decisions, what was picked, and where to look further."""
     most = sorted(scanned.curves, key=lambda curve: -curve.drop)[:_SHOWN]
     width = max(len(curve.name) for curve in most)
@@ -158,8 +156,8 @@ def _tell(scanned: Scanned, prepared: Prepared, folder: Path) -> None:
     log.info("%s are in %s", " and ".join((", ".join(written[:-1]), written[-1])), folder)
 
 
-def _tell_picked(picked: Outcome, scanned: Scanned, prepared: Prepared) -> None:
-    whole = scanned.outcomes[0][0]
+def _tell_picked(picked: Trial, scanned: Scanned, prepared: PruningProblem) -> None:
+    whole = scanned.trials[0][0]
     costs = [
         f"{amount(name, value)} {cost_name(name)} ({percent(value / whole.costs[name], 1)})"
         for name, value in picked.costs.items()
@@ -167,8 +165,8 @@ def _tell_picked(picked: Outcome, scanned: Scanned, prepared: Prepared) -> None:
     log.info(
         "picked where each decision alone keeps %s: accuracy %s on the search split (original %s), %s",
         percent(scanned.threshold or 0.0),
-        percent(picked.accuracy),
-        percent(whole.accuracy),
+        percent(picked.score),
+        percent(whole.score),
         ", ".join(costs),
     )
     for line, _ in budget_lines(budget_figures(prepared, picked.strategy.removed), whole.costs):

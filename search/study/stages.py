@@ -15,19 +15,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from amc_env.evaluation.evaluator import Evaluator, Outcome
-from amc_env.evaluation.pruner import ORIGINAL, Pruned, Start
-from amc_env.pruning.candidate import widen
+from amc_env.evaluation.evaluator import Evaluator
+from amc_env.evaluation.pruner import ORIGINAL, BaseWeights, Pruned
+from amc_env.pruning.candidate import Candidates, MaskedCandidates, widen
+from amc_env.space import Trial
 from search import files
 from search.settings import SHORT_TERM, Settings
 from search.study.evaluation import start_of
-from search.study.problem import Prepared, Ranked, builder_of, posed
+from search.study.problem import PruningProblem, builder_of
 from search.study.tuning import Tuner, finetuned
 
 log = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ class Stage:
     """
 
     number: int
-    prepared: Prepared
+    prepared: PruningProblem
     last: bool
 
 
@@ -66,20 +68,23 @@ def chain(settings: Settings, start: str) -> list[str]:
     return names[: names.index(start) + 1]
 
 
-def stage_of(prepared: Prepared, number: int, start: Start) -> Stage:
-    """The search that is number so-and-so of a run, from 1: its budget, on the weights that it begins with."""
+def stage_of(prepared: PruningProblem, number: int, start: BaseWeights) -> Stage:
+    """Build the problem of stage ``number`` (from 1): its budget and its initial weights."""
     settings = prepared.settings
     ratios = settings.stages
     budgets = settings.budgets
     if ratios:
         budgets = (replace(budgets[0], ratio=ratios[number - 1], limit=None),)
     here = replace(settings, budgets=budgets)
-    ranked = Ranked(prepared.model, prepared.data, here, prepared.graph, prepared.grids)
-    vars(ranked)["builder"] = start.candidates  # a cost of stored weights is one of these weights
-    return Stage(number, posed(ranked), last=number >= len(ratios))
+    # a cost of stored weights is one of these weights
+    problem = replace(
+        prepared, settings=here, candidates=cast(Candidates | MaskedCandidates, start.candidates)
+    )
+    problem.problem  # noqa: B018 -- an unreachable budget is refused now
+    return Stage(number, problem, last=number >= len(ratios))
 
 
-def first_start(prepared: Prepared, folder: Path, tune: Tuner) -> Start:
+def first_start(prepared: PruningProblem, folder: Path, tune: Tuner) -> BaseWeights:
     """The weights that the search begins with: the network's own, or those after sparse training."""
     epochs = prepared.settings.regularization.before_epochs
     if not epochs:
@@ -93,7 +98,7 @@ def first_start(prepared: Prepared, folder: Path, tune: Tuner) -> Start:
     return start_at(prepared, REGULARISED, kept(path, prepared.model, trained, partial(tune.skip, epochs)))
 
 
-def next_start(stage: Stage, evaluator: Evaluator, best: Outcome, folder: Path, tune: Tuner) -> Start:
+def next_start(stage: Stage, evaluator: Evaluator, best: Trial, folder: Path, tune: Tuner) -> BaseWeights:
     """The weights that the next stage begins with: this stage's best strategy, applied and fine-tuned."""
     prepared, epochs = stage.prepared, stage.prepared.settings.finetune.epochs
 
@@ -161,7 +166,9 @@ def _read(path: Path, model: nn.Module) -> Weights:
     return Weights(network.eval(), tuple(torch.tensor(unit, dtype=torch.int64) for unit in units))
 
 
-def start_at(prepared: Prepared, name: str, weights: Weights, removed: tuple[int, ...] = ()) -> Start:
+def start_at(
+    prepared: PruningProblem, name: str, weights: Weights, removed: tuple[int, ...] = ()
+) -> BaseWeights:
     """A start with these weights; what is gone of them already goes first.
 
     Args:
@@ -173,24 +180,26 @@ def start_at(prepared: Prepared, name: str, weights: Weights, removed: tuple[int
     return start_of(prepared, name, builder_of(prepared, weights.network, weights.units), removed)
 
 
-def adopted(prepared: Prepared, evaluator: Evaluator, outcome: Outcome, number: int, folder: Path) -> Start:
-    """The start with the weights of an outcome's network, as it was repaired and shortly fine-tuned.
+def adopted(
+    prepared: PruningProblem, evaluator: Evaluator, trial: Trial, number: int, folder: Path
+) -> BaseWeights:
+    """The start with the weights of an trial's network, as it was repaired and shortly fine-tuned.
 
     Args:
         prepared: The run.
-        evaluator: The one that scored the outcome.
-        outcome: Whose network.
+        evaluator: The one that scored the trial.
+        trial: Whose network.
         number: Of the round that it ends, from 1.
         folder: The run folder.
     """
-    repair = SHORT_TERM if prepared.settings.short_term_steps else outcome.repair
+    repair = SHORT_TERM if prepared.settings.short_term_steps else trial.repair
 
     def tuned() -> Weights:
-        pruned = evaluator.apply(outcome.strategy, start=outcome.start, repair=repair)
+        pruned = evaluator.apply(trial.strategy, start=trial.start, repair=repair)
         return Weights.after(pruned, prepared.model)
 
     weights = kept(folder / FOLDER / f"round-{number}.safetensors", prepared.model, tuned)
-    return start_at(prepared, round_name(number), weights, outcome.strategy.removed)
+    return start_at(prepared, round_name(number), weights, trial.removed)
 
 
 def round_name(number: int) -> str:

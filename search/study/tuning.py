@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from amc_env.evaluation.evaluator import Evaluator, Outcome
+from amc_env.evaluation.evaluator import Evaluator
 from amc_env.evaluation.pruner import Pruned
 from amc_env.graph.tracing import trace
 from amc_env.pruning.candidate import widen
 from amc_env.pruning.regularization import GroupLasso, LossTerm
-from amc_env.space import Strategy
+from amc_env.space import Strategy, Trial
 from search.study.evaluation import start_of
-from search.study.problem import Prepared, builder_of
+from search.study.problem import PruningProblem, builder_of
 from search.training.batches import training_batches
 from search.training.finetune import finetune, forget_weights
 
@@ -26,7 +26,7 @@ class Tuner:
         on_epoch: Called with (epoch of the whole run from 1, mean loss, learning rate).
     """
 
-    def __init__(self, prepared: Prepared, on_epoch: Callable[[int, float, float], None]):
+    def __init__(self, prepared: PruningProblem, on_epoch: Callable[[int, float, float], None]):
         self._prepared = prepared
         self._on_epoch = on_epoch
         self._done = 0
@@ -77,7 +77,7 @@ class Tuner:
         self._done += epochs
 
 
-def penalty_of(prepared: Prepared, network: nn.Module) -> LossTerm | None:
+def penalty_of(prepared: PruningProblem, network: nn.Module) -> LossTerm | None:
     """The regulariser's loss term for a network of this run.
 
     Raises:
@@ -90,34 +90,34 @@ def penalty_of(prepared: Prepared, network: nn.Module) -> LossTerm | None:
     return regularization.penalty(network, graph)
 
 
-def finetuned(prepared: Prepared, evaluator: Evaluator, outcome: Outcome, tune: Tuner) -> Pruned:
-    """The strategy of an outcome, applied and fine-tuned over the schedule's rounds.
+def finetuned(prepared: PruningProblem, evaluator: Evaluator, trial: Trial, tune: Tuner) -> Pruned:
+    """The strategy of an trial, applied and fine-tuned over the schedule's rounds.
 
     Args:
         prepared: The run.
-        evaluator: The one that scored the outcome.
-        outcome: What is to be reached.
+        evaluator: The one that scored the trial.
+        trial: What is to be reached.
         tune: Fine-tunes.
     """
     settings = prepared.settings
     shares = settings.schedule.shares
-    start = outcome.start
+    start = trial.start
     for number, share in enumerate(shares, start=1):
-        strategy = part_of(prepared, outcome.strategy, share)
-        pruned = evaluator.apply(strategy, start=start, repair=outcome.repair)
+        strategy = part_of(prepared, trial.strategy, share)
+        pruned = evaluator.apply(strategy, start=start, repair=trial.repair)
         if settings.finetune.from_scratch:
             forget_weights(pruned.network, settings.seed)
         epochs = settings.finetune.epochs * number // len(shares)
         epochs -= settings.finetune.epochs * (number - 1) // len(shares)
         tune(pruned.network, epochs, pruned.masks, regularized=settings.regularization.during)
         if number < len(shares):
-            start = f"{outcome.start}, round {number}"
+            start = f"{trial.start}, round {number}"
             wide = widen(pruned.network, pruned.keeps, prepared.model)
-            evaluator.begin(start_of(prepared, start, builder_of(prepared, wide, pruned.units)))
+            evaluator.add(start_of(prepared, start, builder_of(prepared, wide, pruned.units)))
     return pruned
 
 
-def part_of(prepared: Prepared, strategy: Strategy, share: float) -> Strategy:
+def part_of(prepared: PruningProblem, strategy: Strategy, share: float) -> Strategy:
     """The strategy with this share of its pruning ratios, as feasible counts; all of it for 1."""
     if share == 1.0:
         return strategy

@@ -12,7 +12,8 @@ from zlib import crc32
 from torch import Tensor, nn
 
 from amc_env.errors import UserError
-from amc_env.pruning.candidate import Builder, Keeps
+from amc_env.graph.surgery import Keeps
+from amc_env.pruning.candidate import Builder
 from amc_env.pruning.repair.base import Repair
 from search.data.base import Data
 from search.settings import SHORT_TERM, Settings

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from agents.base import Result, SearchTask
+from agents.base import SearchTask
 from agents.netadapt import NetAdapt, cut
 from amc_env.costs.counts import Macs, Params
 from amc_env.errors import UserError
 from amc_env.graph.layers import LayerGraph
 from amc_env.graph.tracing import trace
 from amc_env.pruning.granularity import Channel
-from amc_env.space import Budget, Grid, Problem, Removed
+from amc_env.space import Budget, Grid, Problem, Removed, Trial
 
 
 class Rounds:
@@ -28,13 +28,22 @@ class Rounds:
         self.adopted: list[Removed] = []
         self.scored: list[list[Removed]] = []
 
-    def score(self, proposals: Sequence[Removed]) -> list[Result]:
+    def score(self, proposals: Sequence[Removed]) -> list[Trial]:
         self.scored.append(list(proposals))
         number = len(self.adopted) + 1
         accuracies = [self._accuracy(number, removed) for removed in proposals]
         return [
-            Result(removed, accuracy, accuracy - 1, self.problem.met(removed))
-            for removed, accuracy in zip(proposals, accuracies, strict=True)
+            Trial(
+                1,
+                self.problem.strategy(removed),
+                "original",
+                "none",
+                score,
+                {},
+                self.problem.met(removed),
+                score - 1,
+            )
+            for removed, score in zip(proposals, accuracies, strict=True)
         ]
 
     def run(self, agent: NetAdapt) -> Rounds:

@@ -5,7 +5,8 @@ import logging
 import numpy as np
 import pytest
 
-from agents.sensitivity import Curve, Sensitivity, UserError, curves_of, pick, plan
+from agents.sensitivity import Curve, Sensitivity, curves_of, pick, plan
+from amc_env.errors import UserError
 from amc_env.space import Grid, Problem
 
 SLOPES = np.array([0.05, 0.1, 0.2, 0.4])

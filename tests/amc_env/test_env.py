@@ -6,7 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import gymnasium
 import numpy as np
@@ -24,7 +24,7 @@ from amc_env.encoding import DecisionDescription, Encoder, describe
 from amc_env.env import EnvHandle, PruningEnv, PruningVectorEnv
 from amc_env.errors import UserError
 from amc_env.rewards import Error, ErrorFlops, Infinity
-from amc_env.space import Budget, Grid, Problem, Strategy
+from amc_env.space import Budget, Grid, Problem, Strategy, Trial
 
 
 class ChainMacs:
@@ -37,14 +37,6 @@ class ChainMacs:
         return float(a + a * b + b)
 
 
-@dataclass(frozen=True)
-class ToyOutcome:
-    strategy: Strategy
-    accuracy: float
-    costs: dict[str, float]
-    met: bool
-
-
 class Score:
     """Scores by a formula and remembers what it was asked; holds a tensor, as an evaluator does."""
 
@@ -52,11 +44,12 @@ class Score:
         self.problem, self.accuracy, self.weights = problem, accuracy, torch.zeros(3)
         self.asked: list[Strategy] = []
 
-    def __call__(self, strategy: Strategy) -> ToyOutcome:
+    def __call__(self, strategy: Strategy) -> Trial:
         self.asked.append(strategy)
         accuracy = 1.0 - 0.5 * float(np.mean(strategy.ratios)) if self.accuracy is None else self.accuracy
         removed = strategy.removed
-        return ToyOutcome(strategy, accuracy, self.problem.cost(removed), self.problem.met(removed))
+        costs, met = self.problem.cost(removed), self.problem.met(removed)
+        return Trial(len(self.asked), strategy, "original", "none", accuracy, costs, met, accuracy - 1)
 
 
 def handle(ratio: float | None = 0.5, accuracy: float | None = None, **more) -> EnvHandle:
@@ -178,7 +171,7 @@ def test_an_episode() -> None:
     assert two[0].tolist() == [0.0] * 11
     assert two[1:4] == (pytest.approx(-0.25), True, False)
     assert two[4]["strategy"] == Strategy(("a", "b"), (10, 10), (4, 6))
-    assert two[4]["outcome"].strategy == two[4]["strategy"]
+    assert two[4]["trial"].strategy == two[4]["strategy"]
     assert (two[4]["accuracy"], two[4]["met"], two[4]["macs"]) == (0.75, True, 6 + 24 + 4)
     assert made.score.asked == [two[4]["strategy"]]
 
@@ -288,7 +281,7 @@ def test_strategies_of_a_round_are_scored_together_and_never_alone() -> None:
     asked: list[Sequence[Strategy]] = []
     score = handle().score
 
-    def score_all(strategies: Sequence[Strategy]) -> list[ToyOutcome]:
+    def score_all(strategies: Sequence[Strategy]) -> list[Trial]:
         asked.append(strategies)
         return [score(strategy) for strategy in strategies]
 
@@ -303,7 +296,7 @@ def test_strategies_of_a_round_are_scored_together_and_never_alone() -> None:
         [(0, 6), (2, 6), (6, 6)]
     ]
     assert infos["final_info"]["strategy"].tolist() == asked[0]
-    assert infos["final_info"]["outcome"][2].strategy is asked[0][2]
+    assert infos["final_info"]["trial"][2].strategy is asked[0][2]
 
 
 def test_gymnasiums_wrappers_take_the_episodes_side_by_side() -> None:

@@ -7,9 +7,8 @@ import pytest
 
 from amc_env.encoding import DecisionDescription, Encoder
 from amc_env.env import EnvHandle, PruningEnv
-from amc_env.evaluation.evaluator import Outcome
 from amc_env.rewards import Error
-from amc_env.space import Budget, Grid, Problem, Strategy
+from amc_env.space import Budget, Grid, Problem, Strategy, Trial
 
 
 class Linear:
@@ -28,8 +27,9 @@ def scored_by(fill: bool, actions: tuple[float, float]) -> tuple[Strategy, Probl
     problem = Problem(grids, [cost], [Budget.of(cost, 2, ratio=0.5)])
     encoder = Encoder([DecisionDescription(name, 20, 20, 4, 4, 1, 3) for name in ("a", "b")], problem)
 
-    def score(strategy: Strategy) -> Outcome:
-        return Outcome(strategy, 0.5, problem.cost(strategy.removed), problem.met(strategy.removed), "none")
+    def score(strategy: Strategy) -> Trial:
+        costs, met = problem.cost(strategy.removed), problem.met(strategy.removed)
+        return Trial(1, strategy, "original", "none", 0.5, costs, met, -0.5)
 
     env = PruningEnv(EnvHandle(problem, encoder, score, Error(), fill_budget=fill))
     env.reset()

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from journals import content
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -140,7 +141,7 @@ def test_without_settings_channels_go_in_the_vectors_of_a_latency_budget(
         seen.append(settings)
         raise UserError("seen")
 
-    monkeypatch.setattr("search.api.prepare", prepared)
+    monkeypatch.setattr("search.api.PruningProblem.build", prepared)
     monkeypatch.setattr("search.api.run", prepared)
     for budget in (0.5, {"latency": 0.9}, LatencyBudget(vector_width=4)):
         with pytest.raises(UserError, match="seen"):
@@ -165,7 +166,7 @@ def test_compress_goes_on_in_its_folder(tmp_path: Path) -> None:
             folder=tmp_path,
             settings=quick(),
         )
-        return (tmp_path / "evaluations.jsonl").read_text()
+        return content(tmp_path / "evaluations.jsonl").decode()
 
     first = once()
     assert once() == first

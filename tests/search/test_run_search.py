@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow
 import pytest
 import torch
+from journals import content
 from PIL import Image
 from pyarrow import parquet
 from running import QUICK, SMALL, Command, Ended
@@ -112,7 +113,7 @@ def test_the_same_seed_gives_the_same_files_to_the_byte(amc_search: Command, tmp
     for folder in ("one", "two"):
         assert amc_search(*QUICK, "seed=3", f"hydra.run.dir={folder}").code == 0
     for name in ("evaluations.jsonl", "metrics.csv", "strategy.json"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+        assert content(tmp_path / "one" / name) == content(tmp_path / "two" / name), name
     assert figures(result_of(tmp_path / "one")) == figures(result_of(tmp_path / "two"))
     assert amc_search(*QUICK, "seed=4", "hydra.run.dir=three").code == 0
     assert journal_of(tmp_path / "one")[1:] != journal_of(tmp_path / "three")[1:]
@@ -261,8 +262,8 @@ def test_a_killed_run_ends_as_one_that_was_not(amc_search: Command, tmp_path: Pa
     wait_for_lines(killed, 10, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    before = (killed / "evaluations.jsonl").read_bytes()
-    whole = (tmp_path / "whole" / "evaluations.jsonl").read_bytes()
+    before = content(killed / "evaluations.jsonl")
+    whole = content(tmp_path / "whole" / "evaluations.jsonl")
     assert 10 <= before.count(b"\n") < whole.count(b"\n")
     with (killed / "evaluations.jsonl").open("ab") as file:
         file.write(b'{"index": 99, "star')
@@ -271,7 +272,7 @@ def test_a_killed_run_ends_as_one_that_was_not(amc_search: Command, tmp_path: Pa
     assert "torn last line" in ended.out
     assert "the run takes another way" not in ended.out
     for name in ("evaluations.jsonl", "metrics.csv", "strategy.json"):
-        assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        assert content(killed / name) == content(tmp_path / "whole" / name), name
     assert figures(result_of(killed)) == figures(result_of(tmp_path / "whole"))
     keys = [(line["start"], line["repair"], tuple(line["removed"])) for line in journal_of(killed)[1:]]
     assert len(keys) == len(set(keys)) == result_of(killed)["search"]["evaluations"]
@@ -305,14 +306,14 @@ def test_a_run_killed_in_its_second_search_ends_as_one_that_was_not(
     process.communicate()
     weights = killed / "starts" / f"{file}.safetensors"
     made = weights.stat().st_mtime_ns
-    before = (killed / "evaluations.jsonl").read_text()
-    whole = (tmp_path / "whole" / "evaluations.jsonl").read_text()
+    before = content(killed / "evaluations.jsonl").decode()
+    whole = content(tmp_path / "whole" / "evaluations.jsonl").decode()
     assert before.count(second) >= 2
     assert len(before) < len(whole)
     assert amc_search(*options, "latency.repeats=0", "hydra.run.dir=killed").code == 0
     assert weights.stat().st_mtime_ns == made  # what the first ended with is not trained again
     for name in ("evaluations.jsonl", "metrics.csv", "strategy.json"):
-        assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        assert content(killed / name) == content(tmp_path / "whole" / name), name
     assert figures(result_of(killed)) == figures(result_of(tmp_path / "whole"))
 
 
@@ -320,7 +321,7 @@ def test_what_is_on_file_is_not_scored_again(
     amc_search: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert amc_search(*LONGER, "hydra.run.dir=run").code == 0
-    before = (tmp_path / "run" / "evaluations.jsonl").read_bytes(), figures(result_of(tmp_path / "run"))
+    before = content(tmp_path / "run" / "evaluations.jsonl"), figures(result_of(tmp_path / "run"))
 
     scored: list[object] = []
 
@@ -332,7 +333,7 @@ def test_what_is_on_file_is_not_scored_again(
     assert amc_search(*LONGER, "hydra.run.dir=run").code == 0
     assert len(scored) == 1  # the original, whose accuracy the log states
     assert (
-        (tmp_path / "run" / "evaluations.jsonl").read_bytes(),
+        content(tmp_path / "run" / "evaluations.jsonl"),
         figures(result_of(tmp_path / "run")),
     ) == before
 
@@ -355,12 +356,12 @@ def test_a_changed_configuration_is_refused_by_name_and_changes_nothing(
 ) -> None:
     assert amc_search(*RANDOM, "hydra.run.dir=run").code == 0
     files = ("evaluations.jsonl", "metrics.csv", "result.json")
-    before = [(tmp_path / "run" / name).read_bytes() for name in files]
+    before = [content(tmp_path / "run" / name) for name in files]
     ended = amc_search(*RANDOM, "seed=5", "max_ratio=0.8", "hydra.run.dir=run")
     assert_refused(
         ended, "config.seed: 0 then, 5 now", "max_ratio: 0.9 then, 0.8 now", "another hydra.run.dir"
     )
-    assert [(tmp_path / "run" / name).read_bytes() for name in files] == before
+    assert [content(tmp_path / "run" / name) for name in files] == before
     assert amc_search(*RANDOM, "finetune.lr_fraction=0.05", "hydra.run.dir=run").code == 0
 
 
@@ -505,7 +506,7 @@ def nan_reward() -> object:
 def test_a_reward_of_nan_ends_the_search(amc_search: Command) -> None:
     ended = amc_search(*RANDOM, f"reward={{_target_:{__name__}.nan_reward}}")
     assert ended.code == 2
-    assert ended.err.splitlines()[-1].startswith("error: the reward of accuracy")
+    assert ended.err.splitlines()[-1].startswith("error: the reward of score")
     assert "Traceback" not in ended.err
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from journals import content
 from PIL import Image
 from running import Command
 
 from agents.sensitivity import Curve
-from amc_env.evaluation.pruner import Bench
+from amc_env.evaluation.pruner import Pruner
 from search import run_sensitivity
 from search.output.plots import DPI, plot_sensitivity
 
@@ -63,13 +64,13 @@ def test_a_scan_leaves_a_table_a_picture_and_a_strategy_behind(
     for place, name in enumerate(decisions):
         for row in (row for row in rows if row["decision"] == name):
             alone = tuple(int(row["removed"]) if t == place else 0 for t in range(len(decisions)))
-            assert float(row["accuracy"]) == pytest.approx(known[alone]["accuracy"])
+            assert float(row["accuracy"]) == pytest.approx(known[alone]["score"])
             assert float(row["macs"]) == known[alone]["costs"]["macs"]
     strategy = json.loads((run / "strategy.json").read_text())["decisions"]
     picked = known[tuple(strategy[name]["removed"] for name in decisions)]
     assert picked["costs"]["macs"] <= 0.4 * known[(0,) * len(decisions)]["costs"]["macs"]
     assert (run / "plots" / "sensitivity.png").stat().st_size > 10_000
-    for text in ("most sensitive", "points", "picked where", f"{100 * picked['accuracy']:.2f}%", ": met"):
+    for text in ("most sensitive", "points", "picked where", f"{100 * picked['score']:.2f}%", ": met"):
         assert text in ended.out
     assert "scan 7/7" in ended.err
 
@@ -91,15 +92,15 @@ def test_a_scan_that_was_stopped_goes_on_with_the_command_it_printed(
     amc_sensitivity: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert amc_sensitivity(*QUICK, "hydra.run.dir=whole").code == 0
-    one, asked = Bench.score, itertools.count(1)
+    one, asked = Pruner.score, itertools.count(1)
 
-    def stopped(self: Bench, *arguments: Any) -> Any:
+    def stopped(self: Pruner, *arguments: Any) -> Any:
         if next(asked) > 4:
             raise KeyboardInterrupt
         return one(self, *arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Bench, "score", stopped)
+        patched.setattr(Pruner, "score", stopped)
         ended = amc_sensitivity(*QUICK)
     assert ended.code == 130
     assert len(journal_of(tmp_path / "run")) == 4
@@ -110,7 +111,7 @@ def test_a_scan_that_was_stopped_goes_on_with_the_command_it_printed(
     assert again.code == 0
     assert "going on with 4 evaluations" in again.out
     for name in ("sensitivity.csv", "strategy.json", "evaluations.jsonl"):
-        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        assert content(tmp_path / "run" / name) == content(tmp_path / "whole" / name), name
 
 
 def test_another_budget_or_more_ratios_score_only_what_is_new(

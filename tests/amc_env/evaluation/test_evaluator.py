@@ -12,18 +12,18 @@ from torch import Tensor, nn
 
 from amc_env.costs.counts import Macs, Params
 from amc_env.errors import UserError
-from amc_env.evaluation.evaluator import Evaluator, Key, Outcome
+from amc_env.evaluation.evaluator import Evaluator, Key
 from amc_env.evaluation.int8 import obstacle
 from amc_env.evaluation.precision import BFLOAT16, INT8
 from amc_env.evaluation.prefix import PrefixScorer
-from amc_env.evaluation.pruner import ORIGINAL, Bench, Start
+from amc_env.evaluation.pruner import ORIGINAL, BaseWeights, Pruner
 from amc_env.evaluation.scorer import Scorer, accuracy, batch_size_for
 from amc_env.graph.topology import Topology
 from amc_env.pruning.candidate import Candidates
 from amc_env.pruning.repair.base import BatchNorm, Both, NoRepair, Repair
 from amc_env.pruning.repair.least_squares import LeastSquares
 from amc_env.pruning.repair.sequential import Sequential
-from amc_env.space import Budget, Problem
+from amc_env.space import Budget, Problem, Trial
 from amc_env.system import using_threads
 
 LABELS = torch.arange(60) % 4
@@ -50,7 +50,7 @@ def evaluator(
         "sequential": lambda: Sequential(candidates, Topology.of(candidates.original), calibration),
     }
     scorer = Scorer(candidates.original, images(60), LABELS, batch_size=25)
-    return Evaluator(Start(ORIGINAL, candidates, makers), problem, scorer, repair, memo)
+    return Evaluator(BaseWeights(ORIGINAL, candidates, makers), problem, scorer, repair, memo)
 
 
 def some(judge: Evaluator, count: int = 3):
@@ -155,13 +155,13 @@ def test_batches_suit_the_size_of_an_image_and_the_device() -> None:
 def test_the_same_strategy_is_never_scored_twice() -> None:
     judge = evaluator()
     scored: list[int] = []
-    inner = judge._bench.scorer
-    judge._bench.scorer = lambda model: scored.append(1) or inner(model)
+    inner = judge._pruner.scorer
+    judge._pruner.scorer = lambda model: scored.append(1) or inner(model)
     strategies = some(judge)
     first = judge.evaluate([*strategies, strategies[0]])
     assert (len(scored), judge.evaluations, judge.hits) == (3, 3, 1)
     assert judge.evaluate(strategies) == first[:3]
-    assert first[3] is first[0]
+    assert first[3] == first[0]
     assert (len(scored), judge.evaluations, judge.hits) == (3, 3, 4)
     judge.evaluate(strategies[:1], repair="none")
     assert (len(scored), judge.evaluations) == (4, 4)
@@ -173,7 +173,7 @@ def test_a_calibration_takes_the_room_of_what_is_kept_between_candidates() -> No
     scorer = PrefixScorer(candidates.original, images(60), LABELS)
     forgot: list[str] = []
     scorer.forget = lambda: forgot.append("forgot")  # type: ignore[method-assign]
-    judge._bench.scorer = scorer
+    judge._pruner.scorer = scorer
     strategies = some(judge)
     judge.evaluate(strategies)
     assert len(forgot) == 1
@@ -190,7 +190,7 @@ def test_a_calibration_takes_the_room_of_what_is_kept_between_candidates() -> No
 def test_a_memo_from_before_is_believed() -> None:
     judge = evaluator()
     strategy = some(judge)[0]
-    known = Outcome(strategy, 0.123, {}, True, "least_squares")
+    known = Trial(1, strategy, ORIGINAL, "least_squares", 0.123, {}, True, 0.123 - 1)
     judge = evaluator(memo={Key("original", "least_squares", strategy.removed): known})
     assert judge.evaluate([strategy]) == [known]
     assert (judge.hits, judge.evaluations) == (1, 0)
@@ -202,7 +202,7 @@ def test_outcome_states_costs_budget_and_repair() -> None:
     half = judge.problem.strategy(judge.problem.project([0.0] * len(judge.problem.grids)))
     outcomes = judge.evaluate([whole, half])
     assert [outcome.met for outcome in outcomes] == [False, True]
-    assert outcomes[0].accuracy == accuracy(network("residual"), images(60), LABELS)
+    assert outcomes[0].score == accuracy(network("residual"), images(60), LABELS)
     assert outcomes[1].costs == judge.problem.cost(half.removed)
     assert outcomes[1].costs["macs"] <= 0.5 * outcomes[0].costs["macs"]
     assert {(o.repair, o.start) for o in outcomes} == {("least_squares", "original")}
@@ -212,20 +212,20 @@ def test_outcome_states_costs_budget_and_repair() -> None:
 def test_what_was_scored_is_what_is_delivered(repair: str) -> None:
     judge = evaluator(repair=repair)
     scored: list[dict[str, Tensor]] = []
-    inner = judge._bench.scorer
+    inner = judge._pruner.scorer
 
     def scorer(model: nn.Module) -> float:
         scored.append({key: value.clone() for key, value in model.state_dict().items()})
         return inner(model)
 
-    judge._bench.scorer = scorer
+    judge._pruner.scorer = scorer
     outcomes = judge.evaluate(some(judge))
     for outcome, state in zip(outcomes, list(scored), strict=True):
         pruned = judge.network(outcome)
         model, keeps = pruned.network, pruned.keeps
         assert model.state_dict().keys() == state.keys()
         assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
-        assert inner(model) == outcome.accuracy
+        assert inner(model) == outcome.score
         assert not model.training
         assert keeps["linear"]["in"].numel() == model.linear.in_features
     first = judge.network(outcomes[0]).network
@@ -263,7 +263,7 @@ def test_unknown_repair() -> None:
 def test_a_candidate_with_broken_weights_is_refused() -> None:
     judge = evaluator(repair="none")
     with torch.no_grad():
-        judge._starts[ORIGINAL].candidates.original.conv1.weight.fill_(float("nan"))
+        judge._weights[ORIGINAL].candidates.original.conv1.weight.fill_(float("nan"))
     with pytest.raises(UserError, match="not numbers"):
         judge.evaluate(some(judge, 1))
 
@@ -319,7 +319,7 @@ def test_starts_are_scored_and_remembered_apart() -> None:
         for parameter in tuned.parameters():
             parameter.mul_(0.5)
     other = Candidates(tuned, candidates.graph, candidates.orders)
-    judge.begin(Start("round-1", other, {"none": NoRepair}))
+    judge.add(BaseWeights("round-1", other, {"none": NoRepair}))
     first = judge.evaluate([strategy])[0]
     second = judge.evaluate([strategy], start="round-1")[0]
     assert (first.start, second.start) == (ORIGINAL, "round-1")
@@ -335,13 +335,13 @@ def test_unknown_and_repeated_starts_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown start 'nowhere'; there are original"):
         judge.evaluate(some(judge), start="nowhere")
     with pytest.raises(ValueError, match="known already"):
-        judge.begin(Start(ORIGINAL, prepared("residual")[0], {}))
+        judge.add(BaseWeights(ORIGINAL, prepared("residual")[0], {}))
 
 
 def test_candidates_have_their_own_number_of_threads() -> None:
     judge = evaluator(repair="none")
     seen: list[int] = []
-    judge._bench = Bench(lambda model: seen.append(torch.get_num_threads()) or 0.5, threads=3)
+    judge._pruner = Pruner(lambda model: seen.append(torch.get_num_threads()) or 0.5, threads=3)
     before = torch.get_num_threads()
     judge.network(judge.evaluate(some(judge, 1))[0])
     assert seen == [3]
@@ -353,12 +353,12 @@ def test_repairs_are_calibrated_once_for_a_start_until_the_next_one() -> None:
     candidates, _ = prepared("residual")
     made: list[str] = []
 
-    def start(name: str) -> Start:
-        return Start(name, candidates, {"mend": lambda: made.append(name) or NoRepair()})
+    def start(name: str) -> BaseWeights:
+        return BaseWeights(name, candidates, {"mend": lambda: made.append(name) or NoRepair()})
 
     strategies = some(judge, 3)
-    judge.begin(start("one"))
-    judge.begin(start("two"))
+    judge.add(start("one"))
+    judge.add(start("two"))
     judge.evaluate(strategies[:2], start="one")
     judge.evaluate(strategies, start="two")
     judge.evaluate(strategies, start="one")

@@ -18,16 +18,9 @@ from torch import Tensor, nn
 
 from amc_env.errors import UserError
 from amc_env.graph.layers import keeps_of
+from amc_env.graph.surgery import Keeps, resize
 from amc_env.graph.tracing import trace
-from amc_env.pruning.candidate import Keeps, resize
-from search.output.export import (
-    FORMATS,
-    TOLERANCE,
-    Exported,
-    Small,
-    check_formats,
-    export_all,
-)
+from search.output.export import FORMATS, TOLERANCE, Exported, Small, check_formats, export_all
 from search.output.weights import ExportError, load_pruned, save_pruned
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -12,14 +12,7 @@ import pytest
 
 from amc_env.errors import UserError
 from search.output import tracking
-from search.output.tracking import (
-    CsvTracker,
-    NoTracker,
-    TensorboardTracker,
-    Trackers,
-    WandbTracker,
-    phase_of,
-)
+from search.output.tracking import CsvTracker, NoTracker, TensorboardTracker, Trackers, WandbTracker, phase_of
 
 
 def episode_row(episode: int) -> dict[str, float]:

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_module
+from journals import content
 from running import SMALL, Command
 from safetensors.torch import load_file, save_file
 
-from agents.base import Result, SearchTask
+from agents.base import SearchTask
 from amc_env.errors import UserError
 from amc_env.space import Budget, Grid, Problem, Removed
 from search import run_apply
@@ -70,7 +71,7 @@ def test_it_is_amc_search_with_the_uniform_policy(
     uniform = ("agent=uniform", "agent.ratio=0.3", "budget=none", "finalists.count=1")
     assert amc_search(*QUICK, *uniform, "hydra.run.dir=two").code == 0
     for name in ("strategy.json", "model.safetensors"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+        assert content(tmp_path / "one" / name) == content(tmp_path / "two" / name), name
 
 
 def test_a_budget_raises_the_ratio(amc_apply: Command, tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_the_strategy_of_a_search_gives_its_network_again(
     assert amc_search(*SEARCH, *kind, "budget.ratio=0.7", "hydra.run.dir=found").code == 0
     assert amc_apply(*QUICK, *kind, "strategy=found/strategy.json", "hydra.run.dir=given").code == 0
     for name in ("strategy.json", "model.safetensors"):
-        assert (tmp_path / "found" / name).read_bytes() == (tmp_path / "given" / name).read_bytes(), name
+        assert content(tmp_path / "found" / name) == content(tmp_path / "given" / name), name
     found, given = read(tmp_path / "found"), read(tmp_path / "given")
     for stage in ("base", "pruned", "finetuned"):
         assert given[stage] == found[stage]
@@ -118,11 +119,11 @@ def test_a_stopped_run_goes_on_and_another_strategy_is_refused(amc_apply: Comman
     assert amc_apply(*QUICK, "ratio=0.5", "hydra.run.dir=first").code == 0
     given = ("strategy=first", "hydra.run.dir=run")
     assert amc_apply(*QUICK, *given).code == 0
-    before = (tmp_path / "run" / "evaluations.jsonl").read_bytes()
+    before = content(tmp_path / "run" / "evaluations.jsonl")
     assert str(tmp_path).encode() not in before
     again = amc_apply(*QUICK, *given)
     assert "going on with" in again.out
-    assert (tmp_path / "run" / "evaluations.jsonl").read_bytes() == before
+    assert content(tmp_path / "run" / "evaluations.jsonl") == before
     assert read(tmp_path / "run")["resumed"]
     other = read(tmp_path / "first", "strategy.json")
     other["decisions"]["1"]["removed"] = 66
@@ -247,7 +248,7 @@ def given(folder: Path, **content: Any) -> Given:
 def test_counts_come_in_the_problem_s_order_and_are_scored_once(tmp_path: Path) -> None:
     asked: list[Any] = []
 
-    def score(proposals: Sequence[Removed]) -> list[Result]:
+    def score(proposals: Sequence[Removed]) -> list[Any]:
         asked.extend(proposals)
         return []
 

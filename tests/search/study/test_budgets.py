@@ -29,7 +29,7 @@ from search.settings import (
     Settings,
     ShortTermSettings,
 )
-from search.study.problem import Prepared, check, prepare
+from search.study.problem import PruningProblem, check
 
 QUICK = LatencySettings(batch=1, repeats=0, threads=1)
 
@@ -54,8 +54,8 @@ def stretched(folder: Path, factor: float) -> None:
     path.write_text(json.dumps(content))
 
 
-def posed(folder: Path, data: Data, **more: Any) -> Prepared:
-    return prepare(network("concat"), data, limited(folder, 1.0, **more))
+def posed(folder: Path, data: Data, **more: Any) -> PruningProblem:
+    return PruningProblem.build(network("concat"), data, limited(folder, 1.0, **more))
 
 
 def test_a_table_is_built_for_the_run_and_read_when_it_goes_on(
@@ -116,7 +116,7 @@ def test_a_table_of_another_network_and_a_missing_one_are_refused(small_data: Da
     posed(tmp_path, small_data)
     table = str(tmp_path / "latency.json")
     with pytest.raises(UserError, match="the latency table has no times for"):
-        prepare(network("residual"), small_data, limited(tmp_path / "other", 1.0, table=table))
+        PruningProblem.build(network("residual"), small_data, limited(tmp_path / "other", 1.0, table=table))
     with pytest.raises(UserError, match="no such file; amc-latency build makes one"):
         posed(tmp_path, small_data, table=str(tmp_path / "none.json"))
 
@@ -124,7 +124,7 @@ def test_a_table_of_another_network_and_a_missing_one_are_refused(small_data: Da
 def test_a_table_is_of_the_batch_that_is_asked_for(small_data: Data, tmp_path: Path) -> None:
     batch = len(small_data.search) + 1
     settings = replace(limited(tmp_path, 1.0), latency=replace(QUICK, batch=batch))
-    prepare(network("concat"), small_data, settings)
+    PruningProblem.build(network("concat"), small_data, settings)
     assert LatencyTable.load(tmp_path / "latency.json").conditions.batch == batch
 
 
@@ -163,13 +163,13 @@ def test_what_cannot_be_reached_is_said_in_milliseconds(small_data: Data, tmp_pa
     with pytest.raises(
         UserError, match=r"budget latency <= [\d.e-]+ \(0\.001 of the original\) cannot be reached"
     ):
-        prepare(network("concat"), small_data, limited(tmp_path, 0.001))
+        PruningProblem.build(network("concat"), small_data, limited(tmp_path, 0.001))
 
 
 def test_masks_have_no_latency(small_data: Data, tmp_path: Path) -> None:
     settings = replace(small("kernel", latency=QUICK), budgets=(LatencyBudget(),)).in_folder(tmp_path)
     with pytest.raises(UserError, match="granularity=kernel does not make faster: use granularity=channel"):
-        prepare(network("concat"), small_data, settings)
+        PruningProblem.build(network("concat"), small_data, settings)
 
 
 def test_several_budgets_hold_at_once_with_netadapt_too(small_data: Data, tmp_path: Path) -> None:

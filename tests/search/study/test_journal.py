@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from amc_env.errors import UserError
-from amc_env.evaluation.evaluator import Key, Outcome
+from amc_env.evaluation.evaluator import Key
 from amc_env.evaluation.pruner import ORIGINAL
-from amc_env.space import Grid, Problem
+from amc_env.space import Grid, Problem, Trial
 from search.study.journal import FILE, Journal
 
 HEADER: Mapping[str, Any] = {"config": {"seed": 1, "search": {"episodes": 10}}, "weights": "abc"}
@@ -32,16 +32,17 @@ def problem() -> Problem:
     return Problem([Grid("a", 8, 1, 7), Grid("b", 4, 1, 3)], [Kept()], [])
 
 
-def outcome(problem: Problem, removed: tuple[int, ...], repair: str = "none") -> Outcome:
+def trial(problem: Problem, removed: tuple[int, ...], repair: str = "none", number: int = 1) -> Trial:
     accuracy = 1.0 - 0.1 * sum(removed) / 3
-    return Outcome(problem.strategy(removed), accuracy, problem.cost(removed), True, repair)
+    strategy, costs = problem.strategy(removed), problem.cost(removed)
+    return Trial(number, strategy, ORIGINAL, repair, accuracy, costs, True, accuracy - 1)
 
 
 def fill(journal: Journal, problem: Problem, *strategies: tuple[int, ...], repair: str = "none") -> None:
     for removed in strategies:
         key = Key(ORIGINAL, repair, removed)
         if journal.get(key) is None:
-            journal[key] = outcome(problem, removed, repair)
+            journal[key] = trial(problem, removed, repair, len(journal) + 1)
 
 
 def open_(folder: Path, problem: Problem, **changes: Any) -> Journal:
@@ -54,16 +55,16 @@ def test_lines_are_on_disk_at_once_and_read_back_equal(tmp_path: Path, problem: 
         fill(journal, problem, (1, 2), (3, 0))
         lines = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
         assert [line.get("removed") for line in lines] == [None, [1, 2], [3, 0]]
-        assert [line.get("index") for line in lines] == [None, 0, 1]
+        assert [line.get("number") for line in lines] == [None, 1, 2]
     before = (tmp_path / FILE).read_bytes()
     with open_(tmp_path, problem) as journal:
         assert (journal.replayed, len(journal)) == (2, 2)
-        assert journal.get(Key(ORIGINAL, "none", (1, 2))) == outcome(problem, (1, 2))
+        assert journal.get(Key(ORIGINAL, "none", (1, 2))) == trial(problem, (1, 2))
         assert journal.get(Key(ORIGINAL, "other", (1, 2))) is None
     assert (tmp_path / FILE).read_bytes() == before
 
 
-@pytest.mark.parametrize("torn", ['{"index": 2, "st', "x", '{"index": 2}'])
+@pytest.mark.parametrize("torn", ['{"number": 2, "st', "x", '{"number": 2}'])
 def test_a_torn_last_line_is_dropped(tmp_path: Path, problem: Problem, torn: str) -> None:
     with open_(tmp_path, problem) as journal:
         fill(journal, problem, (1, 2), (3, 0))

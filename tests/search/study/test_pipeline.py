@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from journals import content
 from masking import weight
 from networks import images, network, same_state
 from running import SMALL, Command
@@ -178,10 +179,10 @@ def test_episodes_at_once_end_the_same_after_a_kill(small_data: Data, tmp_path: 
     killed = tmp_path / "killed"
     with pytest.raises(Stopped):
         go(killed, small_data, settings, track=Tracked(stop_at=10))  # in the third round
-    left = (killed / "evaluations.jsonl").read_bytes()
+    left = content(killed / "evaluations.jsonl")
     go(killed, small_data, settings)
     for name in ("evaluations.jsonl", "metrics.csv", "strategy.json"):
-        assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    journal = (killed / "evaluations.jsonl").read_bytes()
+        assert content(killed / name) == content(tmp_path / "whole" / name), name
+    journal = content(killed / "evaluations.jsonl")
     assert journal.startswith(left)
     assert journal != left

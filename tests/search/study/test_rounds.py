@@ -13,17 +13,16 @@ from small_runs import small
 from torch import Tensor, nn
 
 from amc_env.costs.counts import Params
-from amc_env.evaluation.evaluator import Outcome
 from amc_env.evaluation.pruner import Pruned
 from amc_env.graph.layers import LayerGraph
 from amc_env.pruning.criteria import Norm, Sample, Taylor
 from amc_env.pruning.granularity import Channel
 from amc_env.pruning.schedule import Schedule
-from amc_env.space import Strategy
+from amc_env.space import Strategy, Trial
 from search.data.base import Data
 from search.settings import FinetuneSettings
 from search.study.evaluation import make_evaluator
-from search.study.problem import Prepared, prepare
+from search.study.problem import PruningProblem
 from search.study.tuning import Tuner, finetuned, part_of
 from search.training.batches import training_batches
 from search.training.finetune import finetune
@@ -35,7 +34,7 @@ SEVEN = FinetuneSettings(epochs=7, batch_size=16)
 class Recorded(Tuner):
     """Remembers what it tuned, and what came out."""
 
-    def __init__(self, prepared: Prepared):
+    def __init__(self, prepared: PruningProblem):
         self.epochs: list[int] = []
         self.masks: list[Mapping[str, Tensor]] = []
         self.states: list[dict[str, Tensor]] = []
@@ -50,16 +49,16 @@ class Recorded(Tuner):
 
 def tuned(
     data: Data, granularity: str, name: str = "concat", **more: Any
-) -> tuple[Prepared, Outcome, Recorded, Pruned]:
+) -> tuple[PruningProblem, Trial, Recorded, Pruned]:
     """A strategy at 40% of the parameters, tuned."""
-    prepared = prepare(network(name), data, small(granularity, finetune=SEVEN, **more))
+    prepared = PruningProblem.build(network(name), data, small(granularity, finetune=SEVEN, **more))
     evaluator, problem = make_evaluator(prepared), prepared.problem
     outcome = evaluator.evaluate([problem.strategy(problem.project([0.4] * len(problem.grids)))])[0]
     record = Recorded(prepared)
     return prepared, outcome, record, finetuned(prepared, evaluator, outcome, record)
 
 
-def numbers(prepared: Prepared, strategy: Strategy) -> list[tuple[int, ...]]:
+def numbers(prepared: PruningProblem, strategy: Strategy) -> list[tuple[int, ...]]:
     """Counts after each round of the cubic schedule: 19/27, 26/27 and all of the ratios, never more than those."""
     snapped = [[s * r for r in strategy.ratios] for s in (19 / 27, 26 / 27, 1.0)]
     counts = [prepared.problem.snap(ratios) for ratios in snapped]
@@ -156,15 +155,19 @@ def test_one_round_is_pruning_and_plain_fine_tuning_to_the_bit(small_data: Data,
 
 def test_a_part_of_a_strategy_by_hand(small_data: Data) -> None:
     """Ratios times the share, at the nearest feasible count, never above the strategy's own."""
-    prepared = prepare(network("mlp"), small_data, small("nm"))
+    prepared = PruningProblem.build(network("mlp"), small_data, small("nm"))
     whole = prepared.problem.strategy((2, 0, 2))
     assert part_of(prepared, whole, 1.0) is whole
     assert part_of(prepared, whole, 0.5).removed == (0, 0, 0)  # a tie goes to the smaller
     assert part_of(prepared, whole, 0.51).removed == (2, 0, 2)
-    prepared = prepare(network("mlp"), small_data, small("fine_grained"))  # 3840, 320 and 64 weights
+    prepared = PruningProblem.build(
+        network("mlp"), small_data, small("fine_grained")
+    )  # 3840, 320 and 64 weights
     part = part_of(prepared, prepared.problem.strategy((3000, 1, 10)), 0.26)
     assert part.removed == (780, 0, 3)
-    prepared = prepare(network("mlp"), small_data, replace(small(), granularity=Channel(multiple=8)))
+    prepared = PruningProblem.build(
+        network("mlp"), small_data, replace(small(), granularity=Channel(multiple=8))
+    )
     assert [grid.count(1) for grid in prepared.grids] == [4, 8]  # of 20 and 16
     # 12 of 20 at 0.6 is 7.2 of 20, nearer to 4 than to 12; a count that is off the grid is never exceeded.
     assert part_of(prepared, prepared.problem.strategy((12, 8)), 0.6).removed == (4, 8)

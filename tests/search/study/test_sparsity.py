@@ -13,25 +13,25 @@ from amc_env.space import Strategy
 from search.data.base import Data, Split, fingerprint
 from search.output.run_result import LayerRow, Pattern
 from search.settings import Settings
-from search.study.problem import Prepared, prepare, storage_of
+from search.study.problem import PruningProblem, storage_of
 from search.study.results import granularity_of, masked_figures, stored_sizes
 
 
-def prepared(granularity: Granularity, inputs: int = 48, hidden: int = 4) -> Prepared:
+def prepared(granularity: Granularity, inputs: int = 48, hidden: int = 4) -> PruningProblem:
     """Two linear layers: ``hidden`` x ``inputs`` weights, then 4 x ``hidden``."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Flatten(), nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, 4))
     split = Split(torch.randint(0, 256, (8, 1, 1, inputs), dtype=torch.uint8), torch.arange(8) % 4)
     data = Data("random", split, split, None, tuple("abcd"), (0.5,), (0.5,), False, fingerprint(split))
     settings = Settings(Random(), episodes=1, budgets=(), granularity=granularity, export=())
-    return prepare(model, data, settings)
+    return PruningProblem.build(model, data, settings)
 
 
 def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
     return {name: network.get_submodule(name).weight.detach() for name in ("1", "3")}
 
 
-def strategy(ranked: Prepared, *removed: int) -> Strategy:
+def strategy(ranked: PruningProblem, *removed: int) -> Strategy:
     return ranked.problem.strategy(removed)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from journals import content
 from masking import weight
 from networks import network, same_state
 from running import Command
@@ -22,7 +23,7 @@ from search.data.base import Data
 from search.output.run_result import RunResult
 from search.settings import FinalistSettings, Settings
 from search.study.evaluation import make_evaluator, start_of
-from search.study.problem import builder_of, prepare
+from search.study.problem import PruningProblem, builder_of
 
 STAGED = {"stages": (0.6, 0.4), "episodes": 5}
 
@@ -33,7 +34,7 @@ def journal(folder: Path) -> list[dict[str, Any]]:
 
 def best(lines: list[dict[str, Any]], start: str) -> dict[str, Any]:
     """The first of the most accurate evaluations of a stage."""
-    return max((line for line in lines if line["start"] == start), key=lambda line: line["accuracy"])
+    return max((line for line in lines if line["start"] == start), key=lambda line: line["score"])
 
 
 def figures(result: RunResult) -> RunResult:
@@ -107,12 +108,12 @@ def scored_anew(
     data: Data, settings: Settings, folder: Path, file: str, lines: list[dict[str, Any]]
 ) -> list[float]:
     """Accuracies of evaluations on the weights of a file."""
-    prepared = prepare(network("concat"), data, settings)
+    prepared = PruningProblem.build(network("concat"), data, settings)
     weights = network("concat")
     weights.load_state_dict(load_file(folder / "starts" / file))
     evaluator = make_evaluator(prepared, start=start_of(prepared, "again", builder_of(prepared, weights)))
     strategies = [prepared.problem.strategy(line["removed"]) for line in lines]
-    return [outcome.accuracy for outcome in evaluator.evaluate(strategies)]
+    return [outcome.score for outcome in evaluator.evaluate(strategies)]
 
 
 def test_networks_of_the_second_stage_are_cut_from_what_the_first_left(
@@ -121,11 +122,11 @@ def test_networks_of_the_second_stage_are_cut_from_what_the_first_left(
     settings = small("fine_grained", **STAGED)
     go(tmp_path, small_data, settings)
     lines = journal(tmp_path)[5:]
-    accuracies = [line["accuracy"] for line in lines]
+    accuracies = [line["score"] for line in lines]
     assert scored_anew(small_data, settings, tmp_path, "stage-1.safetensors", lines) == accuracies
-    prepared = prepare(network("concat"), small_data, settings)
+    prepared = PruningProblem.build(network("concat"), small_data, settings)
     strategies = [prepared.problem.strategy(line["removed"]) for line in lines]
-    assert [outcome.accuracy for outcome in make_evaluator(prepared).evaluate(strategies)] != accuracies
+    assert [outcome.score for outcome in make_evaluator(prepared).evaluate(strategies)] != accuracies
 
 
 SPARSE = {"regularization": BNScale(weight=1.0, before_epochs=1), "criterion": BatchNormScale()}
@@ -164,7 +165,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(
     again = go(tmp_path / "stopped", small_data, settings, name, tracked)
     assert tracked.epochs == trained  # what was kept in starts/ is not trained again
     for file in ("evaluations.jsonl", "strategy.json", "metrics.csv"):
-        assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+        assert content(tmp_path / "stopped" / file) == content(tmp_path / "whole" / file), file
     assert figures(again.result) == figures(whole.result)
     assert same_state(again.model, whole.model)
     files = sorted(path.name for path in (tmp_path / "whole" / "starts").iterdir())
@@ -189,7 +190,7 @@ def test_sparse_training_comes_before_and_the_base_stays_the_network_given(
     plain = go(tmp_path / "plain", small_data, small("channel"))
     assert finished.result.base == plain.result.base
     lines = journal(tmp_path)
-    accuracies = [line["accuracy"] for line in lines]
+    accuracies = [line["score"] for line in lines]
     assert (
         scored_anew(small_data, small("channel", **SPARSE), tmp_path, "regularised.safetensors", lines)
         == accuracies
@@ -226,10 +227,10 @@ def test_what_the_second_stage_depends_on_cannot_change(
     """Its start hangs on the first stage's best strategy, which more episodes may have found elsewhere."""
     settings = small("fine_grained", **STAGED)
     go(tmp_path, small_data, settings)
-    before = (tmp_path / "evaluations.jsonl").read_bytes()
+    before = content(tmp_path / "evaluations.jsonl")
     with pytest.raises(UserError, match="begun with another configuration"):
         go(tmp_path, small_data, replace(settings, **change))
-    assert (tmp_path / "evaluations.jsonl").read_bytes() == before
+    assert content(tmp_path / "evaluations.jsonl") == before
 
 
 def test_weights_of_an_earlier_run_are_not_taken_for_this_one_s(small_data: Data, tmp_path: Path) -> None:
@@ -239,9 +240,9 @@ def test_weights_of_an_earlier_run_are_not_taken_for_this_one_s(small_data: Data
     settings = small("fine_grained", **STAGED, seed=1)
     over, fresh = (go(tmp_path / name, small_data, settings) for name in ("old", "fresh"))
     assert same_state(over.model, fresh.model)
-    assert (tmp_path / "old" / "evaluations.jsonl").read_bytes() == (
+    assert content(tmp_path / "old" / "evaluations.jsonl") == content(
         tmp_path / "fresh" / "evaluations.jsonl"
-    ).read_bytes()
+    )
 
 
 @pytest.mark.parametrize(

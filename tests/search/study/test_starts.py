@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from journals import content
 from masking import weight
 from networks import network, same_state
 from safetensors.torch import load_file
@@ -22,7 +23,7 @@ from search.data.base import Data
 from search.output.report import write_report
 from search.settings import SHORT_TERM, FinalistSettings, Settings, ShortTermSettings, StorageBudget
 from search.study.evaluation import make_evaluator
-from search.study.problem import prepare
+from search.study.problem import PruningProblem
 from search.study.stages import Weights, kept, start_at
 
 ADAPTS = {
@@ -55,16 +56,16 @@ def test_rounds_begin_with_what_the_winner_was_tuned_to(
     assert {line["repair"] for line in lines} == {SHORT_TERM}
     for before, after in pairwise(rounds):
         proposals = [line for line in lines if line["start"] == before["start"]][1:]
-        winner = max(proposals, key=lambda line: (line["accuracy"], -line["costs"]["params"]))
+        winner = max(proposals, key=lambda line: (line["score"], -line["costs"]["params"]))
         assert after["removed"] == winner["removed"]
-        assert after["accuracy"] == winner["accuracy"]  # its tuned weights, neither repaired nor tuned again
+        assert after["score"] == winner["score"]  # its tuned weights, neither repaired nor tuned again
         assert sum(a > b for a, b in zip(after["removed"], before["removed"], strict=True)) == 1
     assert [line["met"] for line in rounds] == [False] * (len(rounds) - 1) + [True]
     strategy = json.loads((tmp_path / "strategy.json").read_text())
     assert [d["removed"] for d in strategy["decisions"].values()] == rounds[-1]["removed"]
     assert strategy["start"] == [line["start"] for line in rounds]
     assert finished.result.pruned.costs["params"] == round(rounds[-1]["costs"]["params"])
-    assert finished.result.search.search_accuracy == rounds[-1]["accuracy"]
+    assert finished.result.search.search_accuracy == rounds[-1]["score"]
 
 
 def test_what_is_delivered_is_the_last_round_s_network(small_data: Data, tmp_path: Path) -> None:
@@ -90,7 +91,7 @@ def test_a_stopped_run_goes_on_in_its_round(
     assert again.result.resumed
     assert known == stop_at
     for file in ("evaluations.jsonl", "strategy.json", "metrics.csv"):
-        assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+        assert content(tmp_path / "stopped" / file) == content(tmp_path / "whole" / file), file
     assert same_state(again.model, whole.model)
 
 
@@ -126,10 +127,10 @@ def test_the_winner_alone_is_tuned(small_data: Data, tmp_path: Path) -> None:
     lines = journal(tmp_path)
     assert {line["repair"] for line in lines} == {"batch_norm"}
     first = [line for line in lines if line["start"] == "original"]
-    prepared = prepare(network("concat"), small_data, small("channel"))
+    prepared = PruningProblem.build(network("concat"), small_data, small("channel"))
     strategies = [prepared.problem.strategy(line["removed"]) for line in first]
     repaired = make_evaluator(prepared).evaluate(strategies)
-    assert [outcome.accuracy for outcome in repaired] == [line["accuracy"] for line in first]
+    assert [outcome.score for outcome in repaired] == [line["score"] for line in first]
     started = load_file(tmp_path / "starts" / "round-1.safetensors")
     winner = next(line for line in lines if line["start"] == "round 1")["removed"]
     pruned = make_evaluator(prepared).apply(prepared.problem.strategy(winner))
@@ -151,7 +152,7 @@ def test_any_agent_can_have_its_candidates_tuned(small_data: Data, tmp_path: Pat
         line["removed"] for line in lines[1]
     ]  # and no finalists
     assert {line["repair"] for line in lines[0]} == {SHORT_TERM}
-    assert [line["accuracy"] for line in lines[0]] != [line["accuracy"] for line in lines[1]]
+    assert [line["score"] for line in lines[0]] != [line["score"] for line in lines[1]]
 
 
 def test_a_rate_that_is_too_large_is_named_as_the_short_term_s(small_data: Data, tmp_path: Path) -> None:
@@ -181,7 +182,7 @@ def test_weights_and_units_come_back_from_their_file(tmp_path: Path) -> None:
 
 
 def test_a_start_s_own_strategy_is_not_repaired(small_data: Data) -> None:
-    prepared = prepare(network("concat"), small_data, small("channel"))
+    prepared = PruningProblem.build(network("concat"), small_data, small("channel"))
     evaluator = make_evaluator(prepared)
     strategy = prepared.problem.strategy(prepared.problem.project([0.3] * len(prepared.grids)))
     pruned: Pruned = evaluator.apply(strategy)

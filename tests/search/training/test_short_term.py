@@ -15,7 +15,7 @@ from amc_env.evaluation.pruner import ORIGINAL
 from search.data.base import Data
 from search.settings import SHORT_TERM, ShortTermSettings
 from search.study.evaluation import start_of
-from search.study.problem import Prepared, prepare
+from search.study.problem import PruningProblem
 from search.training.short_term import _Steps
 
 STEPS = 6  # an epoch of the loader has four
@@ -27,12 +27,12 @@ def loader(data: Data, **more: object) -> DataLoader[tuple[torch.Tensor, ...]]:
     return DataLoader(images, 16, shuffle=True, generator=torch.Generator().manual_seed(5), **more)
 
 
-def ready(data: Data, **more: object) -> Prepared:
+def ready(data: Data, **more: object) -> PruningProblem:
     settings = small("channel", short_term=ShortTermSettings(STEPS, lr_fraction=1.0, batch_size=16))
-    return prepare(network("concat"), replace(data, loader=loader(data, **more)), settings)
+    return PruningProblem.build(network("concat"), replace(data, loader=loader(data, **more)), settings)
 
 
-def tuned(prepared: Prepared, removed: tuple[int, ...], name: str = ORIGINAL) -> nn.Module:
+def tuned(prepared: PruningProblem, removed: tuple[int, ...], name: str = ORIGINAL) -> nn.Module:
     """A candidate, repaired and trained."""
     start = start_of(prepared, name, prepared.builder)
     model = start.candidates.build(removed)
@@ -58,7 +58,9 @@ def test_a_loader_whose_workers_keep_their_random_numbers_is_refused(small_data:
     with pytest.raises(UserError, match="persistent_workers=False, or set short_term.steps=0"):
         ready(small_data, **lasting)
     untuned = replace(small("channel"), short_term=ShortTermSettings(0))
-    prepare(network("concat"), replace(small_data, loader=loader(small_data, **lasting)), untuned)
+    PruningProblem.build(
+        network("concat"), replace(small_data, loader=loader(small_data, **lasting)), untuned
+    )
 
 
 class Once:
