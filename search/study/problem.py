@@ -15,12 +15,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from amc_env.costs.counts import Macs, Params
-from amc_env.costs.cycles import Cycles
-from amc_env.costs.latency import runtime
-from amc_env.costs.latency.cost import Latency
-from amc_env.costs.memory import Activations, Memory
-from amc_env.costs.storage import Storage, params_beside_weights
+from amc_env.costs.base import COSTS, BudgetSettings
+from amc_env.costs.latency import LatencyBudget, runtime
+from amc_env.costs.latency.table import LatencyTable
+from amc_env.costs.memory import Activations
 from amc_env.errors import UserError, first_line
 from amc_env.evaluation.precision import check_precision
 from amc_env.graph.layers import LayerGraph
@@ -33,14 +31,7 @@ from amc_env.pruning.granularity import Masked
 from amc_env.space import Budget, Cost, Grid, Problem, figure
 from search.data.base import Data, Split
 from search.output.export import check_formats
-from search.settings import (
-    CyclesBudget,
-    FinalistSettings,
-    LatencyBudget,
-    MemoryBudget,
-    Settings,
-    StorageBudget,
-)
+from search.settings import FinalistSettings, Settings
 from search.study.latency_table import How, Subject, build, counted, read_table
 from search.training.short_term import check_loader
 
@@ -90,6 +81,10 @@ class Ranked:
             UserError: The network cannot be traced symbolically, or they do not follow from the counts removed.
         """
         return Activations(self.model, self.graph, self.grids, self.images(self.data.search, 1))
+
+    def latency_table(self, budget: LatencyBudget) -> tuple[LatencyTable, Activations | None]:
+        """See `amc_env.costs.base.CostInputs`."""
+        return _latency_table(self, budget)
 
     @property
     def masked(self) -> tuple[Grid, ...]:
@@ -255,69 +250,21 @@ def _check_device(device: str) -> None:
 
 
 def costs_of(ranked: Ranked) -> dict[str, Cost]:
-    """The costs that every outcome states: MACs, parameters, and what a budget limits besides."""
-    costs: dict[str, Cost] = {
-        "macs": Macs(ranked.graph, ranked.masked),
-        "params": Params(ranked.graph, ranked.masked),
-    }
-    for budget in ranked.settings.budgets:
-        if isinstance(budget, StorageBudget):
-            costs["storage"] = storage_of(ranked, budget.format, budget.value_bits)
-        elif isinstance(budget, CyclesBudget):
-            costs["cycles"] = _cycles(ranked, budget)
-        elif isinstance(budget, MemoryBudget):
-            costs["memory"] = _memory(ranked)
-        elif isinstance(budget, LatencyBudget):
-            costs["latency"] = _latency(ranked, budget)
-    return costs
-
-
-def storage_of(ranked: Ranked, format: str, value_bits: int = 32) -> Storage:
-    """Stored size of the masked network.
+    """The costs that every outcome states: MACs, parameters, and what a budget limits besides.
 
     Raises:
-        UserError: Nothing is masked, or the format does not fit.
+        UserError: A cost does not fit the granularity, or cannot be built for the network.
     """
-    if not ranked.masked:
-        raise UserError(
-            "budget=storage counts the bytes of masked weights, and granularity=channel masks none: use "
-            "budget=params, or a granularity such as fine_grained"
-        )
-    builder = cast(MaskedCandidates, ranked.builder)
-    others = params_beside_weights(ranked.graph)
-    return Storage(ranked.graph.layers, ranked.grids, builder.places, others, format, value_bits=value_bits)
+    always = {name: BudgetSettings(name) for name in ("macs", "params")}
+    wanted = always | {budget.cost: budget for budget in ranked.settings.budgets}
+    for name in wanted:
+        COSTS[name].check_fits(ranked.settings.granularity)
+    return {name: COSTS[name].build(ranked, settings) for name, settings in wanted.items()}
 
 
-def _cycles(ranked: Ranked, budget: CyclesBudget) -> Cycles:
-    if ranked.masked:
-        raise UserError(
-            f"budget=cycles counts a dense array processor, which granularity={ranked.settings.granularity.name} "
-            "does not make faster: use granularity=channel"
-        )
-    return Cycles(
-        ranked.graph,
-        input_parallel=budget.input_parallel,
-        output_parallel=budget.output_parallel,
-        pixel_parallel=budget.pixel_parallel,
-    )
-
-
-def _memory(ranked: Ranked) -> Memory:
-    if ranked.masked:
-        raise UserError(
-            f"budget=memory counts activations, which granularity={ranked.settings.granularity.name} does not make "
-            "smaller: use granularity=channel"
-        )
-    return Memory(ranked.activations)
-
-
-def _latency(ranked: Ranked, budget: LatencyBudget) -> Latency:
+def _latency_table(ranked: Ranked, budget: LatencyBudget) -> tuple[LatencyTable, Activations | None]:
+    """The table that a budget names, that of the run folder, or a new one; and the network's activations."""
     settings = ranked.settings
-    if ranked.masked:
-        raise UserError(
-            f"budget=latency measures dense networks, which granularity={settings.granularity.name} does not make "
-            "faster: use granularity=channel"
-        )
     wanted = settings.latency
     threads = wanted.threads or torch.get_num_threads()
     subject = Subject(
@@ -334,4 +281,4 @@ def _latency(ranked: Ranked, budget: LatencyBudget) -> Latency:
         table = read_table(budget.kept, subject)
     else:
         table = build(subject, activations, budget.kept, tolerance=budget.tolerance, points=budget.points)
-    return Latency(ranked.model, ranked.graph, table, activations)
+    return table, activations
