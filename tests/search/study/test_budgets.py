@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from small_runs import go, small
 
 from agents.netadapt import NetAdapt
+from amc_env.costs.base import COSTS, budget_on
 from amc_env.costs.latency.cost import Latency
 from amc_env.costs.latency.sampling import build_table
 from amc_env.costs.latency.table import LatencyTable
@@ -199,6 +200,12 @@ def test_further_budgets_are_shares_beside_the_main_one() -> None:
         with pytest.raises(UserError) as error:
             wiring.resolved(configured(f"also.{name}={ratio}"))
         assert (error.value.code, error.value.field) == ("out_of_range", field)
+
+
+@pytest.mark.parametrize("name", ["flops", *COSTS])
+def test_conf_and_python_build_the_same_budget(name: str) -> None:
+    option = "flops" if name == "macs" else name
+    assert wiring.settings_of(configured(f"budget={option}"), 0.1).budgets == (budget_on(name, 0.5),)
 
 
 def test_two_budgets_of_one_cost_are_refused() -> None:
