@@ -17,6 +17,7 @@ from torch import nn
 import amc_env  # noqa: F401 -- registers the environment
 from agents.base import Agent
 from agents.baselines import Random
+from amc_env.costs.base import BudgetSettings, budget_on
 from amc_env.env import EnvHandle
 from amc_env.errors import UserError, first_line
 from amc_env.graph.surgery import Keeps
@@ -28,13 +29,8 @@ from search.output.report import write_report
 from search.output.run_result import RunResult
 from search.output.tracking import CsvTracker
 from search.settings import (
-    BudgetSettings,
-    CyclesBudget,
     FinetuneSettings,
-    LatencyBudget,
-    MemoryBudget,
     Settings,
-    StorageBudget,
     channel_multiple,
 )
 from search.study.evaluation import make_evaluator
@@ -89,8 +85,9 @@ def compress(
             wants them.
         val_loader: Batches that candidates are judged on: not the test data, and best not seen in training.
         budget: Share of the original's MACs that may remain, in (0, 1]; or shares by cost, ``{"macs": 0.5,
-            "params": 0.4}``, of ``macs``, ``params``, ``latency``, ``memory``, ``storage`` or ``cycles``; or the
-            settings of one budget or several, ``LatencyBudget(table="phone.json", elsewhere=True, limit=25.0)``. All
+            "params": 0.4}``, of ``macs`` (or ``flops``), ``params``, ``latency``, ``memory``, ``storage``, ``cycles`` or
+            a `NetworkCost` of your own; or the settings of one budget or several,
+            ``LatencyBudget(table="phone.json", elsewhere=True, limit=25.0)``. All
             of them hold.
         agent: ``ddpg``, ``ddpg_near_uniform``, ``netadapt``, ``random``, ``sensitivity`` or ``uniform``, with the
             settings of its file in conf/agent; or an agent of one's own.
@@ -228,13 +225,7 @@ def _budgets(budget: Asked) -> tuple[BudgetSettings, ...]:
             )
         return tuple(given)
     shares = given if isinstance(given, Mapping) else {"macs": given}
-    kinds = {
-        "storage": StorageBudget,
-        "cycles": CyclesBudget,
-        "memory": MemoryBudget,
-        "latency": LatencyBudget,
-    }
-    return tuple(kinds.get(cost, BudgetSettings)(cost, ratio) for cost, ratio in shares.items())
+    return tuple(budget_on(cost, ratio) for cost, ratio in shares.items())
 
 
 def _context(folder: Path, model: str, config: Mapping[str, Any]) -> Context:

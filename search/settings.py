@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar, Literal
 
 from agents.base import Agent
 from agents.baselines import Uniform
+from amc_env.costs.base import BudgetSettings
 from amc_env.costs.latency import RUNTIMES
+from amc_env.costs.latency.cost import LatencyBudget as LatencyBudget  # exported: users name it here
 from amc_env.errors import UserError, require
 from amc_env.evaluation.precision import FLOAT32, PRECISIONS
 from amc_env.pruning.criteria import Criterion, Norm, check_fits
@@ -27,151 +28,10 @@ _SHORT_TERM_STEPS = 50
 REPAIRS = ("none", "least_squares", "batch_norm", "both", "sequential")
 
 
-@dataclass(frozen=True)
-class BudgetSettings:
-    """A limit on a cost.
-
-    Attributes:
-        cost: ``macs`` or ``params``; the costs of hardware have classes of their own.
-        ratio: The share of the original cost that may remain, in (0, 1].
-        limit: The same in the cost's unit; overrules ``ratio``.
-    """
-
-    costs: ClassVar[tuple[str, ...]] = ("macs", "params")
-
-    cost: str
-    ratio: float | None = 0.5
-    limit: float | None = None
-
-    def __post_init__(self) -> None:
-        allowed = f"one of {', '.join(self.costs)}, or take budget=flops, params, latency, memory, storage or cycles"
-        require({"budget.cost": (self.cost in self.costs, self.cost, allowed)})
-        if self.ratio is None and self.limit is None:
-            raise UserError("budget.ratio or budget.limit is needed; both are null")
-        require(
-            {
-                "budget.ratio": (self.ratio is None or 0 < self.ratio <= 1, self.ratio, "in (0, 1]"),
-                "budget.limit": (self.limit is None or self.limit > 0, self.limit, "above 0"),
-            }
-        )
-
-
-@dataclass(frozen=True)
-class StorageBudget(BudgetSettings):
-    """A limit on the stored size of a masked network; see `amc_env.costs.storage.Storage`.
-
-    Attributes:
-        format: ``eie``, ``csr`` or ``nm``; each layer takes it or dense, whichever is smaller.
-        value_bits: Bits of a weight in ``csr`` and ``nm``; EIE's are 4.
-    """
-
-    costs: ClassVar[tuple[str, ...]] = ("storage",)
-
-    cost: str = "storage"
-    format: Literal["eie", "csr", "nm"] = "eie"
-    value_bits: int = 32
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            {
-                "budget.format": (self.format in ("eie", "csr", "nm"), self.format, "eie, csr or nm"),
-                "budget.value_bits": (1 <= self.value_bits <= 64, self.value_bits, "in [1, 64]"),
-            }
-        )
-
-
-@dataclass(frozen=True)
-class CyclesBudget(BudgetSettings):
-    """A limit on the cycles of an array processor; see `amc_env.costs.cycles.Cycles`.
-
-    Attributes:
-        input_parallel: Input channels multiplied at once.
-        output_parallel: Output channels multiplied at once.
-        pixel_parallel: Pixels multiplied at once.
-    """
-
-    costs: ClassVar[tuple[str, ...]] = ("cycles",)
-
-    cost: str = "cycles"
-    input_parallel: int = 16
-    output_parallel: int = 16
-    pixel_parallel: int = 8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            {
-                "budget.input_parallel": (self.input_parallel >= 1, self.input_parallel, "at least 1"),
-                "budget.output_parallel": (self.output_parallel >= 1, self.output_parallel, "at least 1"),
-                "budget.pixel_parallel": (self.pixel_parallel >= 1, self.pixel_parallel, "at least 1"),
-            }
-        )
-
-
-@dataclass(frozen=True)
-class MemoryBudget(BudgetSettings):
-    """A limit on the peak memory of one example's activations; see `amc_env.costs.memory.Memory`."""
-
-    costs: ClassVar[tuple[str, ...]] = ("memory",)
-
-    cost: str = "memory"
-
-
-@dataclass(frozen=True)
-class LatencyBudget(BudgetSettings):
-    """A limit on predicted latency, under the conditions of LatencySettings; see `amc_env.costs.latency.cost.Latency`.
-
-    Attributes:
-        table: A latency table's file; None: one is built for this network on this machine before the search.
-        elsewhere: Use a table that was measured under other conditions (on a phone, say) as it is.
-        vector_width: Channels that the hardware computes at once: what is kept of a layer is a multiple of them unless
-            channel_multiple says otherwise.
-        tolerance: What interpolation in a table built here may miss; see `amc_env.costs.latency.sampling.build_table`.
-        points: The most that refining may time; see there.
-        repeats: Timed passes of each of its points.
-        kept: Where a table built here is written, and read when the run goes on.
-    """
-
-    costs: ClassVar[tuple[str, ...]] = ("latency",)
-
-    cost: str = "latency"
-    table: str | None = None
-    elsewhere: bool = False
-    vector_width: int = 8
-    tolerance: float = 0.05
-    points: int = 1500
-    repeats: int = 30
-    kept: Path | None = field(default=None, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            {
-                "budget.vector_width": (self.vector_width >= 1, self.vector_width, "at least 1"),
-                "budget.tolerance": (self.tolerance > 0, self.tolerance, "above 0"),
-                "budget.points": (self.points >= 0, self.points, "at least 0"),
-                "budget.repeats": (self.repeats >= 1, self.repeats, "at least 1"),
-            }
-        )
-
-
 def channel_multiple(budgets: Iterable[BudgetSettings]) -> int:
     """What is kept of a layer is a multiple of this many channels, unless something else is asked for."""
-    widths = [budget.vector_width for budget in budgets if isinstance(budget, LatencyBudget)]
-    return max(widths, default=Channel.multiple)
-
-
-@dataclass(frozen=True)
-class FurtherBudgets:
-    """Budgets beside the main one: the share of the original's cost that may remain of each, None for no limit."""
-
-    flops: float | None = None
-    params: float | None = None
-    latency: float | None = None
-    memory: float | None = None
-    storage: float | None = None
-    cycles: float | None = None
+    asked = (budget.channel_multiple for budget in budgets)
+    return max((multiple for multiple in asked if multiple is not None), default=Channel.multiple)
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 from numpy.typing import NDArray
 
+from amc_env.costs.base import BudgetSettings, CostInputs, NetworkCost
 from amc_env.graph.layers import Layer, LayerGraph
 from amc_env.space import Grid
 
@@ -94,7 +96,7 @@ def _sum(
     return _Shares(graph, terms, constant, masked) if masked else _Products(graph, terms, constant)
 
 
-class Macs:
+class Macs(NetworkCost):
     """Multiply-accumulates of one example: convolutions without bias, linear layers with theirs.
 
     This is the counting of the AMC release: MobileNet-V1 has 568,741,352.
@@ -104,8 +106,14 @@ class Macs:
         masked: The decisions where they mask weights of layers instead; MACs with zeros are not counted then.
     """
 
-    name = "macs"
-    unit = "MACs"
+    name: ClassVar[str] = "macs"
+    title: ClassVar[str] = "MACs"
+    unit: ClassVar[str] = "MACs"
+
+    @classmethod
+    def build(cls, problem: CostInputs, settings: BudgetSettings) -> Self:
+        """Counts from the layers' shapes."""
+        return cls(problem.graph, problem.masked)
 
     def __init__(self, graph: LayerGraph, masked: Sequence[Grid] = ()):
         terms = []
@@ -122,7 +130,7 @@ class Macs:
         return self._sum(removed)
 
 
-class Params:
+class Params(NetworkCost):
     """Number of parameters of the pruned network, all of them.
 
     Args:
@@ -130,8 +138,14 @@ class Params:
         masked: The decisions where they mask weights of layers instead; zeros are not counted then.
     """
 
-    name = "params"
-    unit = "parameters"
+    name: ClassVar[str] = "params"
+    title: ClassVar[str] = "parameters"
+    unit: ClassVar[str] = "parameters"
+
+    @classmethod
+    def build(cls, problem: CostInputs, settings: BudgetSettings) -> Self:
+        """Counts from the layers' shapes."""
+        return cls(problem.graph, problem.masked)
 
     def __init__(self, graph: LayerGraph, masked: Sequence[Grid] = ()):
         terms = []

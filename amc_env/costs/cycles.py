@@ -9,15 +9,44 @@ channels pay in steps of 16: the 17th costs as much as the 17th to 32nd.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import numpy as np
 
+from amc_env.costs.base import BudgetSettings, CostInputs, Kind, NetworkCost
 from amc_env.costs.counts import Ints, kept_channels
-from amc_env.errors import UserError
+from amc_env.errors import UserError, require
 from amc_env.graph.layers import LayerGraph
 
 
-class Cycles:
+@dataclass(frozen=True)
+class CyclesBudget(BudgetSettings):
+    """A limit on the cycles of an array processor; see `Cycles`.
+
+    Attributes:
+        input_parallel: Input channels multiplied at once.
+        output_parallel: Output channels multiplied at once.
+        pixel_parallel: Pixels multiplied at once.
+    """
+
+    cost: str = "cycles"
+    input_parallel: int = 16
+    output_parallel: int = 16
+    pixel_parallel: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            {
+                "budget.input_parallel": (self.input_parallel >= 1, self.input_parallel, "at least 1"),
+                "budget.output_parallel": (self.output_parallel >= 1, self.output_parallel, "at least 1"),
+                "budget.pixel_parallel": (self.pixel_parallel >= 1, self.pixel_parallel, "at least 1"),
+            }
+        )
+
+
+class Cycles(NetworkCost):
     """Cycles of one example's convolutions and linear layers on such an array.
 
     A layer takes, for ``g`` groups::
@@ -44,8 +73,11 @@ class Cycles:
         UserError: A parallelism is not a whole number of at least 1.
     """
 
-    name = "cycles"
-    unit = "cycles"
+    name: ClassVar[str] = "cycles"
+    title: ClassVar[str] = "cycles"
+    unit: ClassVar[str] = "cycles"
+    granularities: ClassVar[tuple[Kind, ...]] = ("channel",)
+    Settings: ClassVar[type[BudgetSettings]] = CyclesBudget
 
     def __init__(
         self,
@@ -71,6 +103,11 @@ class Cycles:
         self._waves = _ceil(self._positions, np.where(self._depthwise, pixels, pixel_parallel))
         self._parallel = input_parallel, output_parallel
         self._other = -(-graph.other_macs // (input_parallel * output_parallel * pixel_parallel))
+
+    @classmethod
+    def build(cls, problem: CostInputs, settings: CyclesBudget) -> Self:
+        """Counts from the layers' shapes."""
+        return cls(problem.graph, settings.input_parallel, settings.output_parallel, settings.pixel_parallel)
 
     def __call__(self, removed: Sequence[int]) -> float:
         """Cycles of the cut network."""

@@ -9,7 +9,7 @@ operation after the other needs less. The network's input and output count here,
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from amc_env.costs.base import BudgetSettings, CostInputs, Kind, NetworkCost, size
 from amc_env.errors import UserError, first_line
 from amc_env.graph.layers import LayerGraph
 from amc_env.graph.topology import Topology
@@ -88,7 +89,7 @@ class Activations:
         return int(self._elements[rows].sum() - gone)
 
 
-class Memory:
+class Memory(NetworkCost):
     """Peak memory of one example's activations in inference, in the type that the network runs in (fp32).
 
     An operation's inputs and output live together, and a value dies when its last reader has run. What shares
@@ -99,16 +100,32 @@ class Memory:
         activations: Those of the network.
     """
 
-    name = "memory"
-    unit = "bytes"
+    name: ClassVar[str] = "memory"
+    title: ClassVar[str] = "peak memory"
+    unit: ClassVar[str] = "bytes"
+    granularities: ClassVar[tuple[Kind, ...]] = ("channel",)
 
     def __init__(self, activations: Activations):
         self._sizes = activations.live @ activations.buffers
         self._per_unit = activations.live @ activations.buffers_per_unit
 
+    @classmethod
+    def build(cls, problem: CostInputs, settings: BudgetSettings) -> Self:
+        """Counts the activations that live at once.
+
+        Raises:
+            UserError: They cannot be counted.
+        """
+        return cls(problem.activations)
+
     def __call__(self, removed: Sequence[int]) -> float:
         """Bytes at the peak of the cut network."""
         return float(self._living(removed).max())
+
+    @classmethod
+    def format(cls, value: float) -> str:
+        """Bytes, like '590.00 kB'."""
+        return size(value)
 
     def _living(self, removed: Sequence[int]) -> Ints:
         living: Ints = self._sizes - self._per_unit @ np.asarray(removed, dtype=np.int64)

@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from amc_env.errors import UserError
+from amc_env.costs.base import BudgetSettings, CostInputs, Kind, NetworkCost, size
+from amc_env.errors import UserError, require
 from amc_env.graph.layers import Layer, LayerGraph
+from amc_env.pruning.candidate import MaskedCandidates
 from amc_env.space import Grid
 
 _OTHER_BITS = 32  # of a parameter that is no weight of a layer
@@ -187,7 +189,30 @@ def params_beside_weights(graph: LayerGraph) -> int:
     return biases + channelwise + graph.other_params
 
 
-class Storage:
+@dataclass(frozen=True)
+class StorageBudget(BudgetSettings):
+    """A limit on the stored size of a masked network; see `Storage`.
+
+    Attributes:
+        format: ``eie``, ``csr`` or ``nm``; each layer takes it or dense, whichever is smaller.
+        value_bits: Bits of a weight in ``csr`` and ``nm``; EIE's are 4.
+    """
+
+    cost: str = "storage"
+    format: Literal["eie", "csr", "nm"] = "eie"
+    value_bits: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            {
+                "budget.format": (self.format in ("eie", "csr", "nm"), self.format, "eie, csr or nm"),
+                "budget.value_bits": (1 <= self.value_bits <= 64, self.value_bits, "in [1, 64]"),
+            }
+        )
+
+
+class Storage(NetworkCost):
     """Stored size of a masked network in bytes: one format for all layers, or dense where that is smaller.
 
     Each layer is rounded up to whole bytes. A weight that stays is stored even if its value happens to be zero.
@@ -208,8 +233,11 @@ class Storage:
         UserError: The format is unknown, or ``nm`` is asked for weights that are not pruned n:m.
     """
 
-    name = "storage"
-    unit = "bytes"
+    name: ClassVar[str] = "storage"
+    title: ClassVar[str] = "stored size"
+    unit: ClassVar[str] = "bytes"
+    granularities: ClassVar[tuple[Kind, ...]] = ("masked",)
+    Settings: ClassVar[type[BudgetSettings]] = StorageBudget
 
     def __init__(
         self,
@@ -244,9 +272,33 @@ class Storage:
         self._fixed = _bytes(_OTHER_BITS * other_params) + sum(size for _, size in self._whole.values())
         self._memo: dict[tuple[int, int], tuple[str, int]] = {}
 
+    @classmethod
+    def build(cls, problem: CostInputs, settings: StorageBudget) -> Self:
+        """Counts the weights that stay in the order in which units are removed.
+
+        Raises:
+            UserError: The format does not fit the granularity.
+        """
+        builder, graph = problem.builder, problem.graph
+        assert isinstance(builder, MaskedCandidates)
+        others = params_beside_weights(graph)
+        return cls(
+            graph.layers,
+            problem.grids,
+            builder.places,
+            others,
+            settings.format,
+            value_bits=settings.value_bits,
+        )
+
     def __call__(self, removed: Sequence[int]) -> float:
         """Bytes of the masked network."""
         return float(self._fixed + sum(self._stored(i, int(count))[1] for i, count in enumerate(removed)))
+
+    @classmethod
+    def format(cls, value: float) -> str:
+        """Bytes, like '590.00 kB'."""
+        return size(value)
 
     def sizes(self, removed: Sequence[int]) -> dict[str, tuple[str, int]]:
         """By layer, in forward order: what its weights are stored as (the format's name or ``dense``), bytes."""

@@ -14,13 +14,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from agents.base import Agent
-from amc_env.errors import UserError
+from amc_env.costs.base import BudgetSettings, budget_on
+from amc_env.errors import UserError, require
 from search.config.typecheck import check_types
 from search.data.base import Data
 from search.models.source import ModelSource, read_checkpoint
 from search.output.tracking import CsvTracker, Tracker, Trackers
 from search.settings import (
-    BudgetSettings,
     FinalistSettings,
     FinetuneSettings,
     LatencySettings,
@@ -186,18 +186,14 @@ def resolved(cfg: DictConfig) -> DictConfig:
 def _budgets(cfg: DictConfig) -> tuple[BudgetSettings, ...]:
     main = [built(cfg.budget)] if cfg.budget.get("_target_") else []
     also = cfg.get("also", {})  # not every command has it
-    return (*main, *(_further(str(name), ratio) for name, ratio in also.items() if ratio is not None))
+    return (*main, *(_further(str(name), ratio) for name, ratio in sorted(also.items()) if ratio is not None))
 
 
-def _further(name: str, ratio: float) -> BudgetSettings:
-    """A budget of ``also``: what conf/budget says of it, with another ratio."""
-    section = OmegaConf.create(resources.files("conf").joinpath("budget", f"{name}.yaml").read_text())
-    assert isinstance(section, DictConfig)
-    try:
-        budget = built(section, ratio=ratio)
-    except UserError as error:
-        raise UserError(str(error).replace("budget.ratio", f"also.{name}")) from error
-    return _expected("budget", BudgetSettings, budget)
+def _further(name: str, ratio: Any) -> BudgetSettings:
+    """A budget of ``also``: the share of a cost's original value that may remain."""
+    fine = isinstance(ratio, float | int) and not isinstance(ratio, bool) and 0 < ratio <= 1
+    require({f"also.{name}": (fine, ratio, "in (0, 1]")})
+    return budget_on(name, ratio, field="also")
 
 
 def _agent(cfg: DictConfig) -> Agent:

@@ -14,7 +14,6 @@ from amc_env.errors import UserError
 from search.settings import (
     FinalistSettings,
     FinetuneSettings,
-    FurtherBudgets,
     LatencySettings,
     ShortTermSettings,
 )
@@ -34,7 +33,6 @@ _TOP: dict[str, Any] = {
 
 
 _UNTARGETED: dict[str, Callable[..., Any]] = {
-    "also": FurtherBudgets,
     "finalists": FinalistSettings,
     "short_term": ShortTermSettings,
     "finetune": FinetuneSettings,
@@ -75,6 +73,7 @@ def _sections(cfg: DictConfig) -> Iterator[str]:
         "evaluator",
         "tracker",
         "search",
+        "also",
         *_UNTARGETED,
     ):
         node = cfg.get(name)

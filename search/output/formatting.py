@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from amc_env.costs.base import COSTS, quantity, size
 from search.output.run_result import BudgetFigures, GranularityFigures, NetworkFigures, RunResult
 
 STAGES = {"base": "original", "pruned": "pruned", "finetuned": "fine-tuned"}
@@ -14,15 +15,6 @@ SPLITS = {
     "search": "search split",
     "train": "training split",
     "val": "validation split",
-}
-COSTS = {
-    "macs": "MACs",
-    "params": "parameters",
-    "latency_ms": "latency",
-    "flops": "MACs",
-    "storage": "stored size",
-    "cycles": "cycles",
-    "memory": "peak memory",
 }
 FORMATS = {"eie": "EIE", "csr": "CSR"}
 """Of stored weights; n:m goes by its numbers."""
@@ -72,29 +64,12 @@ def percent(share: float, digits: int = 2) -> str:
     return DASH if not math.isfinite(share) else f"{100 * share:.{digits}f}%"
 
 
-def quantity(value: float) -> str:
-    """A count with its SI prefix, two decimals: 20412000 -> '20.41 M'; below 1000 as it is."""
-    if not math.isfinite(value):
-        return DASH
-    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.2f} {prefix}"
-    return f"{value:.0f}"
-
-
-def size(count: float) -> str:
-    """Bytes with their SI prefix: 590000 -> '590.00 kB'; 512 -> '512 B'."""
-    text = quantity(count)
-    return text if text == DASH else f"{text}B" if " " in text else f"{text} B"
-
-
-def amount(cost: str, value: float) -> str:
-    """A cost with its unit, by its name: latencies in ms, their spread in percent, bytes of storage and memory, counts."""
-    if cost in ("storage", "memory"):
-        return size(value)
-    if cost == "latency_spread":
+def amount(figure: str, value: float) -> str:
+    """A figure of result.json with its unit: a cost's value, measured milliseconds, or their spread in percent."""
+    if figure == "latency_spread":
         return percent(value, 1)
-    return f"{value:.2f} ms" if cost.endswith("_ms") or cost == "latency" else quantity(value)
+    name = "latency" if figure == "latency_ms" else figure.removeprefix("dense_")
+    return COSTS[name].format(value) if name in COSTS else quantity(value)
 
 
 def duration(seconds: float) -> str:
@@ -112,7 +87,7 @@ def split_name(split: str) -> str:
 
 def cost_name(cost: str, masked: bool = False) -> str:
     """'macs' -> 'MACs', where weights are masked 'non-zero MACs'; an unknown name is taken as it is."""
-    name = COSTS.get(cost, cost)
+    name = COSTS[cost].title if cost in COSTS else cost
     return f"non-zero {name}" if masked and cost in ("macs", "params") else name
 
 
@@ -132,18 +107,22 @@ def comparison(result: RunResult) -> Comparison:
 
 def _cost_titles(result: RunResult) -> dict[str, str]:
     what = ", non-zero" if result.granularity.masked else ""
-    formats = [format_name(result.granularity, b.format) for b in result.budgets if b.format]
-    return {
+    counts = {
         "macs": f"MACs{what}",
         "dense_macs": "MACs, dense",
         "params": f"parameters{what}",
         "dense_params": "parameters, dense",
-        "storage": ", ".join(["stored size", *formats]),
-        "cycles": "cycles",
-        "memory": "peak memory, one image",
+    }
+    # The predicted latency is left to the budget's line: the table has the measured one.
+    others = {cost: cost_name(cost) for cost in result.base.costs if cost not in counts and cost != "latency"}
+    if "storage" in others:
+        formats = [format_name(result.granularity, b.format) for b in result.budgets if b.format]
+        others["storage"] = ", ".join([others["storage"], *formats])
+    measured = {
         "latency_ms": f"latency, batch {result.latency_batch}, {result.latency_runtime}",
         "latency_spread": "latency, spread",
     }
+    return counts | others | measured
 
 
 def format_name(granularity: GranularityFigures, name: str) -> str:

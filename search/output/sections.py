@@ -10,8 +10,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
+from amc_env.costs.base import size
 from search.output.export import FORMATS
-from search.output.formatting import cost_name, percent, size, storage_rows
+from search.output.formatting import cost_name, percent, storage_rows
 from search.output.plots import Candidate, Width, plot_channels, plot_finetune, plot_reward, plot_tradeoff
 from search.output.run_files import Evaluation, RunFiles
 

@@ -15,12 +15,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from amc_env.costs.counts import Macs, Params
-from amc_env.costs.cycles import Cycles
-from amc_env.costs.latency import runtime
-from amc_env.costs.latency.cost import Latency
-from amc_env.costs.memory import Activations, Memory
-from amc_env.costs.storage import Storage, params_beside_weights
+from amc_env.costs.base import COSTS, BudgetSettings
+from amc_env.costs.latency import LatencyBudget, runtime
+from amc_env.costs.latency.table import LatencyTable
+from amc_env.costs.memory import Activations
 from amc_env.errors import UserError, first_line
 from amc_env.evaluation.precision import check_precision
 from amc_env.graph.layers import LayerGraph
@@ -33,14 +31,7 @@ from amc_env.pruning.granularity import Masked
 from amc_env.space import Budget, Cost, Grid, Problem, figure
 from search.data.base import Data, Split
 from search.output.export import check_formats
-from search.settings import (
-    CyclesBudget,
-    FinalistSettings,
-    LatencyBudget,
-    MemoryBudget,
-    Settings,
-    StorageBudget,
-)
+from search.settings import FinalistSettings, Settings
 from search.study.latency_table import How, Subject, build, counted, read_table
 from search.training.short_term import check_loader
 
@@ -61,7 +52,7 @@ class PruningProblem:
         settings: The run's settings.
         graph: Its layers and coupled channels.
         grids: The decisions' feasible counts.
-        candidates: What builds pruned networks, where it is known already; else the units are ranked on first use.
+        candidates: What builds pruned networks, where it is known already; else the units are problem on first use.
     """
 
     model: nn.Module
@@ -128,6 +119,10 @@ class PruningProblem:
             UserError: The network cannot be traced symbolically, or they do not follow from the counts removed.
         """
         return Activations(self.model, self.graph, self.grids, self.images(self.data.search, 1))
+
+    def latency_table(self, budget: LatencyBudget) -> tuple[LatencyTable, Activations | None]:
+        """See `amc_env.costs.base.CostInputs`."""
+        return _latency_table(self, budget)
 
     @property
     def masked(self) -> tuple[Grid, ...]:
@@ -250,69 +245,21 @@ def _check_device(device: str) -> None:
 
 
 def costs_of(problem: PruningProblem) -> dict[str, Cost]:
-    """The costs that every outcome states: MACs, parameters, and what a budget limits besides."""
-    costs: dict[str, Cost] = {
-        "macs": Macs(problem.graph, problem.masked),
-        "params": Params(problem.graph, problem.masked),
-    }
-    for budget in problem.settings.budgets:
-        if isinstance(budget, StorageBudget):
-            costs["storage"] = storage_of(problem, budget.format, budget.value_bits)
-        elif isinstance(budget, CyclesBudget):
-            costs["cycles"] = _cycles(problem, budget)
-        elif isinstance(budget, MemoryBudget):
-            costs["memory"] = _memory(problem)
-        elif isinstance(budget, LatencyBudget):
-            costs["latency"] = _latency(problem, budget)
-    return costs
-
-
-def storage_of(problem: PruningProblem, format: str, value_bits: int = 32) -> Storage:
-    """Stored size of the masked network.
+    """The costs that every outcome states: MACs, parameters, and what a budget limits besides.
 
     Raises:
-        UserError: Nothing is masked, or the format does not fit.
+        UserError: A cost does not fit the granularity, or cannot be built for the network.
     """
-    if not problem.masked:
-        raise UserError(
-            "budget=storage counts the bytes of masked weights, and granularity=channel masks none: use "
-            "budget=params, or a granularity such as fine_grained"
-        )
-    builder = cast(MaskedCandidates, problem.builder)
-    others = params_beside_weights(problem.graph)
-    return Storage(problem.graph.layers, problem.grids, builder.places, others, format, value_bits=value_bits)
+    always = {name: BudgetSettings(name) for name in ("macs", "params")}
+    wanted = always | {budget.cost: budget for budget in problem.settings.budgets}
+    for name in wanted:
+        COSTS[name].check_fits(problem.settings.granularity)
+    return {name: COSTS[name].build(problem, settings) for name, settings in wanted.items()}
 
 
-def _cycles(problem: PruningProblem, budget: CyclesBudget) -> Cycles:
-    if problem.masked:
-        raise UserError(
-            f"budget=cycles counts a dense array processor, which granularity={problem.settings.granularity.name} "
-            "does not make faster: use granularity=channel"
-        )
-    return Cycles(
-        problem.graph,
-        input_parallel=budget.input_parallel,
-        output_parallel=budget.output_parallel,
-        pixel_parallel=budget.pixel_parallel,
-    )
-
-
-def _memory(problem: PruningProblem) -> Memory:
-    if problem.masked:
-        raise UserError(
-            f"budget=memory counts activations, which granularity={problem.settings.granularity.name} does not make "
-            "smaller: use granularity=channel"
-        )
-    return Memory(problem.activations)
-
-
-def _latency(problem: PruningProblem, budget: LatencyBudget) -> Latency:
+def _latency_table(problem: PruningProblem, budget: LatencyBudget) -> tuple[LatencyTable, Activations | None]:
+    """The table that a budget names, that of the run folder, or a new one; and the network's activations."""
     settings = problem.settings
-    if problem.masked:
-        raise UserError(
-            f"budget=latency measures dense networks, which granularity={settings.granularity.name} does not make "
-            "faster: use granularity=channel"
-        )
     wanted = settings.latency
     threads = wanted.threads or torch.get_num_threads()
     subject = Subject(
@@ -329,4 +276,4 @@ def _latency(problem: PruningProblem, budget: LatencyBudget) -> Latency:
         table = read_table(budget.kept, subject)
     else:
         table = build(subject, activations, budget.kept, tolerance=budget.tolerance, points=budget.points)
-    return Latency(problem.model, problem.graph, table, activations)
+    return table, activations

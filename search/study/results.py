@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from amc_env.costs.latency import Timing, measure, processor
-from amc_env.costs.storage import Storage, follows_pattern, params_beside_weights
+from amc_env.costs.storage import Storage, StorageBudget, follows_pattern, params_beside_weights
 from amc_env.errors import UserError
 from amc_env.evaluation.pruner import ORIGINAL
 from amc_env.evaluation.scorer import accuracy
@@ -35,7 +35,6 @@ from search.output.run_result import (
     SearchFigures,
     SkippedLayer,
 )
-from search.settings import StorageBudget
 from search.study.problem import PruningProblem
 from search.study.stages import chain
 from search.study.study import Study

@@ -87,7 +87,7 @@ def test_several_budgets_all_hold_and_the_test_split_is_named(tmp_path: Path) ->
         own(),
         loader(64, 1),
         loader(32, 2),
-        budget={"macs": 0.7, "params": 0.4},
+        budget={"flops": 0.7, "params": 0.4},
         agent="uniform",
         test_loader=loader(32, 3),
         episodes=1,
@@ -177,7 +177,7 @@ def test_compress_goes_on_in_its_folder(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"budget": 1.5}, "budget.ratio"),
-        ({"budget": {"energy": 0.5}}, "one of macs, params"),
+        ({"budget": {"watts": 0.5}}, "one of macs, params"),
         ({"budget": 0.001}, "least"),
         ({"budget": [0.5, 0.4]}, r"has 0\.5, 0\.4: give a share, .* LatencyBudget\(ratio=0\.8\)"),
         ({"agent": "genius"}, "ddpg, ddpg_near_uniform, netadapt, random, sensitivity, uniform"),

@@ -6,6 +6,9 @@ from typing import Any
 import pytest
 
 from agents.baselines import Random, Uniform
+from amc_env.costs.base import budget_on
+from amc_env.costs.cycles import CyclesBudget
+from amc_env.costs.storage import StorageBudget
 from amc_env.errors import UserError
 from amc_env.pruning.criteria.activations import APoZ
 from amc_env.pruning.granularity import FineGrained
@@ -14,15 +17,13 @@ from amc_env.pruning.schedule import Schedule
 from amc_env.rewards import Infinity
 from search.settings import (
     BudgetSettings,
-    CyclesBudget,
     FinalistSettings,
     FinetuneSettings,
+    LatencyBudget,
     LatencySettings,
-    MemoryBudget,
     RepairSettings,
     ScoringSettings,
     Settings,
-    StorageBudget,
 )
 
 
@@ -33,7 +34,7 @@ from search.settings import (
         (BudgetSettings, {"cost": "macs", "ratio": 1.01}, "budget.ratio=1.01"),
         (BudgetSettings, {"cost": "macs", "ratio": None}, "both are null"),
         (BudgetSettings, {"cost": "macs", "limit": -5}, "budget.limit=-5 must be above 0"),
-        (BudgetSettings, {"cost": "watts"}, "budget.cost=watts must be one of macs, params"),
+        (BudgetSettings, {"cost": "watts"}, "budget.cost=watts must be one of macs, params, memory"),
         (RepairSettings, {"name": "glue"}, "repair.name=glue must be one of none, least_squares"),
         (
             RepairSettings,
@@ -103,7 +104,6 @@ from search.settings import (
         (StorageBudget, {"format": "zip"}, "budget.format=zip must be eie, csr or nm"),
         (StorageBudget, {"cost": "macs", "value_bits": 0}, "budget.cost=macs must be one of storage"),
         (CyclesBudget, {"pixel_parallel": 0}, "budget.pixel_parallel=0 must be at least 1"),
-        (MemoryBudget, {"cost": "macs"}, "budget.cost=macs must be one of memory"),
         (
             FinetuneSettings,
             {"distillation": 1.5, "temperature": 0},
@@ -143,14 +143,14 @@ def test_epochs_of_a_whole_run() -> None:
 
 
 @pytest.mark.parametrize(
-    "name, kind", [("storage", StorageBudget), ("cycles", CyclesBudget), ("memory", MemoryBudget)]
+    "name, kind", [("storage", StorageBudget), ("cycles", CyclesBudget), ("latency", LatencyBudget)]
 )
 def test_costs_of_hardware_have_settings_of_their_own(name: str, kind: type[BudgetSettings]) -> None:
     assert kind().cost == name
-    with pytest.raises(
-        UserError, match=rf"budget\.cost={name} must be one of macs, params, or take budget=flops"
-    ):
+    assert budget_on(name, 0.3) == kind(ratio=0.3)
+    with pytest.raises(UserError) as error:
         BudgetSettings(name)
+    assert error.value.field == "budget.cost"
 
 
 def test_stages_are_shares_and_take_no_absolute_limit() -> None:

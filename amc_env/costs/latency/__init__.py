@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from amc_env.costs.latency.cost import Latency, LatencyBudget
 from amc_env.costs.latency.runtimes import RUNTIMES, Runtime, runtime
 from amc_env.costs.latency.timing import Call, Timing, interleaved, warn_where_busy
 from amc_env.system import machine, processor, using_threads
@@ -14,6 +15,8 @@ from amc_env.system import machine, processor, using_threads
 __all__ = [
     "RUNTIMES",
     "Call",
+    "Latency",
+    "LatencyBudget",
     "Runtime",
     "Timing",
     "interleaved",

@@ -3,19 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Self
 
 import numpy as np
 from torch import nn
 
+from amc_env.costs.base import BudgetSettings, CostInputs, Kind, NetworkCost
 from amc_env.costs.counts import kept_channels
 from amc_env.costs.latency.table import Floats, Ints, LatencyTable, Lookup
 from amc_env.costs.latency.units import inside_units, units_of
 from amc_env.costs.memory import Activations
-from amc_env.errors import UserError
+from amc_env.errors import UserError, require
 from amc_env.graph.layers import LayerGraph
 
 
-class Latency:
+@dataclass(frozen=True)
+class LatencyBudget(BudgetSettings):
+    """A limit on predicted latency, under the conditions of LatencySettings; see `Latency`.
+
+    Attributes:
+        table: A latency table's file; None: one is built for this network on this machine before the search.
+        elsewhere: Use a table that was measured under other conditions (on a phone, say) as it is.
+        vector_width: Channels that the hardware computes at once: what is kept of a layer is a multiple of them unless
+            channel_multiple says otherwise.
+        tolerance: What interpolation in a table built here may miss; see `amc_env.costs.latency.sampling.build_table`.
+        points: The most that refining may time; see there.
+        repeats: Timed passes of each of its points.
+        kept: Where a table built here is written, and read when the run goes on.
+    """
+
+    cost: str = "latency"
+    table: str | None = None
+    elsewhere: bool = False
+    vector_width: int = 8
+    tolerance: float = 0.05
+    points: int = 1500
+    repeats: int = 30
+    kept: Path | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            {
+                "budget.vector_width": (self.vector_width >= 1, self.vector_width, "at least 1"),
+                "budget.tolerance": (self.tolerance > 0, self.tolerance, "above 0"),
+                "budget.points": (self.points >= 0, self.points, "at least 0"),
+                "budget.repeats": (self.repeats >= 1, self.repeats, "at least 1"),
+            }
+        )
+
+    @property
+    def channel_multiple(self) -> int:
+        """The channels that the hardware computes at once."""
+        return self.vector_width
+
+
+class Latency(NetworkCost):
     """Predicted milliseconds of one pass of a pruned network; a `Cost`.
 
     The sum of its units' times in the table, corrected. It never rises when more is removed: times are monotone,
@@ -32,8 +77,11 @@ class Latency:
             that are not given.
     """
 
-    name = "latency"
-    unit = "ms"
+    name: ClassVar[str] = "latency"
+    title: ClassVar[str] = "latency"
+    unit: ClassVar[str] = "ms"
+    granularities: ClassVar[tuple[Kind, ...]] = ("channel",)
+    Settings: ClassVar[type[BudgetSettings]] = LatencyBudget
 
     def __init__(
         self,
@@ -66,6 +114,20 @@ class Latency:
             ]
         )
         self._elements = _elements(activations, inside_units(model, graph), len(graph.groups))
+
+    @classmethod
+    def build(cls, problem: CostInputs, settings: LatencyBudget) -> Self:
+        """Predicts from the network's table, which is read or built.
+
+        Raises:
+            UserError: The table is another network's, or was measured under other conditions.
+        """
+        return cls(problem.model, problem.graph, *problem.latency_table(settings))
+
+    @classmethod
+    def format(cls, value: float) -> str:
+        """Milliseconds, like '1.23 ms'."""
+        return f"{value:.2f} ms"
 
     def __call__(self, removed: Sequence[int]) -> float:
         """Milliseconds of the pruned network.

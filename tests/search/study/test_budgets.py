@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from small_runs import go, small
 
 from agents.netadapt import NetAdapt
+from amc_env.costs.base import COSTS, budget_on
 from amc_env.costs.latency.cost import Latency
 from amc_env.costs.latency.sampling import build_table
 from amc_env.costs.latency.table import LatencyTable
@@ -25,7 +26,6 @@ from search.settings import (
     BudgetSettings,
     LatencyBudget,
     LatencySettings,
-    MemoryBudget,
     Settings,
     ShortTermSettings,
 )
@@ -168,12 +168,13 @@ def test_what_cannot_be_reached_is_said_in_milliseconds(small_data: Data, tmp_pa
 
 def test_masks_have_no_latency(small_data: Data, tmp_path: Path) -> None:
     settings = replace(small("kernel", latency=QUICK), budgets=(LatencyBudget(),)).in_folder(tmp_path)
-    with pytest.raises(UserError, match="granularity=kernel does not make faster: use granularity=channel"):
+    with pytest.raises(UserError) as error:
         PruningProblem.build(network("concat"), small_data, settings)
+    assert (error.value.code, error.value.field) == ("granularity", "budget.cost")
 
 
 def test_several_budgets_hold_at_once_with_netadapt_too(small_data: Data, tmp_path: Path) -> None:
-    budgets = BudgetSettings("macs", 0.7), MemoryBudget(ratio=0.9), BudgetSettings("params", 0.6)
+    budgets = BudgetSettings("macs", 0.7), BudgetSettings("memory", 0.9), BudgetSettings("params", 0.6)
     agent, short = NetAdapt(reduction=0.1, decay=1.0), ShortTermSettings(0)
     finished = go(tmp_path, small_data, small("channel", agent=agent, short_term=short, budgets=budgets))
     found = finished.result.budgets
@@ -195,8 +196,16 @@ def test_further_budgets_are_shares_beside_the_main_one() -> None:
     ] == ["memory"]
     with pytest.raises(UserError, match=r"also\.params=1\.5 must be in \(0, 1\]"):
         wiring.settings_of(configured("also.params=1.5"), 0.1)
-    with pytest.raises(UserError, match=r"unknown key also\.weight; there are flops, params"):
-        check_types(configured("+also.weight=0.5"))
+    for name, ratio, field in (("weight", "0.5", "also"), ("params", "half", "also.params")):
+        with pytest.raises(UserError) as error:
+            wiring.resolved(configured(f"also.{name}={ratio}"))
+        assert (error.value.code, error.value.field) == ("out_of_range", field)
+
+
+@pytest.mark.parametrize("name", ["flops", *COSTS])
+def test_conf_and_python_build_the_same_budget(name: str) -> None:
+    option = "flops" if name == "macs" else name
+    assert wiring.settings_of(configured(f"budget={option}"), 0.1).budgets == (budget_on(name, 0.5),)
 
 
 def test_two_budgets_of_one_cost_are_refused() -> None:

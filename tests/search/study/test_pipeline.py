@@ -17,7 +17,7 @@ from torch import nn
 from agents.base import Agent
 from agents.baselines import Uniform
 from agents.ddpg import DDPGAgent
-from amc_env.costs.storage import follows_pattern
+from amc_env.costs.storage import StorageBudget, follows_pattern
 from amc_env.graph.tracing import trace_layers
 from search import load_pruned
 from search.config.compose import default_agent
@@ -28,9 +28,7 @@ from search.settings import (
     REPAIRS,
     BudgetSettings,
     FinetuneSettings,
-    MemoryBudget,
     RepairSettings,
-    StorageBudget,
 )
 
 QUICK = (
@@ -138,7 +136,7 @@ def test_two_budgets_hold_for_masks(small_data: Data, tmp_path: Path) -> None:
 
 
 def test_a_budget_on_memory_holds_beside_another(small_data: Data, tmp_path: Path) -> None:
-    budgets = (MemoryBudget(ratio=0.6), BudgetSettings("params", 0.7))
+    budgets = (BudgetSettings("memory", 0.6), BudgetSettings("params", 0.7))
     finished = go(tmp_path, small_data, small("channel", budgets=budgets), name="residual")
     result = finished.result
     assert [budget.met for budget in result.budgets] == [True, True]

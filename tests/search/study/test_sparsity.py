@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from agents.baselines import Random
+from amc_env.costs.storage import Storage, StorageBudget
 from amc_env.pruning.granularity import NM, Channel, FineGrained, Granularity, Kernel, Vector
 from amc_env.space import Strategy
 from search.data.base import Data, Split, fingerprint
 from search.output.run_result import LayerRow, Pattern
 from search.settings import Settings
-from search.study.problem import PruningProblem, storage_of
+from search.study.problem import PruningProblem
 from search.study.results import granularity_of, masked_figures, stored_sizes
 
 
@@ -56,7 +57,7 @@ def test_sizes_are_those_that_a_budget_counts(granularity: Granularity) -> None:
     sizes = stored_sizes(ranked, weights_of(ranked.builder.cut(removed)), removed)
     formats = ["csr", "eie", *(["nm"] if isinstance(granularity, NM) else [])]
     assert {name: sizes[name] for name in formats} == {
-        name: storage_of(ranked, name)(removed) for name in formats
+        name: Storage.build(ranked, StorageBudget(format=name))(removed) for name in formats
     }
     assert sizes["csr"] < sizes["dense_fp32"] or isinstance(granularity, NM)
 
@@ -77,7 +78,7 @@ def test_zeros_are_counted_where_they_lie_and_not_where_the_search_began() -> No
     second = 256 // 2 + 64
     # 8 entries of a byte in each of 4 columns, 5 pointers of 4 bytes, the codebook.
     assert sizes["eie"] == 4 * 8 + 4 * 5 + 64 + second + 4 * (64 + 4)
-    assert sizes["eie"] < storage_of(ranked, "eie")(removed)
+    assert sizes["eie"] < Storage.build(ranked, StorageBudget(format="eie"))(removed)
 
 
 def test_non_zeros_of_every_layer_are_stated() -> None:

@@ -255,7 +255,7 @@ def test_weights_of_an_earlier_run_are_not_taken_for_this_one_s(small_data: Data
             "batch norm",
         ),
         (("criterion=bn_scale", "regularization=l1"), "batch norm"),
-        (("budget.cost=storage",), "take budget=flops"),
+        (("budget.cost=storage",), "budget.cost=storage must be one of"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is_trained_or_scored(

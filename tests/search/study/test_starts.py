@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from small_runs import Stopped, Tracked, go, small
 
 from agents.netadapt import NetAdapt
+from amc_env.costs.storage import StorageBudget
 from amc_env.errors import UserError
 from amc_env.evaluation.pruner import Pruned
 from amc_env.pruning.candidate import widen
 from amc_env.pruning.schedule import Schedule
 from search.data.base import Data
 from search.output.report import write_report
-from search.settings import SHORT_TERM, FinalistSettings, Settings, ShortTermSettings, StorageBudget
+from search.settings import SHORT_TERM, FinalistSettings, Settings, ShortTermSettings
 from search.study.evaluation import make_evaluator
 from search.study.problem import PruningProblem
 from search.study.stages import Weights, kept, start_at
