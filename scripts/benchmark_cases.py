@@ -334,7 +334,7 @@ def profile(job: Job) -> dict[str, Row]:
     images = prepared.images(prepared.data.search, PROFILED)
     network = prepared.builder.cut(prepared.problem.project([0.0] * len(prepared.grids)))
     labels = prepared.data.search.labels[:PROFILED]
-    scorer = Scorer(prepared.model, images, labels)
+    scorer = Scorer(prepared.model, prepared.graph.topology, images, labels)
     ways = {
         "as it is, batches of 250": partial(accuracy, network, images, labels, 250),
         "as it is scored": partial(scorer, network),

@@ -185,7 +185,7 @@ class Measuring:
 
     def _judge(self, prepared: Prepared) -> Scorer:
         split = self.data.test or self.data.search
-        return Scorer(prepared.model, prepared.images(split), split.labels)
+        return Scorer(prepared.model, prepared.graph.topology, prepared.images(split), split.labels)
 
 
 def read(path: Path) -> dict[Cell, dict[str, Any]]:

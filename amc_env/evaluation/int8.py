@@ -23,7 +23,7 @@ from torch.nn import functional
 from amc_env.errors import UserError, first_line
 from amc_env.evaluation.folding import Folder
 from amc_env.evaluation.precision import FLOAT32, INT8
-from amc_env.graph.topology import added
+from amc_env.graph.topology import Topology, added, values_of
 
 _BYTES, _WEIGHTS = 255, 127  # steps in the range of a value, and of a weight on either side of zero
 
@@ -67,6 +67,7 @@ class Int8Folder(Folder):
 
     Args:
         model: The unpruned network, in eval mode.
+        topology: Its topology.
         images: The images that will be scored; ranges of activations are measured on some of them.
         channels_last: Must be true.
         batch_size: Images of the batches that the network will be given.
@@ -75,8 +76,10 @@ class Int8Folder(Folder):
         UserError: The network or this processor cannot do that.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor, *, channels_last: bool, batch_size: int):
-        super().__init__(model, images[:4], channels_last=channels_last)
+    def __init__(
+        self, model: nn.Module, topology: Topology, images: Tensor, *, channels_last: bool, batch_size: int
+    ):
+        super().__init__(model, topology, images[:4], channels_last=channels_last)
         self._batch_size = batch_size
         # evenly spaced: a user's images may be sorted by label
         spread = images[:: -(-len(images) // _IMAGES)]
@@ -334,21 +337,16 @@ def _exact(side: int) -> bool:
     return bool((network(images) - _CHANNELS * side**2).abs().max() < 1)
 
 
-@torch.no_grad()
 def overwrites(network: fx.GraphModule, images: Tensor) -> bool:
     """Whether a value that several operations read is written to after it was made: bytes of it would be made too early."""
     writes: dict[fx.Node, int] = {}
 
-    class Watched(fx.Interpreter):
-        def run_node(self, node: fx.Node) -> Any:
-            value = super().run_node(node)
-            if isinstance(value, Tensor) and len(node.users) > 1:
-                writes[node] = value._version
-            return value
+    def note(node: fx.Node, value: Any) -> None:
+        if isinstance(value, Tensor) and len(node.users) > 1:
+            writes[node] = value._version
 
-    lane = Watched(network, garbage_collect_values=False)
-    lane.run(images)
-    return any(lane.env[node]._version != count for node, count in writes.items())
+    values = values_of(network, network.graph, images, note)
+    return any(values[node]._version != count for node, count in writes.items())
 
 
 def _give_bytes(network: fx.GraphModule, layers: Mapping[fx.Node, QuantizedConv2d]) -> None:
@@ -449,10 +447,8 @@ def _plain(module: nn.Module) -> bool:
 
 def _shapes(network: fx.GraphModule, example: Tensor) -> dict[fx.Node, torch.Size]:
     """Shapes of the tensors that operations give."""
-    lane = fx.Interpreter(network, garbage_collect_values=False)
-    with torch.no_grad():
-        lane.run(example)
-    return {node: value.shape for node, value in lane.env.items() if isinstance(value, Tensor)}
+    values = values_of(network, network.graph, example)
+    return {node: value.shape for node, value in values.items() if isinstance(value, Tensor)}
 
 
 def _with_addition(node: fx.Node, shapes: dict[fx.Node, torch.Size]) -> fx.Node:

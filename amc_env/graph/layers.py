@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from amc_env.graph.surgery import Keeps
+from amc_env.graph.topology import UNTRACED, Topology
 
 Side = Literal["in", "out"]
 
@@ -137,6 +138,7 @@ class LayerGraph:
         whole: Layers whose outputs are not pruned, with the reason.
         other_params: Parameters outside the modules above.
         other_macs: MACs of convolutions that are counted but never pruned (1d, 3d, transposed).
+        topology: The order of operations, from a symbolic trace.
     """
 
     layers: tuple[Layer, ...]
@@ -145,6 +147,7 @@ class LayerGraph:
     whole: tuple[Whole, ...]
     other_params: int
     other_macs: int = 0
+    topology: Topology = UNTRACED
 
     def layer(self, name: str) -> Layer:
         """The layer of that name."""

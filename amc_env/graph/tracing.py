@@ -30,6 +30,7 @@ from amc_env.graph.layers import (
     keeps_of,
 )
 from amc_env.graph.surgery import resize, silence_inputs
+from amc_env.graph.topology import Topology
 
 Coupled = tuple[object, Side, list[int], list[int]]
 """A module or parameter, its side, entries of that dimension, and the root channels that they go with."""
@@ -39,7 +40,7 @@ def trace(model: nn.Module, example: Tensor) -> LayerGraph:
     """Trace the layers and coupled channels of a network.
 
     Args:
-        model: The network; it is copied, not changed.
+        model: The network; its weights and modules stay as they are.
         example: A batch of inputs, [N, ...]; one example is enough.
 
     Raises:
@@ -74,7 +75,8 @@ def trace(model: nn.Module, example: Tensor) -> LayerGraph:
     channelwise, other = _rest(twin, layers)
     whole.sort(key=lambda w: order.get(w.name, len(order)))
     counts = other, sum(others.values())
-    return LayerGraph(tuple(layers.values()), channelwise, tuple(groups), tuple(whole), *counts)
+    topology = Topology.of(model)
+    return LayerGraph(tuple(layers.values()), channelwise, tuple(groups), tuple(whole), *counts, topology)
 
 
 def trace_layers(model: nn.Module, example: Tensor) -> LayerGraph:
@@ -90,7 +92,8 @@ def trace_layers(model: nn.Module, example: Tensor) -> LayerGraph:
     reason = "only Conv2d and Linear are pruned; its MACs are counted"
     whole = tuple(Whole(name, reason) for name in others)
     channelwise, other = _rest(model, layers)
-    return LayerGraph(tuple(layers.values()), channelwise, (), whole, other, sum(others.values()))
+    counts = other, sum(others.values())
+    return LayerGraph(tuple(layers.values()), channelwise, (), whole, *counts, Topology.of(model))
 
 
 def _layers(model: nn.Module, example: Tensor) -> dict[str, Layer]:

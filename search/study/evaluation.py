@@ -12,7 +12,6 @@ from amc_env.evaluation.prefix import PrefixScorer
 from amc_env.evaluation.pruner import ORIGINAL, Start
 from amc_env.evaluation.scorer import accuracy
 from amc_env.graph.layers import LayerGraph
-from amc_env.graph.topology import Topology
 from amc_env.pruning.candidate import Candidates, MaskedCandidates
 from amc_env.pruning.repair.base import BatchNorm, Both, NoRepair, Repair
 from amc_env.pruning.repair.least_squares import LeastSquares
@@ -58,7 +57,6 @@ def start_of(
 def _repairs(prepared: Ranked, candidates: Candidates | MaskedCandidates) -> dict[str, Callable[[], Repair]]:
     """How to make each repair; made when first asked for, since calibration takes time."""
     settings: RepairSettings = prepared.settings.repair
-    topology = Topology.of(candidates.original)
     train = prepared.data.train
     images = _calibration_images(prepared.graph, settings.images)
     makers: dict[str, Callable[..., Repair]]
@@ -78,7 +76,7 @@ def _repairs(prepared: Ranked, candidates: Candidates | MaskedCandidates) -> dic
 
     def fitted(name: str) -> Repair:
         options = {"per_image": settings.per_image, "seed": prepared.settings.seed, "ridge": ridge}
-        return makers[name](topology, prepared.images(train, images), **options)
+        return makers[name](prepared.graph.topology, prepared.images(train, images), **options)
 
     def norms() -> Repair:
         return BatchNorm(prepared.images(train, settings.norm_images))
@@ -109,6 +107,7 @@ def scorer_of(prepared: Prepared) -> PrefixScorer:
     search, scoring = prepared.data.search, prepared.settings.scoring
     return PrefixScorer(
         prepared.model,
+        prepared.graph.topology,
         prepared.images(search),
         search.labels.to(prepared.settings.device),
         batch_size=scoring.batch_size,

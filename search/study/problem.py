@@ -24,7 +24,6 @@ from amc_env.costs.storage import Storage, params_beside_weights
 from amc_env.errors import UserError, first_line
 from amc_env.evaluation.precision import check_precision
 from amc_env.graph.layers import LayerGraph
-from amc_env.graph.topology import Topology
 from amc_env.graph.tracing import trace, trace_layers
 from amc_env.pruning.candidate import Candidates, MaskedCandidates
 from amc_env.pruning.criteria import ElementCriterion, Sample, rank
@@ -185,7 +184,7 @@ def prepare(model: nn.Module, data: Data, settings: Settings) -> Prepared:
         raise UserError(
             f"nothing is left to decide: {'; '.join(f'{w.name}: {w.reason}' for w in graph.whole[:8])}"
         )
-    settings = _with_possible_repairs(settings, Topology.of(model))
+    settings = _with_possible_repairs(settings, graph.topology.reason)
     return posed(Ranked(model, data, settings, graph, grids))
 
 
@@ -225,21 +224,25 @@ def announce(prepared: Prepared) -> None:
         log.info("%s: %s, least reachable %.1f%%", cost.name, figure(whole), 100 * problem.least_ratio(cost))
 
 
-def _with_possible_repairs(settings: Settings, topology: Topology) -> Settings:
-    """The settings with repairs that can mend this network.
+def _with_possible_repairs(settings: Settings, untraceable: str) -> Settings:
+    """The settings with repairs that work for this network.
+
+    Args:
+        settings: The settings of the run.
+        untraceable: Why the network has no symbolic trace; empty if it has one.
 
     Raises:
         UserError: The search itself was to use a repair that cannot.
     """
-    if not topology.reason:
+    if not untraceable:
         return settings
     if settings.repair.name == "sequential":
         raise UserError(
-            f"repair=sequential does not work for this network: {topology.reason}; use repair=least_squares"
+            f"repair=sequential does not work for this network: {untraceable}; use repair=least_squares"
         )
     if settings.finalists.count and settings.finalists.repair == "sequential":
         log.warning(
-            "the best is delivered as the search scored it, not repaired sequentially: %s", topology.reason
+            "the best is delivered as the search scored it, not repaired sequentially: %s", untraceable
         )
         return replace(settings, finalists=FinalistSettings(count=0, repair=settings.repair.name))
     return settings

@@ -18,6 +18,7 @@ from amc_env.evaluation.int8 import (
     quantized,
     settle,
 )
+from amc_env.graph.topology import Topology
 
 REASON = obstacle()
 pytestmark = pytest.mark.skipif(bool(REASON), reason=f"no convolutions in eight bits here: {REASON}")
@@ -26,7 +27,7 @@ CONVOLUTIONAL = [name for name in NETWORKS if any(isinstance(m, nn.Conv2d) for m
 
 
 def folder_of(model: nn.Module) -> Int8Folder:
-    return Int8Folder(model, X, channels_last=True, batch_size=len(X))
+    return Int8Folder(model, Topology.of(model), X, channels_last=True, batch_size=len(X))
 
 
 def distance(got: Tensor, want: Tensor) -> float:
@@ -218,7 +219,7 @@ class Overwriting(nn.Module):
 def test_networks_that_cannot_be_are_refused(model: nn.Module, channels_last: bool, reason: str) -> None:
     message = rf"evaluator.precision=int8 does not work here \({reason}.*\); use float32"
     with pytest.raises(UserError, match=message):
-        Int8Folder(model.eval(), X, channels_last=channels_last, batch_size=len(X))
+        Int8Folder(model.eval(), Topology.of(model.eval()), X, channels_last=channels_last, batch_size=len(X))
 
 
 def test_processors_that_cannot_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +259,7 @@ def test_a_shortcut_may_come_in_another_memory_format() -> None:
 def test_images_need_not_be_square() -> None:
     model = network("residual")
     x = X.reshape(20, 3, 16, 8).contiguous(memory_format=torch.channels_last)
-    folder = Int8Folder(model, x, channels_last=True, batch_size=20)
+    folder = Int8Folder(model, Topology.of(model), x, channels_last=True, batch_size=20)
     assert distance(folder(model)(x), model(x)) < 0.1
 
 

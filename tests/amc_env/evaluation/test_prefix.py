@@ -49,7 +49,7 @@ ONE_LANE_TOO = pytest.mark.parametrize("_threads", [1, BATCHES], indirect=True)
 
 
 def scorer(model: nn.Module, kind: type[Scorer] = PrefixScorer, **more: Any) -> Scorer:
-    return kind(model, images(60), LABELS, batch_size=25, **more)
+    return kind(model, Topology.of(model), images(60), LABELS, batch_size=25, **more)
 
 
 def single(grids: tuple[Grid, ...], place: int) -> list[tuple[int, ...]]:
@@ -158,7 +158,8 @@ def test_accuracies_are_those_of_plain_scoring(name: str) -> None:
     candidates, grids = prepared(name)
     labels = candidates.original(images(60)).argmax(1)
     plain, shared = (
-        kind(candidates.original, images(60), labels, batch_size=25) for kind in (Scorer, PrefixScorer)
+        kind(candidates.original, candidates.graph.topology, images(60), labels, batch_size=25)
+        for kind in (Scorer, PrefixScorer)
     )
     assert shared(candidates.original) == 1.0
     found = [(shared(candidates.cut(removed)), plain(candidates.cut(removed))) for removed in scan(grids)]
