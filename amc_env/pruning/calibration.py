@@ -6,7 +6,6 @@ for the same seed, strides and padding respected.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from amc_env.graph.layers import Layer
+from amc_env.system import named_generator
 
 _CHUNK = 250  # images of a calibration batch
 
@@ -32,8 +32,7 @@ class Spots:
 
     def __init__(self, layer: Layer, images: int, per_image: int, seed: int):
         height, width = layer.out_size
-        digest = hashlib.sha256(f"{seed}/{layer.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        generator = named_generator(seed, layer.name)
         if height * width <= per_image:
             flat = torch.arange(height * width).expand(images, -1)
         else:

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from amc_env.errors import UserError
 from amc_env.graph.memory_format import training_format
 from amc_env.pruning.regularization import LossTerm
+from amc_env.system import using_threads
 from search.data.base import Data
 from search.data.loaders import seeded
 from search.training.batches import AugmentedBatches, Batches
@@ -254,24 +255,16 @@ def train(build: Callable[[], nn.Module], data: Data, recipe: Recipe) -> nn.Modu
     """
     with seeded(recipe.seed):
         model = build()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        _train(model, data, recipe)
-    finally:
-        torch.set_num_threads(threads)
-    return model
-
-
-def _train(model: nn.Module, data: Data, recipe: Recipe) -> None:
     batches = AugmentedBatches(data.train, data, recipe.batch_size, recipe.seed, "cpu")
-    finetune(
-        model,
-        batches,
-        epochs=recipe.epochs,
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        warmup_epochs=recipe.warmup_epochs,
-        seed=recipe.seed,
-    )
+    with using_threads(1):
+        finetune(
+            model,
+            batches,
+            epochs=recipe.epochs,
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            warmup_epochs=recipe.warmup_epochs,
+            seed=recipe.seed,
+        )
+    return model

@@ -6,7 +6,6 @@ that order, so kept sets are nested.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -133,12 +132,6 @@ def calibration_sample(criterion: Criterion, sample: Sample) -> Sample:
             f"criterion={criterion.name} needs calibration images of the training split; there are none"
         )
     return Sample(sample.images[: criterion.images], sample.labels[: criterion.images], sample.seed)
-
-
-def generator(seed: int, name: str) -> torch.Generator:
-    """A generator of its own for something drawn for the layer or group ``name``."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def voices(group: ChannelGroup, graph: LayerGraph, members: Members) -> list[tuple[Member, Layer]]:

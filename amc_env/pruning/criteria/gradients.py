@@ -24,13 +24,13 @@ from amc_env.pruning.criteria.base import (
     Sample,
     calibration_sample,
     coupling,
-    generator,
     heard,
     unit_scores,
     unit_sums,
     voices,
 )
 from amc_env.pruning.criteria.weights import weight_of
+from amc_env.system import named_generator
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """From outputs [N, ...] and labels [N] to the loss of every example, [N]."""
@@ -173,7 +173,7 @@ def gauss_newton_diagonal(model: nn.Module, layers: Sequence[Layer], sample: Sam
     Returns:
         float64 on the CPU, of the weights' shapes; unbiased and never negative.
     """
-    draw = generator(sample.seed, "gauss_newton")
+    draw = named_generator(sample.seed, "gauss_newton")
 
     def probe(outputs: Tensor, labels: Tensor) -> Tensor:
         chances = outputs.detach().softmax(1)
@@ -202,7 +202,7 @@ def hessian_diagonal(
         diagonal is not.
     """
     twin, weights = _twin(model, layers)
-    draw = generator(sample.seed, "hutchinson")
+    draw = named_generator(sample.seed, "hutchinson")
     sums = [torch.zeros(weight.shape, dtype=torch.float64) for weight in weights]
     with torch.enable_grad():
         for images, labels in _batches(sample, layers):

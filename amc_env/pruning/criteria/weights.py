@@ -18,12 +18,12 @@ from amc_env.pruning.criteria.base import (
     Members,
     Sample,
     coupling,
-    generator,
     heard,
     together,
     unit_scores,
     unit_sums,
 )
+from amc_env.system import named_generator
 
 
 def weight_of(model: nn.Module, layer: Layer) -> Tensor:
@@ -180,4 +180,4 @@ class Random:
 
 
 def _drawn(shape: Sequence[int], seed: int, name: str) -> Tensor:
-    return torch.rand(*shape, generator=generator(seed, f"random/{name}"), dtype=torch.float64)
+    return torch.rand(*shape, generator=named_generator(seed, "random", name), dtype=torch.float64)

@@ -10,7 +10,6 @@ from amc_env.pruning.criteria.base import (
     Sample,
     calibration_sample,
     coupling,
-    generator,
     heard,
     rank,
     together,
@@ -18,6 +17,7 @@ from amc_env.pruning.criteria.base import (
     voices,
 )
 from amc_env.pruning.criteria.weights import Norm
+from amc_env.system import named_generator
 
 
 def double(*values: float) -> Tensor:
@@ -108,7 +108,7 @@ def test_a_criterion_gets_as_many_images_as_it_wants() -> None:
 
 def test_generators_are_functions_of_seed_and_name() -> None:
     def first(seed: int, name: str) -> float:
-        return torch.rand((), generator=generator(seed, name)).item()
+        return torch.rand((), generator=named_generator(seed, name)).item()
 
     assert first(0, "a") == first(0, "a")
     assert len({first(0, "a"), first(1, "a"), first(0, "b")}) == 3
