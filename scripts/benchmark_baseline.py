@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from amc_env.graph.layers import Layer
-from amc_env.pruning.calibration import Spots
+from amc_env.pruning.calibration import SampledPositions
 from amc_env.pruning.repair.least_squares import repairable_consumers
 from search.study.problem import Prepared
 
@@ -29,7 +29,7 @@ Rows = tuple[np.ndarray, np.ndarray]
 """A layer's inputs [rows, in * kh * kw] and its outputs less the bias [rows, out], float32."""
 
 
-class Drawn(Spots):
+class Drawn(SampledPositions):
     """Positions as the release draws them: the same number of every image, some more than once."""
 
     def __init__(self, layer: Layer, images: int, seed: int):
@@ -90,9 +90,9 @@ def recorded(model: nn.Module, layers: Sequence[Layer], images: Tensor) -> dict[
     for layer in layers:
 
         def hook(module: nn.Module, x: tuple[Tensor, ...], y: Tensor, layer: Layer = layer) -> None:
-            spots, (inputs, outputs) = Drawn(layer, len(y), batch), found[layer.name]
-            inputs.append(spots.inputs(module, x[0]))
-            outputs.append(spots.outputs(y) - (0 if module.bias is None else module.bias))
+            positions, (inputs, outputs) = Drawn(layer, len(y), batch), found[layer.name]
+            inputs.append(positions.inputs(module, x[0]))
+            outputs.append(positions.outputs(y) - (0 if module.bias is None else module.bias))
 
         handles.append(model.get_submodule(layer.name).register_forward_hook(hook))
     for batch, part in enumerate(images.split(BATCH)):  # noqa: B007 -- the hooks read it

@@ -181,7 +181,7 @@ def _view(run: RunFiles) -> dict[str, Any]:
         "pattern": pattern_line(result),
         "pictures": _pictures(run),
         "decisions": [_decision_row(result, name, decision) for name, decision in run.decisions.items()],
-        "whole": _whole(result),
+        "skipped": _skipped(result),
         "exports": [(Path(e["path"]).name, size(e["bytes"])) for e in _kept_exports(result)],
         "failed": [(e["format"], e["error"]) for e in result.get("exports") or [] if e.get("error")],
         "snippets": _snippets(result),
@@ -374,10 +374,10 @@ def _decision_row(result: Mapping[str, Any], name: str, decision: Mapping[str, A
     }
 
 
-def _whole(result: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """Layers left whole, gathered by reason."""
+def _skipped(result: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Skipped layers, grouped by reason."""
     gathered: dict[str, list[str]] = {}
-    for layer in result.get("whole") or []:
+    for layer in result.get("skipped") or []:
         gathered.setdefault(layer["reason"], []).append(layer["name"])
     return list(gathered.items())
 

@@ -110,7 +110,7 @@ class Macs:
     def __init__(self, graph: LayerGraph, masked: Sequence[Grid] = ()):
         terms = []
         for layer in graph.layers:
-            if layer.free:
+            if layer.costless:
                 continue
             terms.append(_weights(layer, layer.positions))
             if layer.kind == "linear" and layer.bias:
@@ -136,7 +136,7 @@ class Params:
     def __init__(self, graph: LayerGraph, masked: Sequence[Grid] = ()):
         terms = []
         for layer in graph.layers:
-            if layer.free:
+            if layer.costless:
                 continue
             terms.append(_weights(layer))
             if layer.bias:

@@ -60,10 +60,10 @@ class FixedSelection(nn.Conv2d):
     0 and 1 only and is a buffer: no optimiser sees it and it is no parameter. Weights without it load.
 
     Attributes:
-        free: True: no MACs are charged for it, and no repair or training touches it.
+        costless: True: no MACs are charged for it, and no repair or training touches it.
     """
 
-    free = True
+    costless = True
 
     def __init__(self, in_channels: int, out_channels: int, offset: int, stride: int) -> None:
         """Input channel i goes to output channel offset + i."""

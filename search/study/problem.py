@@ -126,13 +126,13 @@ def builder_of(
     granularity = cast(Masked, ranked.settings.granularity)
     layers = {grid.name: ranked.graph.layer(grid.name) for grid in ranked.grids}
     saliency = cast(ElementCriterion, criterion).saliency(network, list(layers.values()), sample)
-    places = {}
+    removal_rank = {}
     for name, layer in layers.items():
         weight = network.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         worth = torch.where(weight == 0, _GONE, saliency[name].to(weight.device))
-        places[name] = granularity.places(worth, layer)
-    return MaskedCandidates(network, ranked.grids, places)
+        removal_rank[name] = granularity.removal_rank(worth, layer)
+    return MaskedCandidates(network, ranked.grids, removal_rank)
 
 
 log = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ def prepare(model: nn.Module, data: Data, settings: Settings) -> Prepared:
     graph, grids = granularity.decisions(graph)
     if not grids:
         raise UserError(
-            f"nothing is left to decide: {'; '.join(f'{w.name}: {w.reason}' for w in graph.whole[:8])}"
+            f"nothing is left to decide: {'; '.join(f'{w.name}: {w.reason}' for w in graph.skipped[:8])}"
         )
     settings = _with_possible_repairs(settings, graph.topology.reason)
     return posed(Ranked(model, data, settings, graph, grids))
@@ -207,16 +207,16 @@ def posed(ranked: Ranked) -> Prepared:
 
 
 def announce(prepared: Prepared) -> None:
-    """Says what will be decided, what stays whole and why, and what can be reached."""
+    """Says what will be decided, what is skipped and why, and what can be reached."""
     problem = prepared.problem
     log.info(
-        "%d decisions over %d layers; left whole: %d",
+        "%d decisions over %d layers; skipped: %d",
         len(problem.grids),
         len(prepared.graph.layers),
-        len(prepared.graph.whole),
+        len(prepared.graph.skipped),
     )
-    for reason in dict.fromkeys(w.reason for w in prepared.graph.whole):
-        names = [w.name for w in prepared.graph.whole if w.reason == reason]
+    for reason in dict.fromkeys(w.reason for w in prepared.graph.skipped):
+        names = [w.name for w in prepared.graph.skipped if w.reason == reason]
         more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
         log.info("  %s%s: %s", ", ".join(names[:_NAMES_SHOWN]), more, reason)  # report.html lists them all
     for cost in problem.costs:
@@ -288,7 +288,9 @@ def storage_of(ranked: Ranked, format: str, value_bits: int = 32) -> Storage:
         )
     builder = cast(MaskedCandidates, ranked.builder)
     others = params_beside_weights(ranked.graph)
-    return Storage(ranked.graph.layers, ranked.grids, builder.places, others, format, value_bits=value_bits)
+    return Storage(
+        ranked.graph.layers, ranked.grids, builder.removal_rank, others, format, value_bits=value_bits
+    )
 
 
 def _cycles(ranked: Ranked, budget: CyclesBudget) -> Cycles:

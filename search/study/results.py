@@ -70,7 +70,7 @@ def result_of(
         "search": _search(prepared, best, loop),
         "strategy": dict(zip(strategy.names, strategy.ratios, strict=True)),
         **sparsity_of(prepared, networks.get("finetuned", networks["pruned"]), strategy),
-        "whole": [{"name": w.name, "reason": w.reason} for w in prepared.graph.whole],
+        "skipped": [{"name": w.name, "reason": w.reason} for w in prepared.graph.skipped],
         "exports": [_export(export) for export in exports],
         "latency_batch": prepared.settings.latency.batch,
         "latency_runtime": prepared.settings.latency.runtime,
@@ -249,13 +249,13 @@ def stored_sizes(ranked: Ranked, weights: Mapping[str, Tensor], removed: Sequenc
     """
     graph, grids, granularity = ranked.graph, ranked.grids, cast(Masked, ranked.settings.granularity)
     # What is not zero stays longest: so every unit that was kept has a place before those that were removed.
-    places = {
-        name: granularity.places((weight != 0).double(), graph.layer(name))
+    removal_rank = {
+        name: granularity.removal_rank((weight != 0).double(), graph.layer(name))
         for name, weight in weights.items()
     }
 
     def size(format: str, counts: Sequence[int]) -> int:
-        return round(Storage(graph.layers, grids, places, params_beside_weights(graph), format)(counts))
+        return round(Storage(graph.layers, grids, removal_rank, params_beside_weights(graph), format)(counts))
 
     nothing = [0] * len(grids)
     sizes = {"dense_fp32": size("csr", nothing), "csr": size("csr", removed)}

@@ -46,7 +46,7 @@ def whole_result() -> dict[str, Any]:
         "strategy": {
             name: removed / total for name, removed, total in zip(NAMES, REMOVED, TOTALS, strict=True)
         },
-        "whole": [
+        "skipped": [
             {"name": "conv1", "reason": "residual stream with a padded shortcut"},
             {"name": "layer1.0.conv2", "reason": "residual stream with a padded shortcut"},
             {"name": "fc", "reason": "the classifier's <outputs>"},

@@ -48,7 +48,7 @@ def journal_of(folder: Path) -> list[dict[str, Any]]:
 
 def figures(result: dict[str, Any]) -> dict[str, Any]:
     """What must be the same when a run is repeated: all but times."""
-    kept = {name: result[name] for name in ("budget", "budgets", "strategy", "whole")}
+    kept = {name: result[name] for name in ("budget", "budgets", "strategy", "skipped")}
     for stage in ("base", "pruned", "finetuned"):
         kept[stage] = {k: v for k, v in (result[stage] or {}).items() if not k.startswith("latency_")}
     return kept | {"search": {k: v for k, v in result["search"].items() if k != "seconds"}}

@@ -142,7 +142,7 @@ class Unit:
 
 
 def units_of(model: nn.Module, graph: LayerGraph) -> dict[str, Unit]:
-    """The unit of every layer that is run, free ones too, by the layer's name and in forward order.
+    """The unit of every layer that is run, costless ones too, by the layer's name and in forward order.
 
     A network that cannot be traced symbolically has layers alone as its units, which is logged. A layer that is
     called several times is timed at the size of its first call.

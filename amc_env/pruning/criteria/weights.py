@@ -18,7 +18,7 @@ from amc_env.pruning.criteria.base import (
     Members,
     Sample,
     coupling,
-    heard,
+    scoring_layers,
     together,
     unit_scores,
     unit_sums,
@@ -69,7 +69,7 @@ class Norm:
         self, model: nn.Module, graph: LayerGraph, sample: Sample | None = None
     ) -> tuple[Tensor, ...]:
         """The norm over each unit's weights."""
-        elements = self.saliency(model, heard(graph, self.members))
+        elements = self.saliency(model, scoring_layers(graph, self.members))
 
         def part(member: Member, layer: Layer) -> Tensor:
             return unit_sums(elements[layer.name], member, layer).pow(1 / self.p)

@@ -98,7 +98,7 @@ def test_a_command_delivers_what_it_reports(
     whole = (
         {"conv1": "its 1 input channels (per group) are not divisible by m=4"} if granularity == "nm" else {}
     )
-    assert {entry["name"]: entry["reason"] for entry in result["whole"]} == whole
+    assert {entry["name"]: entry["reason"] for entry in result["skipped"]} == whole
 
 
 WHOLE = {"fine_grained": 0, "nm": 1, "vector": 3, "kernel": 3}
@@ -120,7 +120,7 @@ def test_every_agent_searches_every_granularity(
     )
     finished = go(tmp_path, small_data, settings, name="residual")
     result = assert_delivered(tmp_path, network("residual"), images(1), granularity)
-    assert (result["search"]["agent"], len(result["whole"])) == (name, WHOLE[granularity])
+    assert (result["search"]["agent"], len(result["skipped"])) == (name, WHOLE[granularity])
     assert result["finetuned"]["macs"] <= 0.7 * result["base"]["macs"]
     assert same_state(finished.model, load_pruned(network("residual"), tmp_path))
     assert finished.keeps == {}
