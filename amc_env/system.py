@@ -1,8 +1,9 @@
-"""Threads, memory and the name of the machine."""
+"""Threads, memory, random generators and the name of the machine."""
 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import platform
 import re
@@ -73,6 +74,12 @@ def using_threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def named_generator(seed: int, *names: str) -> torch.Generator:
+    """A random generator of its own for the thing that ``names`` name."""
+    digest = hashlib.sha256("/".join((str(seed), *names)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 _CPUINFO = Path("/proc/cpuinfo")

@@ -121,8 +121,8 @@ def check_granularity(granularity: Granularity, graph: LayerGraph) -> None:
     assert granularity.speed, f"{who} does not say which hardware it makes faster"
     decided, grids = granularity.decisions(graph)
     assert granularity.decisions(graph)[1] == grids, f"{who} is not the same twice"
-    units = [layer.name for layer in graph.layers if not layer.free]
-    names, reasons = [grid.name for grid in grids], {entry.name: entry.reason for entry in decided.whole}
+    units = [layer.name for layer in graph.layers if not layer.costless]
+    names, reasons = [grid.name for grid in grids], {entry.name: entry.reason for entry in decided.skipped}
     wanted = units if granularity.masked else [group.name for group in graph.groups]
     assert names == [name for name in wanted if name in set(names)], (
         f"{who}: {names} are not in forward order"
@@ -144,8 +144,8 @@ def _check_places(granularity: Masked, graph: LayerGraph, grid: Grid) -> None:
     inputs = layer.in_channels // layer.groups
     shape = (layer.out_channels, inputs, *(layer.kernel if layer.kind == "conv" else ()))
     saliency = torch.rand(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    places = granularity.places(saliency, layer)
-    assert places.dtype == torch.int32, f"{grid.name}: places are {places.dtype}, not int32"
-    assert places.shape == saliency.shape, f"{grid.name}: places of shape {tuple(places.shape)}, not {shape}"
-    counts = set(torch.bincount(places.flatten(), minlength=grid.total).tolist())
+    ranks = granularity.removal_rank(saliency, layer)
+    assert ranks.dtype == torch.int32, f"{grid.name}: ranks are {ranks.dtype}, not int32"
+    assert ranks.shape == saliency.shape, f"{grid.name}: ranks of shape {tuple(ranks.shape)}, not {shape}"
+    counts = set(torch.bincount(ranks.flatten(), minlength=grid.total).tolist())
     assert counts == {layer.weights // grid.total}, f"{grid.name}: places have {counts} weights each"

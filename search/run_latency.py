@@ -98,7 +98,7 @@ def _check(cfg: DictConfig) -> None:
     wrong = [f"{n}={v} must be {said(_OWN[n])}" for n, v in values.items() if not fits(v, _OWN[n])]
     wrong += [
         f"unknown key check.{key}; there are networks, seed"
-        for key in cfg.check
+        for key in map(str, cfg.check)
         if f"check.{key}" not in _OWN
     ]
     if wrong:

@@ -118,7 +118,7 @@ class Macs(NetworkCost):
     def __init__(self, graph: LayerGraph, masked: Sequence[Grid] = ()):
         terms = []
         for layer in graph.layers:
-            if layer.free:
+            if layer.costless:
                 continue
             terms.append(_weights(layer, layer.positions))
             if layer.kind == "linear" and layer.bias:
@@ -150,7 +150,7 @@ class Params(NetworkCost):
     def __init__(self, graph: LayerGraph, masked: Sequence[Grid] = ()):
         terms = []
         for layer in graph.layers:
-            if layer.free:
+            if layer.costless:
                 continue
             terms.append(_weights(layer))
             if layer.bias:

@@ -59,7 +59,7 @@ class Cycles(NetworkCost):
     it on a unit of its own at half of the pixel parallelism ("DepthwiseConv"), which is the default.
 
     Counted is arithmetic at full supply: loads and stores, filling the pipeline, pooling, element-wise operations
-    and biases are not, nor are `free` layers. Convolutions that are no layers of the graph (1d, 3d, transposed)
+    and biases are not, nor are `costless` layers. Convolutions that are no layers of the graph (1d, 3d, transposed)
     count as if they filled the array.
 
     Args:
@@ -98,7 +98,9 @@ class Cycles(NetworkCost):
         self._sizes, self._per_unit = kept_channels(graph)
         self._depthwise = np.array([layer.depthwise for layer in layers], dtype=bool)
         self._groups = np.array([1 if layer.depthwise else layer.groups for layer in layers])
-        self._area = np.array([0 if layer.free else layer.kernel[0] * layer.kernel[1] for layer in layers])
+        self._area = np.array(
+            [0 if layer.costless else layer.kernel[0] * layer.kernel[1] for layer in layers]
+        )
         self._positions = np.array([layer.positions for layer in layers])
         self._waves = _ceil(self._positions, np.where(self._depthwise, pixels, pixel_parallel))
         self._parallel = input_parallel, output_parallel

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from amc_env.costs.base import BudgetSettings, CostInputs, Kind, NetworkCost, size
 from amc_env.errors import UserError, first_line
 from amc_env.graph.layers import LayerGraph
-from amc_env.graph.topology import Topology
+from amc_env.graph.topology import values_of
 from amc_env.pruning.candidate import Candidates
 from amc_env.space import Grid
 
@@ -56,7 +56,7 @@ class Activations:
 
     def __init__(self, model: nn.Module, graph: LayerGraph, grids: Sequence[Grid], example: Tensor):
         candidates = Candidates(model, graph, [torch.arange(group.total) for group in graph.groups])
-        topology = Topology.of(candidates.skeleton)
+        topology = graph.topology
         if topology.graph is None:
             raise _uncounted(topology.reason)
         nodes = list(topology.graph.nodes)
@@ -132,10 +132,8 @@ class Memory(NetworkCost):
         return living
 
 
-class _Recorder(fx.Interpreter):
-    """Runs a traced network and writes down, operation by operation, what it gives and where that lies.
-
-    All results are kept until the end, so that no address of a storage is used twice.
+class _Recorder:
+    """Records, operation by operation, how much a run gives and where that lies; see `values_of`.
 
     Attributes:
         elements: Elements that each operation gives.
@@ -143,8 +141,7 @@ class _Recorder(fx.Interpreter):
         sizes: Bytes of each buffer, in the order of appearance.
     """
 
-    def __init__(self, model: nn.Module, graph: fx.Graph):
-        super().__init__(model, garbage_collect_values=False, graph=graph)
+    def __init__(self, graph: fx.Graph):
         self.elements: list[int] = []
         self.holds: list[set[int]] = []
         self.sizes: list[int] = []
@@ -163,8 +160,8 @@ class _Recorder(fx.Interpreter):
         """Elements of all operations, then bytes of all buffers."""
         return np.array([*self.elements, *self.sizes], dtype=np.int64)
 
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
+    def __call__(self, n: fx.Node, result: Any) -> None:
+        """Record an operation that has just run."""
         given, holds = 0, set[int]()
         for tensor in (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)):
             storage = tensor.untyped_storage()
@@ -179,14 +176,12 @@ class _Recorder(fx.Interpreter):
                 holds.add(self._buffers[place])
         self.elements.append(given if n.op.startswith("call_") else 0)
         self.holds.append(holds)
-        return result
 
 
-@torch.no_grad()  # not inference mode: its tensors have no versions
 def _run(candidates: Candidates, graph: fx.Graph, example: Tensor, removed: Sequence[int]) -> _Recorder:
-    recorder = _Recorder(candidates.cut(removed), graph)
-    try:
-        recorder.run(example[:1].clone())  # a storage of its own, of one example
+    recorder = _Recorder(graph)
+    try:  # on a storage of its own, of one example
+        values_of(candidates.cut(removed), graph, example[:1].clone(), recorder)
     except Exception as error:  # a user's network may raise anything
         raise _uncounted(f"it does not run operation by operation: {first_line(error)}") from error
     return recorder

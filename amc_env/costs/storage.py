@@ -184,7 +184,7 @@ def follows_pattern(weight: Tensor, n: int, m: int) -> bool:
 
 def params_beside_weights(graph: LayerGraph) -> int:
     """Parameters that are no weights of a layer: biases, batch norms and all others."""
-    biases = sum(layer.out_channels for layer in graph.layers if layer.bias and not layer.free)
+    biases = sum(layer.out_channels for layer in graph.layers if layer.bias and not layer.costless)
     channelwise = sum(module.channels * module.params_per_channel for module in graph.channelwise)
     return biases + channelwise + graph.other_params
 
@@ -218,7 +218,7 @@ class Storage(NetworkCost):
     Each layer is rounded up to whole bytes. A weight that stays is stored even if its value happens to be zero.
 
     Args:
-        layers: All layers whose weights are stored in this format; `free` ones are fixed selections that cost
+        layers: All layers whose weights are stored in this format; `costless` ones are fixed selections that cost
             nothing. Those without a decision are dense.
         grids: The decisions, each named like its layer.
         places: By layer: the place of each weight's unit in the order of removal, int32, shaped like the weight;
@@ -259,7 +259,7 @@ class Storage(NetworkCost):
         self._grids = tuple(grids)
         if format == "nm":
             _check_blocks(self._grids, places)
-        weights = {layer.name: layer.weights for layer in layers if not layer.free}
+        weights = {layer.name: layer.weights for layer in layers if not layer.costless}
         self._weights = weights
         self._places = [places[g.name].cpu().reshape(len(places[g.name]), -1).numpy() for g in self._grids]
         assert all(p.size == weights[g.name] for g, p in zip(self._grids, self._places, strict=True))
@@ -285,7 +285,7 @@ class Storage(NetworkCost):
         return cls(
             graph.layers,
             problem.grids,
-            builder.places,
+            builder.removal_rank,
             others,
             settings.format,
             value_bits=settings.value_bits,

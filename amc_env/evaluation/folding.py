@@ -30,37 +30,43 @@ class Folder:
 
     Args:
         model: The unpruned network, in eval mode.
+        topology: Its topology.
         example: A few inputs, to compare outputs on.
         channels_last: Whether weights are stored for inputs in channels-last memory format.
         dtype: Data type of the folded weights.
     """
 
     def __init__(
-        self, model: nn.Module, example: Tensor, *, channels_last: bool, dtype: torch.dtype = torch.float32
+        self,
+        model: nn.Module,
+        topology: Topology,
+        example: Tensor,
+        *,
+        channels_last: bool,
+        dtype: torch.dtype = torch.float32,
     ):
         self._format = torch.channels_last if channels_last else torch.contiguous_format
-        self._copy_of_model = copy.deepcopy(model).eval()
-        topology = Topology.of(self._copy_of_model)
         self.reason = topology.reason
         self._norms = topology.norm_after
         self._dtype = torch.float32  # for the comparison
-        self._folded = self._without_norms(topology)
+        self._folded = self._without_norms(copy.deepcopy(model).eval(), topology)
         if self._folded is not None and not _alike(_run(self._refresh(model), example), _run(model, example)):
             self._folded, self.reason = None, "its outputs change when batch norms are folded"
         if self.reason:
             log.info("candidates are scored with their batch norms in place: %s", self.reason)
         self._dtype = dtype
 
-    def _without_norms(self, topology: Topology) -> fx.GraphModule | None:
+    def _without_norms(self, model: nn.Module, topology: Topology) -> fx.GraphModule | None:
         if topology.graph is None:
             return None
-        behind = {norm: layer for layer, norm in self._norms.items()}
-        for node in list(topology.graph.nodes):
-            if node.op == "call_module" and node.target in behind:
+        graph = copy.deepcopy(topology.graph)
+        norms = set(self._norms.values())
+        for node in list(graph.nodes):
+            if node.op == "call_module" and node.target in norms:
                 node.replace_all_uses_with(node.all_input_nodes[0])
-                topology.graph.erase_node(node)
-        _activate_in_place(topology.graph, dict(self._copy_of_model.named_modules()))
-        return fx.GraphModule(self._copy_of_model, topology.graph)
+                graph.erase_node(node)
+        _activate_in_place(graph, dict(model.named_modules()))
+        return fx.GraphModule(model, graph)
 
     def __call__(self, model: nn.Module) -> nn.Module:
         """The network to score in place of ``model``; valid until the next call."""

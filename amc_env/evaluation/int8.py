@@ -1,7 +1,7 @@
 """Convolutions in eight bits, for scoring only: several times as fast as float32 where a processor multiplies in them.
 
-Weights are rounded to steps of their output channel, values between convolutions to steps of the tensor (Jacob et al.,
-2018, section 2). The steps cover what a candidate gives for a few images; what is beyond is cut off. Everything but
+Weights have a scale per output channel, values between convolutions one scale per tensor (Jacob et al., 2018, section
+2). The scales cover the range that a candidate gives for a few images; values beyond it are clamped. Everything but
 convolutions, and what is in the same operation with them, is computed in floats.
 
 The operators are those that torch.compile emits for quantized networks on a processor; they are not public.
@@ -23,9 +23,9 @@ from torch.nn import functional
 from amc_env.errors import UserError, first_line
 from amc_env.evaluation.folding import Folder
 from amc_env.evaluation.precision import FLOAT32, INT8
-from amc_env.graph.topology import added
+from amc_env.graph.topology import Topology, added, values_of
 
-_BYTES, _WEIGHTS = 255, 127  # steps in the range of a value, and of a weight on either side of zero
+_BYTES, _WEIGHTS = 255, 127  # levels in the range of a value, and of a weight on either side of zero
 
 
 _CHANNELS = 32  # whose products of largest bytes and weights are to be summed exactly
@@ -67,6 +67,7 @@ class Int8Folder(Folder):
 
     Args:
         model: The unpruned network, in eval mode.
+        topology: Its topology.
         images: The images that will be scored; ranges of activations are measured on some of them.
         channels_last: Must be true.
         batch_size: Images of the batches that the network will be given.
@@ -75,8 +76,10 @@ class Int8Folder(Folder):
         UserError: The network or this processor cannot do that.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor, *, channels_last: bool, batch_size: int):
-        super().__init__(model, images[:4], channels_last=channels_last)
+    def __init__(
+        self, model: nn.Module, topology: Topology, images: Tensor, *, channels_last: bool, batch_size: int
+    ):
+        super().__init__(model, topology, images[:4], channels_last=channels_last)
         self._batch_size = batch_size
         # evenly spaced: a user's images may be sorted by label
         spread = images[:: -(-len(images) // _IMAGES)]
@@ -102,11 +105,11 @@ class Int8Folder(Folder):
     def __call__(self, model: nn.Module) -> nn.Module:
         """The network to score in place of ``model``; valid until the next call."""
         network = self._refresh(model)
-        settle(network, self._images, self._batch_size)
+        calibrate(network, self._images, self._batch_size)
         return network
 
 
-class Steps:
+class Scales:
     """What the bytes of a tensor stand for: ``size * (byte - zero)``; nothing where ``known`` is false."""
 
     def __init__(self) -> None:
@@ -120,13 +123,13 @@ class Steps:
         self._low = self._high = 0.0
 
     def note(self, value: Tensor) -> None:
-        """Where steps are wanted: takes the range of a float tensor, [N, C, H, W], and zero."""
+        """Where a scale is wanted: takes the range of a float tensor, [N, C, H, W], and zero."""
         if self.wanted:
             in_memory = value.permute(0, 2, 3, 1).flatten()  # several times as fast in this order
             self._low, self._high = (float(end) for end in torch.aminmax(in_memory))
 
-    def settle(self) -> bool:
-        """Takes the steps from the range; says whether that is finite."""
+    def calibrate(self) -> bool:
+        """Take the scale from the range; returns whether that is finite."""
         self.known, self.wanted = math.isfinite(self._low) and math.isfinite(self._high), False
         if self.known:
             low, high = min(self._low, 0.0), max(self._high, 0.0)
@@ -140,12 +143,12 @@ class Steps:
 
 
 class Quantize(nn.Module):
-    """Floats to bytes; nothing is done while their steps are not known."""
+    """Floats to bytes; nothing is done while their scale is not known."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.gives = Steps()
-        self.register_buffer("steps", self.gives.buffer())
+        self.gives = Scales()
+        self.register_buffer("scales", self.gives.buffer())
 
     def forward(self, x: Tensor) -> Tensor:
         """Bytes in the shape of ``x``."""
@@ -160,10 +163,10 @@ class Dequantize(nn.Module):
     """Bytes to floats; floats pass.
 
     Args:
-        reads: The steps of the bytes.
+        reads: The scale of the bytes.
     """
 
-    def __init__(self, reads: Steps):
+    def __init__(self, reads: Scales):
         super().__init__()
         self._reads = reads
 
@@ -184,17 +187,17 @@ class QuantizedConv2d(nn.Conv2d):
         shortcut: Whether a second input is added to the outputs.
 
     Attributes:
-        reads: Steps of the inputs.
-        adds: Steps of the shortcut.
-        gives: Steps of the outputs; None where they are floats.
+        reads: Scale and zero of the inputs.
+        adds: Scale and zero of the shortcut.
+        gives: Scale and zero of the outputs; None where they are floats.
         depthwise: Whether every channel is convolved by itself.
         pads: Whether outputs get further channels, of zeros, up to a multiple of `_ALIGNED`: oneDNN is faster so.
         padded: Whether inputs have them.
     """
 
-    reads: Steps
-    adds: Steps | None = None
-    gives: Steps | None = None
+    reads: Scales
+    adds: Scales | None = None
+    gives: Scales | None = None
     pads = padded = False
     _options: tuple[Any, ...]
 
@@ -206,14 +209,14 @@ class QuantizedConv2d(nn.Conv2d):
         self._size, self._activation, self._shortcut = size, activation, shortcut
         self._packed: Tensor | None = None
         self.depthwise = 1 < self.groups == self.in_channels == self.out_channels
-        self.register_buffer("steps", None)
+        self.register_buffer("scales", None)
 
     def unpack(self) -> None:
         """Compute in floats again."""
         self._packed = None
 
     def pack(self, images: int) -> None:
-        """Rounds the weights and brings them into blocks; all steps are known."""
+        """Rounds the weights and brings them into blocks; all scales are known."""
         scales = self.weight.abs().amax((1, 2, 3)).clamp_min(_SMALLEST) / _WEIGHTS
         weight = (self.weight / scales.view(-1, 1, 1, 1)).round_().to(torch.int8)
         inputs = -weight.shape[1] % _ALIGNED if self.padded and not self.depthwise else 0
@@ -271,8 +274,8 @@ class QuantizedConv2d(nn.Conv2d):
     @property
     def _pointwise(self) -> bool:
         """Whether it is a product of the channels at every position: oneDNN does that faster as a linear layer."""
-        whole = self.kernel_size == self.stride == (1, 1) and self.groups == 1
-        return whole and not any(int(side) for side in self.padding) and not self._shortcut
+        unstrided = self.kernel_size == self.stride == (1, 1) and self.groups == 1
+        return unstrided and not any(int(side) for side in self.padding) and not self._shortcut
 
     @property
     def _how(self) -> tuple[list[int], list[int], list[int], int]:
@@ -281,7 +284,7 @@ class QuantizedConv2d(nn.Conv2d):
 
 
 def quantized(network: fx.GraphModule, example: Tensor) -> fx.GraphModule:
-    """A network whose convolutions are computed in eight bits, once `settle` has been told what it is to compute.
+    """A network whose convolutions are computed in eight bits, once `calibrate` has been called.
 
     Args:
         network: A traced network on a processor, its activations in `torch.nn.functional`.
@@ -330,37 +333,32 @@ def _exact(side: int) -> bool:
     nn.init.ones_(layer.weight)
     images = torch.ones(1, _CHANNELS, 2, 2).contiguous(memory_format=torch.channels_last)
     network = quantized(fx.symbolic_trace(nn.Sequential(layer)), images)
-    settle(network, images, 1)
+    calibrate(network, images, 1)
     return bool((network(images) - _CHANNELS * side**2).abs().max() < 1)
 
 
-@torch.no_grad()
 def overwrites(network: fx.GraphModule, images: Tensor) -> bool:
     """Whether a value that several operations read is written to after it was made: bytes of it would be made too early."""
     writes: dict[fx.Node, int] = {}
 
-    class Watched(fx.Interpreter):
-        def run_node(self, node: fx.Node) -> Any:
-            value = super().run_node(node)
-            if isinstance(value, Tensor) and len(node.users) > 1:
-                writes[node] = value._version
-            return value
+    def note(node: fx.Node, value: Any) -> None:
+        if isinstance(value, Tensor) and len(node.users) > 1:
+            writes[node] = value._version
 
-    lane = Watched(network, garbage_collect_values=False)
-    lane.run(images)
-    return any(lane.env[node]._version != count for node, count in writes.items())
+    values = values_of(network, network.graph, images, note)
+    return any(values[node]._version != count for node, count in writes.items())
 
 
 def _give_bytes(network: fx.GraphModule, layers: Mapping[fx.Node, QuantizedConv2d]) -> None:
     """What convolutions read becomes bytes: another one gives them, or they are made."""
-    made: dict[fx.Node, tuple[fx.Node, Steps]] = {}
+    made: dict[fx.Node, tuple[fx.Node, Scales]] = {}
     for node, layer in layers.items():
         read = []
         for value in node.args:
             assert isinstance(value, fx.Node)
             if value in layers:
                 giver = layers[value]
-                giver.gives = giver.gives or Steps()
+                giver.gives = giver.gives or Scales()
                 read.append((value, giver.gives))
             else:
                 if value not in made:
@@ -369,7 +367,7 @@ def _give_bytes(network: fx.GraphModule, layers: Mapping[fx.Node, QuantizedConv2
         node.args = tuple(value for value, _ in read)
         layer.reads = read[0][1]
         if len(read) > 1:
-            layer.adds, layer.gives = read[1][1], layer.gives or Steps()  # sums are of bytes and give bytes
+            layer.adds, layer.gives = read[1][1], layer.gives or Scales()  # sums are of bytes and give bytes
 
 
 def _pad(layers: Mapping[fx.Node, QuantizedConv2d]) -> None:
@@ -391,7 +389,7 @@ def _pad(layers: Mapping[fx.Node, QuantizedConv2d]) -> None:
         layer.pads, layer.padded = node in padding, node.args[0] in padding
 
 
-def _quantize(network: fx.GraphModule, value: fx.Node, reader: fx.Node) -> tuple[fx.Node, Steps]:
+def _quantize(network: fx.GraphModule, value: fx.Node, reader: fx.Node) -> tuple[fx.Node, Scales]:
     module, name = Quantize(), f"_{value.name}_bytes"
     network.add_submodule(name, module)
     with network.graph.inserting_before(reader):
@@ -413,8 +411,8 @@ def _give_floats(network: fx.GraphModule, layers: Mapping[fx.Node, QuantizedConv
 
 
 @torch.no_grad()
-def settle(network: nn.Module, images: Tensor, batch: int) -> None:
-    """Finds the steps of a network as its weights are now, and rounds these; where one is not finite all stays in floats.
+def calibrate(network: nn.Module, images: Tensor, batch: int) -> None:
+    """Find the scales for a network's present weights, and round these; if one is not finite all stays in floats.
 
     Args:
         network: What `quantized` gave.
@@ -426,19 +424,19 @@ def settle(network: nn.Module, images: Tensor, batch: int) -> None:
     found = [giver.gives for giver in givers if giver.gives is not None]
     for layer in layers:
         layer.unpack()
-    for steps in found:
-        steps.forget()
-        steps.wanted = True
+    for scales in found:
+        scales.forget()
+        scales.wanted = True
     network(images)
-    if finite(network) and all(steps.settle() for steps in found):
+    if finite(network) and all(scales.calibrate() for scales in found):
         for layer in layers:
             layer.pack(batch)
     else:
-        for steps in found:
-            steps.forget()
+        for scales in found:
+            scales.forget()
     for giver in givers:
         if giver.gives is not None:
-            giver.register_buffer("steps", giver.gives.buffer())
+            giver.register_buffer("scales", giver.gives.buffer())
 
 
 def _plain(module: nn.Module) -> bool:
@@ -449,10 +447,8 @@ def _plain(module: nn.Module) -> bool:
 
 def _shapes(network: fx.GraphModule, example: Tensor) -> dict[fx.Node, torch.Size]:
     """Shapes of the tensors that operations give."""
-    lane = fx.Interpreter(network, garbage_collect_values=False)
-    with torch.no_grad():
-        lane.run(example)
-    return {node: value.shape for node, value in lane.env.items() if isinstance(value, Tensor)}
+    values = values_of(network, network.graph, example)
+    return {node: value.shape for node, value in values.items() if isinstance(value, Tensor)}
 
 
 def _with_addition(node: fx.Node, shapes: dict[fx.Node, torch.Size]) -> fx.Node:
@@ -464,12 +460,12 @@ def _with_addition(node: fx.Node, shapes: dict[fx.Node, torch.Size]) -> fx.Node:
     if addition.target in _IN_PLACE and addition.args[0] is not node:  # others may read what it overwrites
         return node
     with node.graph.inserting_before(addition):
-        whole = node.graph.call_module(str(node.target), (node.args[0], shortcut))
-    shapes[whole] = shapes[node]
-    addition.replace_all_uses_with(whole)
+        joined = node.graph.call_module(str(node.target), (node.args[0], shortcut))
+    shapes[joined] = shapes[node]
+    addition.replace_all_uses_with(joined)
     node.graph.erase_node(addition)
     node.graph.erase_node(node)
-    return whole
+    return joined
 
 
 def _absorbed(node: fx.Node, shortcut: bool) -> Activation:

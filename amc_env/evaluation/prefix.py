@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from amc_env.evaluation.precision import FLOAT32, arithmetic
 from amc_env.evaluation.scorer import Scorer
+from amc_env.graph.topology import Topology, values_of
 from amc_env.system import in_lanes, in_turn, release_heap
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class PrefixScorer(Scorer):
 
     Args:
         model: The uncut network, in eval mode.
+        topology: Its topology.
         images: Normalised images of the search split, [N, C, H, W].
         labels: Their labels, int64 [N].
         batch_size: As there.
@@ -64,6 +66,7 @@ class PrefixScorer(Scorer):
     def __init__(
         self,
         model: nn.Module,
+        topology: Topology,
         images: Tensor,
         labels: Tensor,
         *,
@@ -74,6 +77,7 @@ class PrefixScorer(Scorer):
     ):
         super().__init__(
             model,
+            topology,
             images,
             labels,
             batch_size=batch_size,
@@ -326,10 +330,8 @@ def _needed(nodes: Iterable[fx.Node], known: Collection[fx.Node]) -> set[fx.Node
 
 def _measured(network: fx.GraphModule, images: Tensor) -> tuple[dict[fx.Node, int], dict[fx.Node, int]]:
     """Multiply-accumulates of each operation and numbers that it gives, for some images; layers alone count as work."""
-    lane = fx.Interpreter(network, garbage_collect_values=False)
-    with torch.no_grad():
-        lane.run(images)
-    sizes = {node: sum(tensor.numel() for tensor in _tensors(value)) for node, value in lane.env.items()}
+    values = values_of(network, network.graph, images)
+    sizes = {node: sum(tensor.numel() for tensor in _tensors(value)) for node, value in values.items()}
     work = dict.fromkeys(sizes, 0)
     for node in sizes:
         if node.op == "call_module":

@@ -14,6 +14,8 @@ from amc_env.errors import UserError, first_line
 from amc_env.evaluation.folding import Folder
 from amc_env.evaluation.int8 import Int8Folder
 from amc_env.evaluation.precision import FLOAT32, INT8, arithmetic, dtype_of
+from amc_env.graph.memory_format import fastest_format
+from amc_env.graph.topology import Topology
 from amc_env.system import in_lanes, in_turn
 
 log = logging.getLogger(__name__)
@@ -107,6 +109,7 @@ class Scorer:
 
     Args:
         model: The uncut network, in eval mode.
+        topology: Its topology.
         images: Normalised images of the search split, [N, C, H, W].
         labels: Their labels, int64 [N].
         batch_size: Images of a batch; by default that of `batch_size_for`.
@@ -121,6 +124,7 @@ class Scorer:
     def __init__(
         self,
         model: nn.Module,
+        topology: Topology,
         images: Tensor,
         labels: Tensor,
         *,
@@ -133,13 +137,16 @@ class Scorer:
                 "the search images hold values that are infinite or not numbers (NaN): look for them in the data, and "
                 "for zeros in the standard deviations that it is normalised by"
             )
-        channels_last = channels_last and images.ndim == 4 and _runs_channels_last(model, images[:4])
+        channels_last = channels_last and images.ndim == 4
+        if channels_last and fastest_format(copy.deepcopy(model), images[:4]) is not torch.channels_last:
+            channels_last = False
+            log.info("images are scored contiguous: the network does not run channels-last")
         layout = torch.channels_last if channels_last else torch.contiguous_format
         self.images = images.to(dtype_of(precision)).contiguous(memory_format=layout)
         self._precision = precision
         self.channels_last = channels_last
         batch_size = batch_size or batch_size_for(images, labels.device, precision)
-        self.folder = _folder(model, self.images, channels_last, precision, batch_size)
+        self.folder = _folder(model, topology, self.images, channels_last, precision, batch_size)
         network = _checked(self.folder, model, self.images[:2], precision)
         # a network that cannot be traced may keep things between its layers: one batch at a time
         self._side_by_side = labels.device.type == "cpu" and isinstance(network, fx.GraphModule)
@@ -182,11 +189,18 @@ class Scorer:
         """Lets go of what is kept for candidates to come, where anything is."""
 
 
-def _folder(model: nn.Module, images: Tensor, channels_last: bool, precision: str, batch_size: int) -> Folder:
+def _folder(
+    model: nn.Module,
+    topology: Topology,
+    images: Tensor,
+    channels_last: bool,
+    precision: str,
+    batch_size: int,
+) -> Folder:
     if precision == INT8:
-        return Int8Folder(model, images, channels_last=channels_last, batch_size=batch_size)
+        return Int8Folder(model, topology, images, channels_last=channels_last, batch_size=batch_size)
     example = images[:4].float()
-    return Folder(model, example, channels_last=channels_last, dtype=dtype_of(precision))
+    return Folder(model, topology, example, channels_last=channels_last, dtype=dtype_of(precision))
 
 
 def _checked(folder: Folder, model: nn.Module, images: Tensor, precision: str) -> nn.Module:
@@ -202,18 +216,3 @@ def _checked(folder: Folder, model: nn.Module, images: Tensor, precision: str) -
         raise UserError(
             f"evaluator.precision={precision} does not work for this network ({first_line(error)}); use float32"
         ) from error
-
-
-def _runs_channels_last(model: nn.Module, images: Tensor) -> bool:
-    """Whether a network takes channels-last images: one that calls ``view`` on feature maps does not."""
-    try:
-        with torch.inference_mode():
-            copy.deepcopy(model).to(memory_format=torch.channels_last)(  # type: ignore[call-overload]
-                images.contiguous(memory_format=torch.channels_last)
-            )
-    except RuntimeError as error:
-        log.info(
-            "images are scored contiguous: the network does not run channels-last (%s)", first_line(error)
-        )
-        return False
-    return True

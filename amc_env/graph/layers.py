@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from amc_env.graph.surgery import Keeps
+from amc_env.graph.topology import UNTRACED, Topology
 
 Side = Literal["in", "out"]
 
@@ -34,7 +35,7 @@ class Layer:
         bias: Whether it has a bias.
         in_size: Height and width of its input; (positions, 1) for a linear layer.
         out_size: Height and width of its output.
-        free: A fixed selection that costs nothing (an option-A shortcut): no MACs are charged, it is never
+        costless: A fixed selection that costs nothing (an option-A shortcut): no MACs are charged, it is never
             repaired.
         calls: How often one pass runs it; the positions of all calls are in ``out_size``.
     """
@@ -50,7 +51,7 @@ class Layer:
     bias: bool
     in_size: tuple[int, int]
     out_size: tuple[int, int]
-    free: bool = False
+    costless: bool = False
     calls: int = 1
 
     @property
@@ -119,8 +120,8 @@ class ChannelGroup:
 
 
 @dataclass(frozen=True)
-class Whole:
-    """A layer whose outputs are left whole, and why."""
+class Skipped:
+    """A layer whose outputs are not pruned, and why."""
 
     name: str
     reason: str
@@ -128,42 +129,44 @@ class Whole:
 
 @dataclass(frozen=True, eq=False)
 class LayerGraph:
-    """Layers in forward order, their coupled channels, and what stays whole.
+    """Layers in forward order, their coupled channels, and what is skipped.
 
     Attributes:
         layers: Convolutions and linear layers in forward order.
         channelwise: Batch norms and the like.
         groups: Coupled channels, in the forward order of their first consumer.
-        whole: Layers whose outputs are not pruned, with the reason.
+        skipped: Layers whose outputs are not pruned, with the reason.
         other_params: Parameters outside the modules above.
         other_macs: MACs of convolutions that are counted but never pruned (1d, 3d, transposed).
+        topology: The order of operations, from a symbolic trace.
     """
 
     layers: tuple[Layer, ...]
     channelwise: tuple[ChannelWise, ...]
     groups: tuple[ChannelGroup, ...]
-    whole: tuple[Whole, ...]
+    skipped: tuple[Skipped, ...]
     other_params: int
     other_macs: int = 0
+    topology: Topology = UNTRACED
 
     def layer(self, name: str) -> Layer:
         """The layer of that name."""
         return next(layer for layer in self.layers if layer.name == name)
 
-    def uncoupled(self, whole: tuple[Whole, ...]) -> LayerGraph:
-        """The graph without channel groups, for decisions about layers; of those ``whole`` stay as they are."""
+    def uncoupled(self, skipped: tuple[Skipped, ...]) -> LayerGraph:
+        """The graph without channel groups, for decisions about layers; ``skipped`` of them are not pruned."""
         names = {layer.name for layer in self.layers}
         outside = tuple(
-            w for w in self.whole if w.name not in names
+            w for w in self.skipped if w.name not in names
         )  # why channels stay does not matter here
-        return replace(self, groups=(), whole=outside + whole)
+        return replace(self, groups=(), skipped=outside + skipped)
 
     def only(self, left_out: Mapping[str, str]) -> LayerGraph:
-        """The graph without the groups named in ``left_out`` (name to reason), which are reported whole."""
+        """The graph without the groups named in ``left_out`` (name to reason), which are reported as skipped."""
         out = [group for group in self.groups if group.name in left_out]
-        whole = tuple(Whole(name, left_out[group.name]) for group in out for name in group.producers)
+        skipped = tuple(Skipped(name, left_out[group.name]) for group in out for name in group.producers)
         groups = tuple(group for group in self.groups if group.name not in left_out)
-        return replace(self, groups=groups, whole=self.whole + whole)
+        return replace(self, groups=groups, skipped=self.skipped + skipped)
 
 
 def channels_of(module: nn.Module, side: Side) -> int:

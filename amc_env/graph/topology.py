@@ -6,9 +6,11 @@ norms are not folded for scoring, and the sequential repair is refused.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -42,16 +44,23 @@ class Topology:
 
     @classmethod
     def of(cls, model: nn.Module) -> Topology:
-        """Traces ``model`` (in eval mode)."""
+        """Trace a copy of ``model`` in eval mode: a trace that fails may leave proxies in its attributes.
+
+        Tensors that the forward pass creates become attributes of ``model``, so that the graph runs on it.
+        """
+        copied = copy.deepcopy(model).eval()
         try:
-            graph = _Tracer().trace(model)
+            graph = _Tracer().trace(copied)
         except Exception as error:  # symbolic tracing fails in many ways; the caller says what that costs
             return cls(None, f"torch.fx cannot trace it ({type(error).__name__}: {error})".splitlines()[0])
         modules = dict(model.named_modules())
         calls: dict[str, list[fx.Node]] = {}
         for node in graph.nodes:
+            name = str(node.target)
             if node.op == "call_module":
-                calls.setdefault(str(node.target), []).append(node)
+                calls.setdefault(name, []).append(node)
+            elif node.op == "get_attr" and "." not in name and not hasattr(model, name):
+                setattr(model, name, getattr(copied, name))
         norm_after: dict[str, str] = {}
         partner: dict[str, fx.Node] = {}
         for name, nodes in calls.items():
@@ -63,7 +72,7 @@ class Topology:
                 last = norm
             other = added(last)
             # Two layers that are added to each other (a projection shortcut): the first in forward order is
-            # mended.
+            # repaired.
             if other is not None and nodes[0] not in _ancestors(other, partner):
                 partner[name] = other
         return cls(graph, "", norm_after, partner)
@@ -83,6 +92,9 @@ class Topology:
             stack.append((node, True))
             stack.extend((need, False) for need in reversed(_needs(node, self.partner)) if need not in done)
         return list(done)
+
+
+UNTRACED = Topology(None, "it has not been traced")
 
 
 def _needs(node: fx.Node, partner: dict[str, fx.Node]) -> list[fx.Node]:
@@ -122,6 +134,44 @@ def _ancestors(node: fx.Node, partner: dict[str, fx.Node]) -> set[fx.Node]:
             found.add(node)
             stack.extend(_needs(node, partner))
     return found
+
+
+def values_of(
+    model: nn.Module,
+    graph: fx.Graph,
+    example: Tensor,
+    after: Callable[[fx.Node, Any], None] | None = None,
+) -> dict[fx.Node, Any]:
+    """Run a traced network without gradients and return what every operation gives.
+
+    All values are kept until the end, so no storage is used twice.
+
+    Args:
+        model: The network, or one with the same modules, cut or not.
+        graph: Its traced operations.
+        example: A batch of inputs, [N, ...].
+        after: Called with every operation and its value as soon as it has run.
+    """
+    interpreter = _Interpreter(model, graph, after)
+    with torch.no_grad():  # not inference mode: its tensors have no versions
+        interpreter.run(example)
+    return interpreter.env
+
+
+class _Interpreter(fx.Interpreter):
+    """Keeps all values and reports each operation that has run."""
+
+    def __init__(
+        self, model: nn.Module, graph: fx.Graph, after: Callable[[fx.Node, Any], None] | None = None
+    ):
+        super().__init__(model, garbage_collect_values=False, graph=graph)
+        self._after = after
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if self._after is not None:
+            self._after(n, value)
+        return value
 
 
 Batches = list[Tensor]
@@ -175,7 +225,8 @@ class Run:
         return outputs
 
     def _lane(self, batch: Tensor) -> fx.Interpreter:
-        lane = fx.Interpreter(self._model, garbage_collect_values=False, graph=self._topology.graph)
+        assert self._topology.graph is not None
+        lane = _Interpreter(self._model, self._topology.graph)
         lane.args_iter = iter([batch])
         return lane
 

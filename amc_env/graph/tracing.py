@@ -25,11 +25,12 @@ from amc_env.graph.layers import (
     LayerGraph,
     Member,
     Side,
-    Whole,
+    Skipped,
     channels_of,
     keeps_of,
 )
 from amc_env.graph.surgery import resize, silence_inputs
+from amc_env.graph.topology import Topology
 
 Coupled = tuple[object, Side, list[int], list[int]]
 """A module or parameter, its side, entries of that dimension, and the root channels that they go with."""
@@ -39,42 +40,44 @@ def trace(model: nn.Module, example: Tensor) -> LayerGraph:
     """Trace the layers and coupled channels of a network.
 
     Args:
-        model: The network; it is copied, not changed.
+        model: The network; its weights and modules stay as they are.
         example: A batch of inputs, [N, ...]; one example is enough.
 
     Raises:
         UserError: The network cannot be traced at all, or no channel of it can be pruned.
     """
-    twin = copy.deepcopy(model).eval()
-    for parameter in twin.parameters():
+    copied = copy.deepcopy(model).eval()
+    for parameter in copied.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
-    layers = _layers(twin, example)
-    others = _other_convolutions(twin, example)
+    layers = _layers(copied, example)
+    others = _other_convolutions(copied, example)
     groups: list[ChannelGroup] = []
-    whole = [Whole(name, "only Conv2d and Linear are pruned; its MACs are counted") for name in others]
-    for raw in _raw_groups(twin, example[:1]):
-        found = _channel_group(raw, twin, layers)
+    skipped = [Skipped(name, "only Conv2d and Linear are pruned; its MACs are counted") for name in others]
+    for raw in _raw_groups(copied, example[:1]):
+        found = _channel_group(raw, copied, layers)
         if isinstance(found, ChannelGroup):
             groups.append(found)
         else:
-            whole.extend(found)
-    groups, refuted = _proved(twin, example, groups)
+            skipped.extend(found)
+    groups, refuted = _proved(copied, example, groups)
     seen = {member.module for group in groups for member in group.members if member.side == "out"}
-    untraced = [Whole(name, "its channels could not be traced") for name in layers]
-    first_reasons = {w.name: w for w in reversed(whole + refuted + untraced) if w.name not in seen}
-    whole = list(first_reasons.values())
+    untraced = [Skipped(name, "its channels could not be traced") for name in layers]
+    first_reasons = {w.name: w for w in reversed(skipped + refuted + untraced) if w.name not in seen}
+    skipped = list(first_reasons.values())
     if not groups:
         reasons = (
-            "; ".join(f"{w.name}: {w.reason}" for w in whole[:8]) or "no convolution or linear layer was run"
+            "; ".join(f"{w.name}: {w.reason}" for w in skipped[:8])
+            or "no convolution or linear layer was run"
         )
         raise UserError(f"no channel of this network can be pruned ({reasons})")
     order = {name: layer.index for name, layer in layers.items()}
     groups.sort(key=lambda group: (order[group.consumers[0]], order[group.name]))
-    channelwise, other = _rest(twin, layers)
-    whole.sort(key=lambda w: order.get(w.name, len(order)))
+    channelwise, other = _rest(copied, layers)
+    skipped.sort(key=lambda w: order.get(w.name, len(order)))
     counts = other, sum(others.values())
-    return LayerGraph(tuple(layers.values()), channelwise, tuple(groups), tuple(whole), *counts)
+    topology = Topology.of(model)
+    return LayerGraph(tuple(layers.values()), channelwise, tuple(groups), tuple(skipped), *counts, topology)
 
 
 def trace_layers(model: nn.Module, example: Tensor) -> LayerGraph:
@@ -88,9 +91,10 @@ def trace_layers(model: nn.Module, example: Tensor) -> LayerGraph:
         raise UserError("the network has no Conv2d or Linear layer that is run: nothing can be pruned")
     others = _other_convolutions(model, example)
     reason = "only Conv2d and Linear are pruned; its MACs are counted"
-    whole = tuple(Whole(name, reason) for name in others)
+    skipped = tuple(Skipped(name, reason) for name in others)
     channelwise, other = _rest(model, layers)
-    return LayerGraph(tuple(layers.values()), channelwise, (), whole, other, sum(others.values()))
+    counts = other, sum(others.values())
+    return LayerGraph(tuple(layers.values()), channelwise, (), skipped, *counts, Topology.of(model))
 
 
 def _layers(model: nn.Module, example: Tensor) -> dict[str, Layer]:
@@ -145,7 +149,7 @@ def _other_convolutions(model: nn.Module, example: Tensor) -> dict[str, int]:
 
 
 def _layer(name: str, index: int, module: nn.Module, inputs: Tensor, output: Tensor) -> Layer:
-    free = bool(getattr(module, "free", False))
+    costless = bool(getattr(module, "costless", False))
     if isinstance(module, nn.Conv2d):
         return Layer(
             name=name,
@@ -159,13 +163,13 @@ def _layer(name: str, index: int, module: nn.Module, inputs: Tensor, output: Ten
             bias=module.bias is not None,
             in_size=(inputs.shape[-2], inputs.shape[-1]),
             out_size=(output.shape[-2], output.shape[-1]),
-            free=free,
+            costless=costless,
         )
     assert isinstance(module, nn.Linear)
     size = (max(1, output[0].numel() // module.out_features), 1)
     features = module.in_features, module.out_features
     return Layer(
-        name, index, "linear", *features, (1, 1), (1, 1), 1, module.bias is not None, size, size, free
+        name, index, "linear", *features, (1, 1), (1, 1), 1, module.bias is not None, size, size, costless
     )
 
 
@@ -207,8 +211,8 @@ def _raw_groups(model: nn.Module, example: Tensor) -> Iterator[list[Coupled]]:
 
 def _channel_group(
     raw: Sequence[Coupled], model: nn.Module, layers: Mapping[str, Layer]
-) -> ChannelGroup | list[Whole]:
-    """Merges one raw group by (module, side), or says of all its layers why their channels stay whole."""
+) -> ChannelGroup | list[Skipped]:
+    """Merges one raw group by (module, side), or says of all its layers why their channels are skipped."""
     modules = dict(model.named_modules())
     names: dict[object, str] = {module: name for name, module in modules.items()}
     reason = next((r for module, *_ in raw if (r := _unsupported(module, names))), None)
@@ -234,7 +238,7 @@ def _channel_group(
         except ValueError as error:
             reason = reason or str(error)
     if reason:
-        return [Whole(name, reason) for name, side in pairs if side == "out" and name in layers]
+        return [Skipped(name, reason) for name, side in pairs if side == "out" and name in layers]
     return ChannelGroup(producers[0], channels // blocks, channels, tuple(members), producers, consumers)
 
 
@@ -268,24 +272,24 @@ def _member(
 
 def _proved(
     model: nn.Module, example: Tensor, groups: list[ChannelGroup]
-) -> tuple[list[ChannelGroup], list[Whole]]:
+) -> tuple[list[ChannelGroup], list[Skipped]]:
     """Keeps the groups whose cut network computes what the network with those channels silenced computes."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn((2, *example.shape[1:]), generator=generator).to(example.device, example.dtype)
     taken: dict[tuple[str, Side], set[int]] = {}
     good: list[ChannelGroup] = []
-    bad: list[Whole] = []
+    bad: list[Skipped] = []
     for group in groups:
         reason = _refuted(model, inputs, [group])
-        spots = {(m.module, m.side): set(m.positions.flatten().tolist()) for m in group.members}
-        if reason is None and any(taken.get(key, set()) & spot for key, spot in spots.items()):
+        claimed = {(m.module, m.side): set(m.positions.flatten().tolist()) for m in group.members}
+        if reason is None and any(taken.get(key, set()) & positions for key, positions in claimed.items()):
             reason = "its channels overlap with those of another group"
         if reason is None:
             good.append(group)
-            for key, spot in spots.items():
-                taken.setdefault(key, set()).update(spot)
+            for key, positions in claimed.items():
+                taken.setdefault(key, set()).update(positions)
         else:
-            bad.extend(Whole(name, reason) for name in group.producers)
+            bad.extend(Skipped(name, reason) for name in group.producers)
     if len(good) > 1:
         reason = _refuted(model, inputs, good)
         if reason is not None:

@@ -6,7 +6,6 @@ for the same seed, strides and padding respected.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from amc_env.graph.layers import Layer
+from amc_env.system import named_generator
 
 _CHUNK = 250  # images of a calibration batch
 
 
-class Spots:
+class SampledPositions:
     """The output positions at which a layer is sampled.
 
     Args:
@@ -32,8 +32,7 @@ class Spots:
 
     def __init__(self, layer: Layer, images: int, per_image: int, seed: int):
         height, width = layer.out_size
-        digest = hashlib.sha256(f"{seed}/{layer.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        generator = named_generator(seed, layer.name)
         if height * width <= per_image:
             flat = torch.arange(height * width).expand(images, -1)
         else:
@@ -73,9 +72,9 @@ def _along(position: Tensor, module: nn.Conv2d, axis: int) -> Tensor:
 
 
 def repairable(module: nn.Module, layer: Layer) -> bool:
-    """Whether least squares can mend a layer: run once, not depthwise or fixed, padded with zeros."""
+    """Whether least squares can repair a layer: run once, not depthwise or fixed, padded with zeros."""
     zeros = not isinstance(module, nn.Conv2d) or module.padding_mode == "zeros"
-    return zeros and layer.calls == 1 and not layer.depthwise and not layer.free
+    return zeros and layer.calls == 1 and not layer.depthwise and not layer.costless
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,10 +132,14 @@ def record(
     part = slice(0, 0)
     handles = []
     for layer in layers:
-        spots = Spots(layer, len(images), per_image, seed)
+        positions = SampledPositions(layer, len(images), per_image, seed)
 
         def hook(
-            module: nn.Module, x: tuple[Tensor, ...], y: Tensor, layer: Layer = layer, s: Spots = spots
+            module: nn.Module,
+            x: tuple[Tensor, ...],
+            y: Tensor,
+            layer: Layer = layer,
+            s: SampledPositions = positions,
         ) -> None:
             moments = Moments.of(s.inputs(module, x[0], part), s.outputs(y, part), layer.groups)
             found[layer.name] = found[layer.name] + moments if layer.name in found else moments

@@ -155,19 +155,19 @@ class MaskedCandidates:
     Args:
         model: The network that is pruned; it is copied, not changed.
         grids: The decisions, each named like its layer.
-        places: For every decision's layer the place of each weight's unit in the order of removal, int32, shaped
+        removal_rank: For every decision's layer the place of each weight's unit in the order of removal, int32, shaped
             like the weight: a weight stays where its place is below what is kept of the decision.
     """
 
-    def __init__(self, model: nn.Module, grids: Sequence[Grid], places: Mapping[str, Tensor]):
+    def __init__(self, model: nn.Module, grids: Sequence[Grid], removal_rank: Mapping[str, Tensor]):
         self.grids = tuple(grids)
-        self.places = dict(places)
+        self.removal_rank = dict(removal_rank)
         self._original = copy.deepcopy(model).eval()
         self.skeleton = copy.deepcopy(self._original)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travels to other processes without the skeleton."""
-        return MaskedCandidates, (self._original, self.grids, self.places)
+        return MaskedCandidates, (self._original, self.grids, self.removal_rank)
 
     @property
     def original(self) -> nn.Module:
@@ -185,7 +185,9 @@ class MaskedCandidates:
     def masks(self, removed: Sequence[int]) -> Masks:
         """What stays of the weights of every decision that removes something."""
         pairs = zip(self.grids, removed, strict=True)
-        return {grid.name: self.places[grid.name] < grid.total - count for grid, count in pairs if count}
+        return {
+            grid.name: self.removal_rank[grid.name] < grid.total - count for grid, count in pairs if count
+        }
 
     @torch.no_grad()
     def cut(self, removed: Sequence[int], keeps: Keeps | None = None) -> nn.Module:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from amc_env.errors import UserError
-from amc_env.graph.layers import ChannelGroup, Layer, LayerGraph, Whole
+from amc_env.graph.layers import ChannelGroup, Layer, LayerGraph, Skipped
 from amc_env.space import Grid
 
 _LARGEST_BLOCK = 256  # a place within a block is stored in a byte
@@ -42,7 +42,7 @@ class Granularity(Protocol):
         ...
 
     def decisions(self, graph: LayerGraph) -> tuple[LayerGraph, tuple[Grid, ...]]:
-        """The grids of all decisions, and the graph with what leaves nothing to decide reported whole."""
+        """The grids of all decisions, and the graph with what leaves nothing to decide reported as skipped."""
         ...
 
 
@@ -72,7 +72,7 @@ class Channel:
     def decisions(self, graph: LayerGraph) -> tuple[LayerGraph, tuple[Grid, ...]]:
         """The grids of all decisions, and the graph without the groups that leave nothing to decide.
 
-        Groups too small for ``multiple`` and ``max_ratio`` are added to the graph's ``whole`` with that
+        Groups too small for ``multiple`` and ``max_ratio`` are added to the graph's ``skipped`` with that
         reason.
         """
         grids = {group.name: self._grid(group) for group in graph.groups}
@@ -95,10 +95,10 @@ class Masked(Protocol):
         ...
 
     def decisions(self, graph: LayerGraph) -> tuple[LayerGraph, tuple[Grid, ...]]:
-        """One grid per layer, in forward order; layers that do not suit are reported whole."""
+        """One grid per layer, in forward order; layers that do not suit are reported as skipped."""
         ...
 
-    def places(self, saliency: Tensor, layer: Layer) -> Tensor:
+    def removal_rank(self, saliency: Tensor, layer: Layer) -> Tensor:
         """The place of each element's unit in the order of removal, int32, shaped like the weight.
 
         Units are ordered by the sum of their elements' saliency, ties by position: place 0 is worth most and
@@ -135,8 +135,8 @@ class FineGrained:
         """One grid per layer over its weights."""
         return _per_layer(graph, lambda layer: _grid(layer, layer.weights, self.max_ratio))
 
-    def places(self, saliency: Tensor, layer: Layer) -> Tensor:
-        """See `Masked.places`."""
+    def removal_rank(self, saliency: Tensor, layer: Layer) -> Tensor:
+        """See `Masked.removal_rank`."""
         return _ranks(saliency.flatten()).view(saliency.shape)
 
 
@@ -175,8 +175,8 @@ class Vector:
 
         return _per_layer(graph, grid)
 
-    def places(self, saliency: Tensor, layer: Layer) -> Tensor:
-        """See `Masked.places`."""
+    def removal_rank(self, saliency: Tensor, layer: Layer) -> Tensor:
+        """See `Masked.removal_rank`."""
         scores = saliency.sum(3 if self.axis == "row" else 2)
         ranks = _ranks(scores.flatten()).view(scores.shape)
         return ranks.unsqueeze(3 if self.axis == "row" else 2).expand(saliency.shape)
@@ -212,8 +212,8 @@ class Kernel:
 
         return _per_layer(graph, grid)
 
-    def places(self, saliency: Tensor, layer: Layer) -> Tensor:
-        """See `Masked.places`."""
+    def removal_rank(self, saliency: Tensor, layer: Layer) -> Tensor:
+        """See `Masked.removal_rank`."""
         scores = saliency.sum((2, 3))
         return _ranks(scores.flatten()).view(scores.shape)[:, :, None, None].expand(saliency.shape)
 
@@ -266,8 +266,8 @@ class NM:
 
         return _per_layer(graph, grid)
 
-    def places(self, saliency: Tensor, layer: Layer) -> Tensor:
-        """See `Masked.places`; places count within each block of m."""
+    def removal_rank(self, saliency: Tensor, layer: Layer) -> Tensor:
+        """See `Masked.removal_rank`; ranks count within each block of m."""
         outputs, inputs = saliency.shape[:2]
         blocks = saliency.reshape(outputs, inputs // self.m, self.m, *saliency.shape[2:])
         order = torch.sort(blocks, dim=2, descending=True, stable=True).indices
@@ -293,11 +293,11 @@ class _MakesGrid(Protocol):
 
 
 def _per_layer(graph: LayerGraph, make: _MakesGrid) -> tuple[LayerGraph, tuple[Grid, ...]]:
-    """The grids of all layers, and the graph where those that gave a reason instead are reported whole."""
-    made = {layer.name: make(layer) for layer in graph.layers if not layer.free}
+    """The grids of all layers, and the graph where those that gave a reason instead are reported as skipped."""
+    made = {layer.name: make(layer) for layer in graph.layers if not layer.costless}
     reasons: Mapping[str, str] = {name: grid for name, grid in made.items() if isinstance(grid, str)}
-    whole = tuple(Whole(name, reason) for name, reason in reasons.items())
-    return graph.uncoupled(whole), tuple(grid for grid in made.values() if isinstance(grid, Grid))
+    skipped = tuple(Skipped(name, reason) for name, reason in reasons.items())
+    return graph.uncoupled(skipped), tuple(grid for grid in made.values() if isinstance(grid, Grid))
 
 
 def _ranks(scores: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ def settings_of(cfg: DictConfig, original_lr: float) -> Settings:
 
 def _parts(cfg: DictConfig) -> dict[str, Callable[[], Any]]:
     """How to make what the sections say, by its name in the settings."""
-    own = {
+    own: dict[str, Callable[[], Any]] = {
         "budgets": partial(_budgets, cfg),
         "agent": partial(_agent, cfg),
         "granularity": lambda: built(resolved(cfg).granularity),
@@ -197,7 +197,8 @@ def _further(name: str, ratio: Any) -> BudgetSettings:
 
 
 def _agent(cfg: DictConfig) -> Agent:
-    return _expected("agent", Agent, built(cfg.agent, refusal=ValueError))  # agents know no UserError
+    agent = built(cfg.agent, refusal=ValueError)
+    return _expected("agent", Agent, agent)  # type: ignore[type-abstract]
 
 
 def _expected(section: str, kind: type[Built], thing: Any) -> Built:

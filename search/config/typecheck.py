@@ -86,7 +86,11 @@ def _of_section(section: str, node: Any) -> list[str]:
         return []
     if section == "search":
         known = [name.removeprefix("search.") for name in _TOP if name.startswith("search.")]
-        return [f"unknown key search.{key}; there are {', '.join(known)}" for key in node if key not in known]
+        return [
+            f"unknown key search.{key}; there are {', '.join(known)}"
+            for key in map(str, node)
+            if key not in known
+        ]
     target = _UNTARGETED.get(section)
     if "_target_" in node:
         try:

@@ -140,7 +140,7 @@ def fingerprint(*splits: Split | None) -> str:
     for split in splits:
         for tensor in () if split is None else (split.images, split.labels):
             digest.update(f"{tuple(tensor.shape)} {tensor.dtype};".encode())
-            digest.update(np.ascontiguousarray(tensor.numpy()))
+            digest.update(np.ascontiguousarray(tensor.numpy()).data)
         digest.update(b"|")
     return digest.hexdigest()[:16]
 
@@ -148,7 +148,7 @@ def fingerprint(*splits: Split | None) -> str:
 def stratified(labels: Tensor, seed: int) -> Tensor:
     """A random order of all images, by `seed`; every part of it in a row holds the classes in their shares."""
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    _, classes, counts = labels[shuffled].unique(return_inverse=True, return_counts=True)
+    _, classes, counts = torch.unique(labels[shuffled], return_inverse=True, return_counts=True)
     by_class = classes.argsort(stable=True)
     number = torch.empty_like(by_class)  # of each image among those of its class, in the random order
     number[by_class] = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)

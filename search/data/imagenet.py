@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -107,9 +108,9 @@ def training_loader(
         return scaled(pixels, mean, std), labels
 
     return DataLoader(
-        _Crops(images),
+        cast(Any, _Crops(images)),
         batch_size=min(batch_size, len(rows)),
-        sampler=_SeededRows(rows, seed),  # type: ignore[arg-type]
+        sampler=_SeededRows(rows, seed),
         drop_last=True,
         generator=torch.Generator(),  # else each epoch takes a number from the global one
         collate_fn=collate,

@@ -36,7 +36,8 @@ class MobileNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.adaptive_avg_pool2d(self.features(self.conv1(x)), 1)
-        return self.classifier(out.flatten(1))
+        logits: Tensor = self.classifier(out.flatten(1))
+        return logits
 
 
 def _conv_bn(
@@ -73,7 +74,8 @@ class InvertedResidual(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x) if self.residual else self.conv(x)
+        out: Tensor = self.conv(x)
+        return x + out if self.residual else out
 
 
 class MobileNetV2(nn.Module):
@@ -103,4 +105,5 @@ class MobileNetV2(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
+        logits: Tensor = self.classifier(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
+        return logits

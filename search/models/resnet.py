@@ -60,10 +60,10 @@ class FixedSelection(nn.Conv2d):
     0 and 1 only and is a buffer: no optimiser sees it and it is no parameter. Weights without it load.
 
     Attributes:
-        free: True: no MACs are charged for it, and no repair or training touches it.
+        costless: True: no MACs are charged for it, and no repair or training touches it.
     """
 
-    free = True
+    costless = True
 
     def __init__(self, in_channels: int, out_channels: int, offset: int, stride: int) -> None:
         """Input channel i goes to output channel offset + i."""
@@ -140,7 +140,8 @@ class ResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.layer3(self.layer2(self.layer1(out)))
-        return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
+        logits: Tensor = self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
+        return logits
 
 
 def _stage(in_planes: int, planes: int, blocks: int, stride: int, shortcut: str) -> nn.Sequential:
@@ -195,15 +196,18 @@ class ResNet50(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         width = 64
-        for number, (planes, count, stride) in enumerate(self.STAGES, start=1):
+        stages = []
+        for planes, count, stride in self.STAGES:
             blocks = [Bottleneck(width, planes, stride)]
             width = planes * Bottleneck.EXPANSION
             blocks += [Bottleneck(width, planes, 1) for _ in range(count - 1)]
-            self.add_module(f"layer{number}", nn.Sequential(*blocks))
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.fc = nn.Linear(width, classes)
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, stride=2, padding=1)
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
-        return self.fc(F.adaptive_avg_pool2d(out, 1).flatten(1))
+        logits: Tensor = self.fc(F.adaptive_avg_pool2d(out, 1).flatten(1))
+        return logits

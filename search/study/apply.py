@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from agents.base import Agent, SearchTask
 from amc_env import space as budget
@@ -107,7 +107,7 @@ class Given(Agent):
         Raises:
             UserError: It does not fit; with all reasons.
         """
-        grids = cast(budget.Problem, problem).grids
+        grids = problem.grids
         problems = list(_infeasible(self.content["decisions"], grids))
         try:
             strategy = Strategy.from_json(self.content, grids)

@@ -12,7 +12,6 @@ from amc_env.evaluation.prefix import PrefixScorer
 from amc_env.evaluation.pruner import ORIGINAL, BaseWeights
 from amc_env.evaluation.scorer import accuracy
 from amc_env.graph.layers import LayerGraph
-from amc_env.graph.topology import Topology
 from amc_env.pruning.candidate import Candidates, MaskedCandidates
 from amc_env.pruning.repair.base import BatchNorm, Both, NoRepair, Repair
 from amc_env.pruning.repair.least_squares import LeastSquares
@@ -60,7 +59,6 @@ def _repairs(
 ) -> dict[str, Callable[[], Repair]]:
     """How to make each repair; made when first asked for, since calibration takes time."""
     settings: RepairSettings = prepared.settings.repair
-    topology = Topology.of(candidates.original)
     train = prepared.data.train
     images = _calibration_images(prepared.graph, settings.images)
     makers: dict[str, Callable[..., Repair]]
@@ -80,7 +78,7 @@ def _repairs(
 
     def fitted(name: str) -> Repair:
         options = {"per_image": settings.per_image, "seed": prepared.settings.seed, "ridge": ridge}
-        return makers[name](topology, prepared.images(train, images), **options)
+        return makers[name](prepared.graph.topology, prepared.images(train, images), **options)
 
     def norms() -> Repair:
         return BatchNorm(prepared.images(train, settings.norm_images))
@@ -111,6 +109,7 @@ def scorer_of(prepared: PruningProblem) -> PrefixScorer:
     search, scoring = prepared.data.search, prepared.settings.scoring
     return PrefixScorer(
         prepared.model,
+        prepared.graph.topology,
         prepared.images(search),
         search.labels.to(prepared.settings.device),
         batch_size=scoring.batch_size,

@@ -70,7 +70,7 @@ class Subject:
         """
         graph, grids = granularity.decisions(trace(model, example))
         if not grids:
-            reasons = "; ".join(f"{w.name}: {w.reason}" for w in graph.whole[:8])
+            reasons = "; ".join(f"{w.name}: {w.reason}" for w in graph.skipped[:8])
             raise UserError(f"nothing is left to cut: {reasons}")
         orders = [torch.arange(group.total) for group in graph.groups]
         return cls(name, Candidates(model, graph, orders), grids, example, how)

@@ -22,7 +22,6 @@ from amc_env.costs.memory import Activations
 from amc_env.errors import UserError, first_line
 from amc_env.evaluation.precision import check_precision
 from amc_env.graph.layers import LayerGraph
-from amc_env.graph.topology import Topology
 from amc_env.graph.tracing import trace, trace_layers
 from amc_env.pruning.candidate import Candidates, MaskedCandidates
 from amc_env.pruning.criteria import ElementCriterion, Sample, rank
@@ -85,9 +84,9 @@ class PruningProblem:
         _check_outputs(model, example, data)
         graph, grids = granularity.decisions(graph)
         if not grids:
-            reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in graph.whole[:8])
+            reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in graph.skipped[:8])
             raise UserError(f"nothing is left to decide: {reasons}", code="nothing_to_prune")
-        settings = _with_possible_repairs(settings, Topology.of(model))
+        settings = _with_possible_repairs(settings, graph.topology.reason)
         problem = cls(model, data, settings, graph, grids)
         problem.problem  # noqa: B018 -- an unreachable budget is refused now
         return problem
@@ -174,13 +173,13 @@ def builder_of(
     granularity = cast(Masked, problem.settings.granularity)
     layers = {grid.name: problem.graph.layer(grid.name) for grid in problem.grids}
     saliency = cast(ElementCriterion, criterion).saliency(network, list(layers.values()), sample)
-    places = {}
+    removal_rank = {}
     for name, layer in layers.items():
         weight = network.get_submodule(name).weight
         assert isinstance(weight, Tensor)
         worth = torch.where(weight == 0, _GONE, saliency[name].to(weight.device))
-        places[name] = granularity.places(worth, layer)
-    return MaskedCandidates(network, problem.grids, places)
+        removal_rank[name] = granularity.removal_rank(worth, layer)
+    return MaskedCandidates(network, problem.grids, removal_rank)
 
 
 def check(settings: Settings) -> None:
@@ -201,13 +200,13 @@ def announce(prepared: PruningProblem) -> None:
     """Says what will be decided, what stays whole and why, and what can be reached."""
     problem = prepared.problem
     log.info(
-        "%d decisions over %d layers; left whole: %d",
+        "%d decisions over %d layers; skipped: %d",
         len(problem.grids),
         len(prepared.graph.layers),
-        len(prepared.graph.whole),
+        len(prepared.graph.skipped),
     )
-    for reason in dict.fromkeys(w.reason for w in prepared.graph.whole):
-        names = [w.name for w in prepared.graph.whole if w.reason == reason]
+    for reason in dict.fromkeys(w.reason for w in prepared.graph.skipped):
+        names = [w.name for w in prepared.graph.skipped if w.reason == reason]
         more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
         log.info("  %s%s: %s", ", ".join(names[:_NAMES_SHOWN]), more, reason)  # report.html lists them all
     for cost in problem.costs:
@@ -215,21 +214,25 @@ def announce(prepared: PruningProblem) -> None:
         log.info("%s: %s, least reachable %.1f%%", cost.name, figure(whole), 100 * problem.least_ratio(cost))
 
 
-def _with_possible_repairs(settings: Settings, topology: Topology) -> Settings:
-    """The settings with repairs that can mend this network.
+def _with_possible_repairs(settings: Settings, untraceable: str) -> Settings:
+    """The settings with repairs that work for this network.
+
+    Args:
+        settings: The settings of the run.
+        untraceable: Why the network has no symbolic trace; empty if it has one.
 
     Raises:
         UserError: The search itself was to use a repair that cannot.
     """
-    if not topology.reason:
+    if not untraceable:
         return settings
     if settings.repair.name == "sequential":
         raise UserError(
-            f"repair=sequential does not work for this network: {topology.reason}; use repair=least_squares"
+            f"repair=sequential does not work for this network: {untraceable}; use repair=least_squares"
         )
     if settings.finalists.count and settings.finalists.repair == "sequential":
         log.warning(
-            "the best is delivered as the search scored it, not repaired sequentially: %s", topology.reason
+            "the best is delivered as the search scored it, not repaired sequentially: %s", untraceable
         )
         return replace(settings, finalists=FinalistSettings(count=0, repair=settings.repair.name))
     return settings

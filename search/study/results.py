@@ -84,7 +84,7 @@ def result_of(
         search=_search(prepared, best, study),
         strategy=dict(zip(strategy.names, strategy.ratios, strict=True)),
         masked=masked_figures(prepared, networks.get("finetuned", networks["pruned"]), strategy),
-        skipped=tuple(SkippedLayer(layer.name, layer.reason) for layer in prepared.graph.whole),
+        skipped=tuple(SkippedLayer(layer.name, layer.reason) for layer in prepared.graph.skipped),
         exports=tuple(exports),
         latency_batch=settings.latency.batch,
         latency_runtime=settings.latency.runtime,
@@ -250,13 +250,13 @@ def stored_sizes(
     """
     graph, grids, granularity = ranked.graph, ranked.grids, cast(Masked, ranked.settings.granularity)
     # What is not zero stays longest: so every unit that was kept has a place before those that were removed.
-    places = {
-        name: granularity.places((weight != 0).double(), graph.layer(name))
+    removal_rank = {
+        name: granularity.removal_rank((weight != 0).double(), graph.layer(name))
         for name, weight in weights.items()
     }
 
     def size(format: str, counts: Sequence[int]) -> int:
-        return round(Storage(graph.layers, grids, places, params_beside_weights(graph), format)(counts))
+        return round(Storage(graph.layers, grids, removal_rank, params_beside_weights(graph), format)(counts))
 
     nothing = [0] * len(grids)
     sizes = {"dense_fp32": size("csr", nothing), "csr": size("csr", removed)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -102,17 +102,18 @@ class LoaderBatches:
         Raises:
             UserError: a loader that does not say how many batches it has.
         """
-        if not hasattr(data.loader, "__len__"):
+        loader: Any = data.loader
+        if not hasattr(loader, "__len__"):
             raise UserError(
                 "train_loader has no length: the learning rate schedule needs its number of batches"
             )
-        self.loader = data.loader
+        self._length = len(loader)
         self.device = torch.device(device)
         self.example = data.normalise(data.train.images[:2].to(device))
-        self._batches = Reseeded(self.loader, seed)
+        self._batches = Reseeded(loader, seed)
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return self._length
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in self._batches:

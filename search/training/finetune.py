@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from amc_env.errors import UserError
 from amc_env.graph.memory_format import training_format
 from amc_env.pruning.regularization import LossTerm
+from amc_env.system import using_threads
 from search.data.base import Data
 from search.data.loaders import seeded
 from search.training.batches import AugmentedBatches, Batches
@@ -95,7 +96,9 @@ def finetune(
     optimizer = torch.optim.SGD(weights, lr, momentum, 0, weight_decay, nesterov=momentum > 0)
     layout = training_format(model, batches.example)
     zeros = _Zeros(model, masks or {})
-    source = Teacher(teacher, batches.example, distillation, temperature) if distillation else None
+    source = (
+        Teacher(teacher, batches.example, distillation, temperature) if teacher and distillation else None
+    )
     where = torch.device(device)
     scaler = torch.amp.GradScaler(enabled=where.type == "cuda")
     step = _Step(model, optimizer, layout, where, zeros, penalty, source, scaler)
@@ -107,7 +110,7 @@ def finetune(
             loss = _epoch(step, batches, schedule, epoch)
             if on_epoch is not None:
                 on_epoch(epoch + 1, loss, schedule((epoch + 1) * steps - 1), time.perf_counter() - started)
-    model.to(memory_format=torch.contiguous_format).eval()
+    model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,7 @@ class _Step:
             loss = self._loss(images, labels)
         if self.penalty is not None:
             loss = loss + self.penalty(self.model)
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.zeros.hold()
@@ -253,24 +256,16 @@ def train(build: Callable[[], nn.Module], data: Data, recipe: Recipe) -> nn.Modu
     """
     with seeded(recipe.seed):
         model = build()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        _train(model, data, recipe)
-    finally:
-        torch.set_num_threads(threads)
-    return model
-
-
-def _train(model: nn.Module, data: Data, recipe: Recipe) -> None:
     batches = AugmentedBatches(data.train, data, recipe.batch_size, recipe.seed, "cpu")
-    finetune(
-        model,
-        batches,
-        epochs=recipe.epochs,
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        warmup_epochs=recipe.warmup_epochs,
-        seed=recipe.seed,
-    )
+    with using_threads(1):
+        finetune(
+            model,
+            batches,
+            epochs=recipe.epochs,
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            warmup_epochs=recipe.warmup_epochs,
+            seed=recipe.seed,
+        )
+    return model

@@ -27,7 +27,7 @@ class ShortTerm:
     All candidates of a start see the same images in the same order; another start sees others.
 
     Args:
-        repair: Mends first.
+        repair: Runs first.
         builder: Built the candidates; says which weights are masked and stay zero.
         data: Its training split is trained on.
         settings: The run's.
@@ -42,7 +42,7 @@ class ShortTerm:
         self._seed = crc32(f"{settings.seed} {start}".encode())
 
     def __call__(self, model: nn.Module, removed: Sequence[int], keeps: Keeps) -> None:
-        """Mends and trains ``model`` in place.
+        """Repairs and trains ``model`` in place.
 
         Raises:
             UserError: The loss is no longer finite, or the training data ends.

@@ -102,8 +102,8 @@ class Everything(Channel):
 class Uneven(FineGrained):
     """Two weights share a place."""
 
-    def places(self, saliency, layer):
-        return super().places(saliency, layer).clamp(max=layer.weights - 2)
+    def removal_rank(self, saliency, layer):
+        return super().removal_rank(saliency, layer).clamp(max=layer.weights - 2)
 
 
 @pytest.mark.parametrize(

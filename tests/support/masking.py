@@ -39,18 +39,18 @@ def layers(name: str) -> tuple[nn.Module, LayerGraph]:
 
 
 def masked(name: str, granularity: str) -> tuple[MaskedCandidates, LayerGraph, tuple[Grid, ...]]:
-    """Candidates by magnitude, the graph with what stays whole, and the grids of the decisions."""
+    """Candidates by magnitude, the graph with what is skipped, and the grids of the decisions."""
     model, graph = layers(name)
     graph, grids = GRANULARITIES[granularity].decisions(graph)
-    return MaskedCandidates(model, grids, places(model, graph, grids, granularity)), graph, grids
+    return MaskedCandidates(model, grids, removal_rank(model, graph, grids, granularity)), graph, grids
 
 
-def places(
+def removal_rank(
     model: nn.Module, graph: LayerGraph, grids: tuple[Grid, ...], granularity: str
 ) -> dict[str, Tensor]:
     """The order of removal by squared weights."""
     return {
-        grid.name: GRANULARITIES[granularity].places(
+        grid.name: GRANULARITIES[granularity].removal_rank(
             weight(model, grid.name).double() ** 2, graph.layer(grid.name)
         )
         for grid in grids

@@ -14,7 +14,6 @@ from torch import Tensor, fx, nn
 
 from amc_env.errors import UserError
 from amc_env.graph.layers import Layer, LayerGraph
-from amc_env.graph.topology import Topology
 
 _LOG = logging.getLogger(__name__)
 
@@ -143,23 +142,23 @@ class Unit:
 
 
 def units_of(model: nn.Module, graph: LayerGraph) -> dict[str, Unit]:
-    """The unit of every layer that is run, free ones too, by the layer's name and in forward order.
+    """The unit of every layer that is run, costless ones too, by the layer's name and in forward order.
 
     A network that cannot be traced symbolically has layers alone as its units, which is logged. A layer that is
     called several times is timed at the size of its first call.
     """
-    topology = Topology.of(model)
-    if topology.graph is None:
-        _LOG.warning("latency: layers are timed without what follows them: %s", topology.reason)
-    chains = chains_of(model, graph, topology)
+    if graph.topology.graph is None:
+        _LOG.warning("latency: layers are timed without what follows them: %s", graph.topology.reason)
+    chains = chains_of(model, graph)
     return {layer.name: _unit(model, layer, chains.get(layer.name, ())) for layer in graph.layers}
 
 
-def chains_of(model: nn.Module, graph: LayerGraph, topology: Topology) -> dict[str, tuple[fx.Node, ...]]:
+def chains_of(model: nn.Module, graph: LayerGraph) -> dict[str, tuple[fx.Node, ...]]:
     """The operations of every layer's unit in the trace: the layer, its batch norm, its activation.
 
     Layers that the trace does not hold, or holds more than once, are left out: they are units alone.
     """
+    topology = graph.topology
     nodes: dict[str, list[fx.Node]] = {}
     for node in topology.graph.nodes if topology.graph is not None else ():
         if node.op == "call_module":
@@ -180,10 +179,10 @@ def chains_of(model: nn.Module, graph: LayerGraph, topology: Topology) -> dict[s
 
 def inside_units(model: nn.Module, graph: LayerGraph) -> frozenset[str]:
     """Names of the trace's operations that units hold: every call of a layer, and what is timed with one."""
-    topology = Topology.of(model)
+    topology = graph.topology
     layers = {layer.name for layer in graph.layers}
     calls = (n for n in (topology.graph.nodes if topology.graph is not None else ()) if n.op == "call_module")
-    followers = (node for chain in chains_of(model, graph, topology).values() for node in chain[1:])
+    followers = (node for chain in chains_of(model, graph).values() for node in chain[1:])
     return frozenset({*(n.name for n in calls if n.target in layers), *(n.name for n in followers)})
 
 

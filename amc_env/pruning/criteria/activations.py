@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from amc_env.errors import UserError, require
 from amc_env.graph.layers import Layer, LayerGraph, Member
 from amc_env.pruning.calibration import Moments, record, repairable
-from amc_env.pruning.criteria.base import CHANNEL, Sample, calibration_sample, heard, voices
+from amc_env.pruning.criteria.base import CHANNEL, Sample, calibration_sample, scoring_layers, scoring_members
 
 _CHUNK = 250  # images of a calibration batch
 
@@ -49,10 +49,12 @@ class APoZ:
         Raises:
             UserError: In some group no activation that reaches a reader is ever zero.
         """
-        zeros = zero_shares(model, heard(graph, "consumers"), calibration_sample(self, sample).images)
+        zeros = zero_shares(
+            model, scoring_layers(graph, "consumers"), calibration_sample(self, sample).images
+        )
         scores, without = [], []
         for group in graph.groups:
-            readers = voices(group, graph, "consumers")
+            readers = scoring_members(group, graph, "consumers")
             shares = [zeros[layer.name][member.positions].mean(1) for member, layer in readers]
             if not any(bool(share.any()) for share in shares):
                 without.append(group.name)
@@ -70,7 +72,7 @@ class APoZ:
 @torch.no_grad()
 def zero_shares(model: nn.Module, layers: Sequence[Layer], images: Tensor) -> dict[str, Tensor]:
     """The share of zeros among the inputs of layers, float64 [in_channels] each, padding not counted."""
-    twin = copy.deepcopy(model).eval()
+    copied = copy.deepcopy(model).eval()
     zeros = {layer.name: torch.zeros(layer.in_channels, dtype=torch.int64) for layer in layers}
     counts = dict.fromkeys(zeros, 0)
 
@@ -80,10 +82,10 @@ def zero_shares(model: nn.Module, layers: Sequence[Layer], images: Tensor) -> di
         counts[layer.name] += len(last)
 
     for layer in layers:
-        module = twin.get_submodule(layer.name)
+        module = copied.get_submodule(layer.name)
         module.register_forward_pre_hook(lambda _, inputs, layer=layer: hook(layer, inputs[0]))
     for batch in torch.split(images, _CHUNK):
-        twin(batch)
+        copied(batch)
     return {name: count.double() / counts[name] for name, count in zeros.items()}
 
 
@@ -130,16 +132,18 @@ class Lasso:
             UserError: Groups are read only by layers that run several times or do not pad with zeros.
         """
         sample = calibration_sample(self, sample)
-        layers = [x for x in heard(graph, "consumers") if repairable(model.get_submodule(x.name), x)]
+        layers = [x for x in scoring_layers(graph, "consumers") if repairable(model.get_submodule(x.name), x)]
         ranks: dict[Member, Tensor] = {}
-        twin = copy.deepcopy(model).eval()
-        for layer, moments in self._recorded(twin, layers, sample):
-            gram = contributions(twin.get_submodule(layer.name), layer, moments.centred())
+        copied = copy.deepcopy(model).eval()
+        for layer, moments in self._recorded(copied, layers, sample):
+            gram = contributions(copied.get_submodule(layer.name), layer, moments.centred())
             for group in graph.groups:
-                for member, reader in voices(group, graph, "consumers"):
+                for member, reader in scoring_members(group, graph, "consumers"):
                     if reader is layer:
                         ranks[member] = path_ranks(unit_gram(gram, member.positions))
-        parts = [[ranks[m] for m, _ in voices(g, graph, "consumers") if m in ranks] for g in graph.groups]
+        parts = [
+            [ranks[m] for m, _ in scoring_members(g, graph, "consumers") if m in ranks] for g in graph.groups
+        ]
         without = [group.name for group, found in zip(graph.groups, parts, strict=True) if not found]
         if without:
             raise UserError(
@@ -202,7 +206,7 @@ def path_ranks(gram: Tensor) -> Tensor:
     Returns:
         float64 [units] in [0, 1]: 1 enters first; ties share a rank.
     """
-    from sklearn.linear_model import lars_path_gram  # type: ignore[import-untyped]
+    from sklearn.linear_model import lars_path_gram
 
     scaled = (gram / gram.diagonal().max().clamp_min(1e-300)).numpy()  # its tolerances are absolute
     with warnings.catch_warnings():

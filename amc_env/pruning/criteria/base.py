@@ -6,7 +6,6 @@ that order, so kept sets are nested.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -135,18 +134,12 @@ def calibration_sample(criterion: Criterion, sample: Sample) -> Sample:
     return Sample(sample.images[: criterion.images], sample.labels[: criterion.images], sample.seed)
 
 
-def generator(seed: int, name: str) -> torch.Generator:
-    """A generator of its own for something drawn for the layer or group ``name``."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def voices(group: ChannelGroup, graph: LayerGraph, members: Members) -> list[tuple[Member, Layer]]:
+def scoring_members(group: ChannelGroup, graph: LayerGraph, members: Members) -> list[tuple[Member, Layer]]:
     """The members whose weights speak for a group, with their layers.
 
-    Depthwise layers ride along, and the weights of fixed selections (``free``) say nothing.
+    Depthwise layers ride along, and the weights of fixed selections (``costless``) say nothing.
     """
-    layers = {layer.name: layer for layer in graph.layers if not layer.depthwise and not layer.free}
+    layers = {layer.name: layer for layer in graph.layers if not layer.depthwise and not layer.costless}
     return [
         (member, layers[member.module])
         for member in group.members
@@ -154,9 +147,9 @@ def voices(group: ChannelGroup, graph: LayerGraph, members: Members) -> list[tup
     ]
 
 
-def heard(graph: LayerGraph, members: Members) -> list[Layer]:
+def scoring_layers(graph: LayerGraph, members: Members) -> list[Layer]:
     """The layers whose weights speak for any group, in forward order."""
-    names = {layer.name for group in graph.groups for _, layer in voices(group, graph, members)}
+    names = {layer.name for group in graph.groups for _, layer in scoring_members(group, graph, members)}
     return [layer for layer in graph.layers if layer.name in names]
 
 
@@ -174,7 +167,7 @@ def unit_scores(
 ) -> tuple[Tensor, ...]:
     """Scores of all groups; ``part`` gives those that one member speaks for, float64 [units], none negative."""
     return tuple(
-        together([part(*voice) for voice in voices(group, graph, members)], group.total, aggregate)
+        together([part(*member) for member in scoring_members(group, graph, members)], group.total, aggregate)
         for group in graph.groups
     )
 

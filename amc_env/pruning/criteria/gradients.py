@@ -24,13 +24,13 @@ from amc_env.pruning.criteria.base import (
     Sample,
     calibration_sample,
     coupling,
-    generator,
-    heard,
+    scoring_layers,
+    scoring_members,
     unit_scores,
     unit_sums,
-    voices,
 )
 from amc_env.pruning.criteria.weights import weight_of
+from amc_env.system import named_generator
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """From outputs [N, ...] and labels [N] to the loss of every example, [N]."""
@@ -72,7 +72,7 @@ def per_example_gradients(
     Raises:
         UserError: A layer does not keep examples apart along its first dimension.
     """
-    twin, weights = _twin(model, layers)
+    copied, weights = _copy_of(model, layers)
     pending: dict[str, Tensor] = {}
     size = 0
 
@@ -94,23 +94,23 @@ def per_example_gradients(
         output.register_hook(collect)  # type: ignore[no-untyped-call]
 
     for layer in layers:
-        module = twin.get_submodule(layer.name)
+        module = copied.get_submodule(layer.name)
         module.register_forward_hook(lambda *call, layer=layer: hook(layer, *call))
     with torch.enable_grad():
         for images, labels in _batches(sample, layers):
             size = len(images)
-            total = loss(twin(images), labels).sum()
+            total = loss(copied(images), labels).sum()
             torch.autograd.grad(total, weights, allow_unused=True)
             for layer in layers:
                 if layer.name in pending:
                     visit(layer, pending.pop(layer.name))
 
 
-def _twin(model: nn.Module, layers: Sequence[Layer]) -> tuple[nn.Module, list[Tensor]]:
+def _copy_of(model: nn.Module, layers: Sequence[Layer]) -> tuple[nn.Module, list[Tensor]]:
     """A copy in eval mode, and the weights of layers in it, which alone have gradients."""
-    twin = copy.deepcopy(model).eval().requires_grad_(False)
-    weights = [_weight(twin, layer).requires_grad_(True) for layer in layers]
-    return twin, weights
+    copied = copy.deepcopy(model).eval().requires_grad_(False)
+    weights = [_weight(copied, layer).requires_grad_(True) for layer in layers]
+    return copied, weights
 
 
 def _weight(model: nn.Module, layer: Layer) -> Tensor:
@@ -173,7 +173,7 @@ def gauss_newton_diagonal(model: nn.Module, layers: Sequence[Layer], sample: Sam
     Returns:
         float64 on the CPU, of the weights' shapes; unbiased and never negative.
     """
-    draw = generator(sample.seed, "gauss_newton")
+    draw = named_generator(sample.seed, "gauss_newton")
 
     def probe(outputs: Tensor, labels: Tensor) -> Tensor:
         chances = outputs.detach().softmax(1)
@@ -201,12 +201,12 @@ def hessian_diagonal(
         float64 on the CPU, of the weights' shapes; unbiased, so single entries may be negative where the
         diagonal is not.
     """
-    twin, weights = _twin(model, layers)
-    draw = generator(sample.seed, "hutchinson")
+    copied, weights = _copy_of(model, layers)
+    draw = named_generator(sample.seed, "hutchinson")
     sums = [torch.zeros(weight.shape, dtype=torch.float64) for weight in weights]
     with torch.enable_grad():
         for images, labels in _batches(sample, layers):
-            total = loss(twin(images), labels).sum()
+            total = loss(copied(images), labels).sum()
             slopes = torch.autograd.grad(total, weights, create_graph=True, materialize_grads=True)
             for _ in range(probes):
                 signs = [_signs(weight, draw) for weight in weights]
@@ -258,7 +258,7 @@ class Taylor:
         sums: dict[Member, Tensor] = {}
         spoken: dict[str, list[Member]] = {}
         for group in graph.groups:
-            for member, layer in voices(group, graph, self.members):
+            for member, layer in scoring_members(group, graph, self.members):
                 sums[member] = torch.zeros(group.total, dtype=torch.float64)
                 spoken.setdefault(layer.name, []).append(member)
 
@@ -267,7 +267,7 @@ class Taylor:
             for member in spoken[layer.name]:
                 sums[member] += unit_sums(products, member, layer).double().square().sum(0).cpu()
 
-        per_example_gradients(model, heard(graph, self.members), sample, visit)
+        per_example_gradients(model, scoring_layers(graph, self.members), sample, visit)
 
         def part(member: Member, layer: Layer) -> Tensor:
             return sums[member] / len(sample.images)
@@ -342,7 +342,7 @@ class OBD:
 
     def channel_scores(self, model: nn.Module, graph: LayerGraph, sample: Sample) -> tuple[Tensor, ...]:
         """The sum over the unit of h w^2 / 2, of each member."""
-        elements = self._elements(model, heard(graph, self.members), sample)
+        elements = self._elements(model, scoring_layers(graph, self.members), sample)
 
         def part(member: Member, layer: Layer) -> Tensor:
             return unit_sums(elements[layer.name], member, layer).abs()

@@ -18,12 +18,12 @@ from amc_env.pruning.criteria.base import (
     Members,
     Sample,
     coupling,
-    generator,
-    heard,
+    scoring_layers,
     together,
     unit_scores,
     unit_sums,
 )
+from amc_env.system import named_generator
 
 
 def weight_of(model: nn.Module, layer: Layer) -> Tensor:
@@ -69,7 +69,7 @@ class Norm:
         self, model: nn.Module, graph: LayerGraph, sample: Sample | None = None
     ) -> tuple[Tensor, ...]:
         """The norm over each unit's weights."""
-        elements = self.saliency(model, heard(graph, self.members))
+        elements = self.saliency(model, scoring_layers(graph, self.members))
 
         def part(member: Member, layer: Layer) -> Tensor:
             return unit_sums(elements[layer.name], member, layer).pow(1 / self.p)
@@ -180,4 +180,4 @@ class Random:
 
 
 def _drawn(shape: Sequence[int], seed: int, name: str) -> Tensor:
-    return torch.rand(*shape, generator=generator(seed, f"random/{name}"), dtype=torch.float64)
+    return torch.rand(*shape, generator=named_generator(seed, "random", name), dtype=torch.float64)

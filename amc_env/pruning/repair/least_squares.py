@@ -1,4 +1,4 @@
-"""Repair: what mends a cut network before it is scored.
+"""Repair: what corrects a cut network before it is scored.
 
 Least squares replaces a layer's weights by those that give the uncut network's outputs best from the inputs
 that stayed (He et al., "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017; AMC section
@@ -179,7 +179,7 @@ def _select(moments: Moments, columns: Tensor) -> Moments:
 
 
 def repairable_consumers(candidates: Candidates) -> list[Layer]:
-    """Layers that can lose inputs and that least squares can mend, in forward order."""
+    """Layers that can lose inputs and that least squares can repair, in forward order."""
     names = {name for group in candidates.graph.groups for name in group.consumers}
     modules = dict(candidates.original.named_modules())
     return [x for x in candidates.graph.layers if x.name in names and repairable(modules[x.name], x)]

@@ -75,7 +75,7 @@ class MaskedLeastSquares:
 
 
 class MaskedSequential(FrontToBack):
-    """Least squares front to back, on what reaches each layer in the network as masked and mended so far.
+    """Least squares front to back, on what reaches each layer in the network as masked and repaired so far.
 
     Args:
         original: The unpruned network.
@@ -101,14 +101,16 @@ class MaskedSequential(FrontToBack):
         seed: int = 0,
         ridge: float = _RIDGE,
     ):
-        mendable = _repairable(original, layers)
+        layers_to_repair = _repairable(original, layers)
         options = {"per_image": per_image, "seed": seed}
-        super().__init__(original, mendable, topology, images, ridge=ridge, **options)
+        super().__init__(original, layers_to_repair, topology, images, ridge=ridge, **options)
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, removed: Sequence[int], keeps: Keeps) -> None:
         """Mends every layer that lost weights."""
-        self._mended(model, {name for name, layer in self._layers.items() if _masked(model, layer)}, keeps)
+        self._repair_layers(
+            model, {name for name, layer in self._layers.items() if _masked(model, layer)}, keeps
+        )
 
     def _solved(self, layer: Layer, module: nn.Module, moments: Moments) -> tuple[Tensor, Tensor | None]:
         weight = module.weight

@@ -12,7 +12,7 @@ from amc_env.errors import UserError
 from amc_env.graph.layers import Layer
 from amc_env.graph.surgery import Keeps
 from amc_env.graph.topology import Batches, Run, Topology
-from amc_env.pruning.calibration import Moments, Spots
+from amc_env.pruning.calibration import Moments, SampledPositions
 from amc_env.pruning.candidate import Candidates
 from amc_env.pruning.repair.base import absorbs, norm_after, put
 from amc_env.pruning.repair.least_squares import RIDGE, repairable_consumers, solve
@@ -23,11 +23,11 @@ _SMALL = 100
 
 
 class FrontToBack:
-    """One pass over calibration images that mends layers as their turn comes, on what reaches them then.
+    """One pass over calibration images that repairs layers as their turn comes, on what reaches them then.
 
     Args:
         original: The uncut network, whose outputs are the targets.
-        layers: Layers that may be mended.
+        layers: Layers that may be repaired.
         topology: The traced network.
         images: Normalised calibration images; every layer sees all of them before the next one runs.
         per_image: Output positions sampled from each image.
@@ -60,8 +60,9 @@ class FrontToBack:
         self._batches = list(torch.split(images, _SMALL))
         self._ridge = ridge
         self._layers = {layer.name: layer for layer in layers}
-        self._spots = {
-            name: Spots(layer, len(images), per_image, seed) for name, layer in self._layers.items()
+        self._positions = {
+            name: SampledPositions(layer, len(images), per_image, seed)
+            for name, layer in self._layers.items()
         }
         self._targets: dict[str, Tensor] = {}
         self._shortcuts: dict[str, Tensor] = {}
@@ -84,22 +85,22 @@ class FrontToBack:
         """Samples [images * positions, channels] of a layer's outputs, or of what is added to them."""
         parts = _parts(values)
         return torch.cat(
-            [self._spots[name].outputs(value, part) for value, part in zip(values, parts, strict=True)]
+            [self._positions[name].outputs(value, part) for value, part in zip(values, parts, strict=True)]
         )
 
-    def _mended(self, model: nn.Module, names: Collection[str], keeps: Keeps) -> None:
+    def _repair_layers(self, model: nn.Module, names: Collection[str], keeps: Keeps) -> None:
         """Mends the named layers of ``model``, front to back; the others keep the error that reaches them."""
         if not names:
             return
 
         def before(name: str, module: nn.Module, xs: Batches, shortcuts: Batches | None) -> None:
             if name in names:
-                self._mend(model, name, xs, shortcuts, keeps.get(name, {}).get("out"))
+                self._repair_layer(model, name, xs, shortcuts, keeps.get(name, {}).get("out"))
 
         Run(model, self._topology)(self._batches, before)
         release_heap()
 
-    def _mend(
+    def _repair_layer(
         self, model: nn.Module, name: str, xs: Batches, shortcuts: Batches | None, out: Tensor | None
     ) -> None:
         layer, module = self._layers[name], model.get_submodule(name)
@@ -113,7 +114,7 @@ class FrontToBack:
         moments: Moments | None = None
         for x, part in zip(xs, _parts(xs), strict=True):
             wanted_here = target[part.start * per_image : part.stop * per_image]
-            here = Moments.of(self._spots[name].inputs(module, x, part), wanted_here, layer.groups)
+            here = Moments.of(self._positions[name].inputs(module, x, part), wanted_here, layer.groups)
             moments = here if moments is None else moments + here
         assert moments is not None
         weight, intercept = self._solved(layer, module, moments)
@@ -138,11 +139,11 @@ class FrontToBack:
 
 
 class Sequential(FrontToBack):
-    """Least squares front to back, on what reaches each layer in the network as cut and mended so far.
+    """Least squares front to back, on what reaches each layer in the network as cut and repaired so far.
 
-    The target is the uncut network's output before batch norm, mended for the error that the shortcut
+    The target is the uncut network's output before batch norm, repaired for the error that the shortcut
     carries: the difference of the two shortcuts divided by the batch norm's scale is added. One pass over the
-    calibration images mends all layers, each as its turn comes.
+    calibration images repairs all layers, each as its turn comes.
 
     Args:
         candidates: The builder of candidates.
@@ -178,7 +179,7 @@ class Sequential(FrontToBack):
             for name, layer in self._layers.items()
             if "in" in keeps.get(name, {}) and len(keeps[name]["in"]) < layer.in_channels
         }
-        self._mended(model, cut, keeps)
+        self._repair_layers(model, cut, keeps)
 
 
 def _parts(batches: Batches) -> list[slice]:

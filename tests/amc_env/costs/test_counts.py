@@ -76,7 +76,7 @@ def hooked_macs(model: nn.Module, inputs: Tensor) -> int:
 
     def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
         nonlocal total
-        if getattr(module, "free", False):
+        if getattr(module, "costless", False):
             return
         total += output[0].numel() * module.weight[0].numel()
         if isinstance(module, nn.Linear):

@@ -25,7 +25,7 @@ def test_by_hand() -> None:
         layer("conv", "conv", 3, 40, 3, 7),  # ceil(49/8) * ceil(3/16) * ceil(40/16) * 9
         layer("depthwise", "conv", 40, 40, 3, 7, groups=40),  # ceil(49/4) * ceil(40/16) * 9
         layer("grouped", "conv", 40, 80, 1, 2, groups=2),  # ceil(4/8) * ceil(20/16) * ceil(40/16) * 2
-        layer("free", "conv", 80, 80, 1, 2, free=True),
+        layer("free", "conv", 80, 80, 1, 2, costless=True),
         layer("fc", "linear", 100, 10, 1, 1),  # ceil(100/16) * ceil(10/16)
     )
     cycles = Cycles(LayerGraph(layers, (), (), (), 0, other_macs=5000))

@@ -1,5 +1,7 @@
 """Activations by hand, and against the networks that are really cut."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from networks import NETWORKS, SMALL, Chain, images, prepared, random_removed, with_state
@@ -20,7 +22,8 @@ def activations(
     """Those of a network whose channels go one by one, and its decisions: its own, or those of one ``like`` it."""
     graph = trace((like or model).eval(), example)
     graph, grids = Channel(multiple=1, max_ratio=0.9).decisions(graph)
-    return Activations(model.eval(), graph, grids, example), grids
+    graph = replace(graph, topology=Topology.of(model.eval()))
+    return Activations(model, graph, grids, example), grids
 
 
 class Residual(nn.Module):

@@ -159,7 +159,7 @@ def test_a_budget_on_it_is_met_by_bisection() -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_parameter_is_a_weight_or_beside_them(name: str) -> None:
     model, graph = traced(name)
-    weights = sum(entry.weights for entry in graph.layers if not entry.free)
+    weights = sum(entry.weights for entry in graph.layers if not entry.costless)
     assert weights + params_beside_weights(graph) == sum(p.numel() for p in model.parameters())
 
 

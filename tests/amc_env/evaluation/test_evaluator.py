@@ -49,7 +49,7 @@ def evaluator(
         "both": lambda: Both("both", [least_squares(), BatchNorm(calibration)]),
         "sequential": lambda: Sequential(candidates, Topology.of(candidates.original), calibration),
     }
-    scorer = Scorer(candidates.original, images(60), LABELS, batch_size=25)
+    scorer = Scorer(candidates.original, candidates.graph.topology, images(60), LABELS, batch_size=25)
     return Evaluator(BaseWeights(ORIGINAL, candidates, makers), problem, scorer, repair, memo)
 
 
@@ -80,7 +80,14 @@ def test_logits_that_are_not_numbers_are_refused() -> None:
 @pytest.mark.parametrize("name", ["residual", "depthwise", "flatten", "mlp"])
 def test_scorer_is_plain_accuracy(name: str, channels_last: bool) -> None:
     candidates, grids = prepared(name)
-    scorer = Scorer(candidates.original, images(60), LABELS, batch_size=25, channels_last=channels_last)
+    scorer = Scorer(
+        candidates.original,
+        candidates.graph.topology,
+        images(60),
+        LABELS,
+        batch_size=25,
+        channels_last=channels_last,
+    )
     for seed in range(3):
         model = candidates.cut(random_removed(grids, seed))
         assert scorer(model) == accuracy(model, images(60), LABELS)
@@ -109,8 +116,8 @@ def test_coarse_arithmetic_scores_nearly_what_float32_does(
 ) -> None:
     candidates, grids = prepared(name)
     labels = candidates.original(images(60)).argmax(1)
-    exact = kind(candidates.original, images(60), labels)
-    coarse = kind(candidates.original, images(60), labels, precision=precision)
+    exact = kind(candidates.original, candidates.graph.topology, images(60), labels)
+    coarse = kind(candidates.original, candidates.graph.topology, images(60), labels, precision=precision)
     assert coarse.images.dtype == dtype
     assert coarse(candidates.original) >= 0.9  # rounding moves few of these answers
     for seed in range(3):
@@ -123,7 +130,7 @@ def test_coarse_arithmetic_scores_nearly_what_float32_does(
 @pytest.mark.skipif(bool(NO_BYTES), reason=f"no convolutions in eight bits here: {NO_BYTES}")
 def test_ranges_are_of_images_from_all_over() -> None:
     model = prepared("residual")[0].original
-    scorer = Scorer(model, images(60), LABELS, precision=INT8)
+    scorer = Scorer(model, Topology.of(model), images(60), LABELS, precision=INT8)
     assert torch.equal(scorer.folder._images, images(60)[::4])
 
 
@@ -137,10 +144,11 @@ class Float32Only(nn.Module):
 
 
 def test_a_network_that_does_not_run_in_bfloat16_is_refused() -> None:
+    model = Float32Only().eval()
     with pytest.raises(
         UserError, match=r"evaluator.precision=bfloat16 does not work for this network .*float32"
     ):
-        Scorer(Float32Only().eval(), images(60), LABELS, precision=BFLOAT16)
+        Scorer(model, Topology.of(model), images(60), LABELS, precision=BFLOAT16)
 
 
 def test_batches_suit_the_size_of_an_image_and_the_device() -> None:
@@ -170,7 +178,7 @@ def test_the_same_strategy_is_never_scored_twice() -> None:
 def test_a_calibration_takes_the_room_of_what_is_kept_between_candidates() -> None:
     judge = evaluator()
     candidates, _ = prepared("residual")
-    scorer = PrefixScorer(candidates.original, images(60), LABELS)
+    scorer = PrefixScorer(candidates.original, candidates.graph.topology, images(60), LABELS)
     forgot: list[str] = []
     scorer.forget = lambda: forgot.append("forgot")  # type: ignore[method-assign]
     judge._pruner.scorer = scorer
@@ -274,14 +282,14 @@ def test_an_image_that_is_no_number_is_refused(value: str) -> None:
     broken = images(8)
     broken[3, 0, 0, 0] = float(value)
     with pytest.raises(UserError, match="search images hold values that are infinite or not numbers"):
-        Scorer(candidates.original, broken, torch.zeros(8, dtype=torch.int64))
+        Scorer(candidates.original, candidates.graph.topology, broken, torch.zeros(8, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_batches_side_by_side_give_the_accuracy_of_one_after_another(threads: int) -> None:
     candidates, _ = prepared("residual")
     labels = torch.arange(len(images())) % 4
-    scorer = Scorer(candidates.original, images(), labels, batch_size=3)
+    scorer = Scorer(candidates.original, candidates.graph.topology, images(), labels, batch_size=3)
     with using_threads(threads):
         assert scorer(candidates.original) == accuracy(candidates.original, images(), labels)
 
@@ -304,7 +312,7 @@ def test_a_network_that_cannot_be_traced_is_run_one_batch_at_a_time() -> None:
             return self.last(x)
 
     model = Remembers().eval()
-    scorer = Scorer(model, images(), torch.arange(len(images())) % 4, batch_size=1)
+    scorer = Scorer(model, Topology.of(model), images(), torch.arange(len(images())) % 4, batch_size=1)
     with using_threads(4):
         assert 0 <= scorer(model) <= 1
     assert model.running == 0

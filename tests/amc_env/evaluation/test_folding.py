@@ -7,13 +7,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from amc_env.evaluation.folding import Folder
+from amc_env.graph.topology import Topology
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_folded_outputs_are_the_unfolded_ones(name: str, channels_last: bool) -> None:
     candidates, grids = prepared(name)
-    folder = Folder(candidates.original, images(2), channels_last=channels_last)
+    folder = Folder(
+        candidates.original, Topology.of(candidates.original), images(2), channels_last=channels_last
+    )
     assert folder.reason == ""
     for seed in range(3):
         small = candidates.cut(random_removed(grids, seed))
@@ -25,7 +28,7 @@ def test_folded_outputs_are_the_unfolded_ones(name: str, channels_last: bool) ->
 
 def test_no_batch_norm_is_left_behind_a_layer() -> None:
     model = network("residual")
-    folded = Folder(model, images(1), channels_last=False)(model)
+    folded = Folder(model, Topology.of(model), images(1), channels_last=False)(model)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
     assert same_state(model, network("residual"))
 
@@ -48,7 +51,7 @@ class Activations(nn.Module):
 def test_activations_overwrite_only_what_nothing_else_reads() -> None:
     model = settled(Activations())
     x = images()
-    folder = Folder(model, images(2), channels_last=False)
+    folder = Folder(model, Topology.of(model), images(2), channels_last=False)
     assert folder.reason == ""
     folded = folder(model)
     nodes = [node for node in folded.graph.nodes if node.kwargs.get("inplace")]
@@ -60,10 +63,10 @@ def test_activations_overwrite_only_what_nothing_else_reads() -> None:
 
 def test_weights_become_bfloat16_after_folding_and_the_network_itself_stays() -> None:
     model = network("residual")
-    folder = Folder(model, images(2), channels_last=True, dtype=torch.bfloat16)
+    folder = Folder(model, Topology.of(model), images(2), channels_last=True, dtype=torch.bfloat16)
     folded = folder(model)
     assert {parameter.dtype for parameter in folded.parameters()} == {torch.bfloat16}
-    exact = Folder(model, images(2), channels_last=True)(model)
+    exact = Folder(model, Topology.of(model), images(2), channels_last=True)(model)
     for name, parameter in exact.named_parameters():
         assert torch.equal(folded.get_parameter(name), parameter.bfloat16())
     assert same_state(model, network("residual"))
@@ -81,10 +84,10 @@ class Branching(nn.Module):
 
 def test_an_untraceable_network_is_scored_as_it_is() -> None:
     model = Branching().eval()
-    folder = Folder(model, images(1), channels_last=True)
+    folder = Folder(model, Topology.of(model), images(1), channels_last=True)
     assert "torch.fx cannot trace it" in folder.reason
     assert folder(model) is model
-    coarse = Folder(model, images(1), channels_last=True, dtype=torch.bfloat16)(model)
+    coarse = Folder(model, Topology.of(model), images(1), channels_last=True, dtype=torch.bfloat16)(model)
     assert coarse.conv.weight.dtype == torch.bfloat16
     assert model.conv.weight.dtype == torch.float32
 
@@ -104,7 +107,7 @@ def test_a_fold_that_changes_outputs_is_not_believed() -> None:
     model = Tokens()
     model.norm.running_mean = torch.arange(8.0)
     model.norm.running_var = torch.arange(1.0, 9.0)
-    folder = Folder(model.eval(), images(2), channels_last=False)
+    folder = Folder(model.eval(), Topology.of(model.eval()), images(2), channels_last=False)
     assert folder.reason == "its outputs change when batch norms are folded"
     assert folder(model) is model
 
@@ -115,7 +118,7 @@ def test_bias_and_affine_by_hand(bias: bool, affine: bool) -> None:
     model = nn.Sequential(nn.Conv2d(3, 2, 1, bias=bias), nn.BatchNorm2d(2, affine=affine)).eval()
     model[1].running_mean = torch.tensor([1.0, -2.0])
     model[1].running_var = torch.tensor([4.0, 0.25])
-    folded = Folder(model, images(1), channels_last=False)(model)
+    folded = Folder(model, Topology.of(model), images(1), channels_last=False)(model)
     scale = (model[1].running_var + model[1].eps).rsqrt()
     torch.testing.assert_close(folded.get_submodule("0").weight, model[0].weight * scale.view(2, 1, 1, 1))
     with torch.no_grad():

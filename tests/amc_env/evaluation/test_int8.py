@@ -13,11 +13,12 @@ from amc_env.evaluation.int8 import (
     Int8Folder,
     Quantize,
     QuantizedConv2d,
-    Steps,
+    Scales,
+    calibrate,
     obstacle,
     quantized,
-    settle,
 )
+from amc_env.graph.topology import Topology
 
 REASON = obstacle()
 pytestmark = pytest.mark.skipif(bool(REASON), reason=f"no convolutions in eight bits here: {REASON}")
@@ -26,7 +27,7 @@ CONVOLUTIONAL = [name for name in NETWORKS if any(isinstance(m, nn.Conv2d) for m
 
 
 def folder_of(model: nn.Module) -> Int8Folder:
-    return Int8Folder(model, X, channels_last=True, batch_size=len(X))
+    return Int8Folder(model, Topology.of(model), X, channels_last=True, batch_size=len(X))
 
 
 def distance(got: Tensor, want: Tensor) -> float:
@@ -67,12 +68,12 @@ class Kinds(nn.Module):
 @torch.no_grad()
 def test_bytes_where_convolutions_read_them_and_floats_for_all_else() -> None:
     model = settled(Kinds()).to(memory_format=torch.channels_last)
-    twin = quantized(fx.symbolic_trace(model), X[:2])
-    settle(twin, X, len(X))
+    eight_bit = quantized(fx.symbolic_trace(model), X[:2])
+    calibrate(eight_bit, X, len(X))
     kinds = {}
-    for node, value in values(twin, X).items():
+    for node, value in values(eight_bit, X).items():
         if node.op == "call_module":
-            kinds[str(node.target)] = (type(twin.get_submodule(str(node.target))), value.dtype)
+            kinds[str(node.target)] = (type(eight_bit.get_submodule(str(node.target))), value.dtype)
     layer = QuantizedConv2d
     assert kinds.pop("twice") == (nn.Conv2d, torch.float32)
     assert kinds == {
@@ -85,11 +86,11 @@ def test_bytes_where_convolutions_read_them_and_floats_for_all_else() -> None:
         "_max_pool2d_bytes": (Quantize, torch.uint8),
         "last": (layer, torch.float32),
     }
-    assert distance(twin(X), model(X)) < 0.05
+    assert distance(eight_bit(X), model(X)) < 0.05
 
 
-def values(twin: fx.GraphModule, x: Tensor) -> dict[fx.Node, Tensor]:
-    lane = fx.Interpreter(twin, garbage_collect_values=False)
+def values(eight_bit: fx.GraphModule, x: Tensor) -> dict[fx.Node, Tensor]:
+    lane = fx.Interpreter(eight_bit, garbage_collect_values=False)
     lane.run(x)
     return lane.env
 
@@ -108,46 +109,46 @@ def test_what_bytes_can_say_is_exact(padding: int) -> None:
     x = x.contiguous(memory_format=torch.channels_last)
     hidden = first(x)
     low, high = hidden.amin().clamp(max=0), hidden.amax()
-    twin = quantized(fx.symbolic_trace(model), x)
-    settle(twin, x, 16)
+    eight_bit = quantized(fx.symbolic_trace(model), x)
+    calibrate(eight_bit, x, 16)
     size = float(high - low) / 255
-    assert twin.get_submodule("0").gives.size == pytest.approx(size)
-    zero = twin.get_submodule("0").gives.zero
+    assert eight_bit.get_submodule("0").gives.size == pytest.approx(size)
+    zero = eight_bit.get_submodule("0").gives.zero
     rounded = ((hidden / size).round().clamp(-zero, 255 - zero)) * size
-    torch.testing.assert_close(twin(x), second(rounded), rtol=1e-4, atol=2 * size * 127)
-    assert (twin(x) - second(rounded)).abs().median() < 1e-3 * second(rounded).abs().max()
+    torch.testing.assert_close(eight_bit(x), second(rounded), rtol=1e-4, atol=2 * size * 127)
+    assert (eight_bit(x) - second(rounded)).abs().median() < 1e-3 * second(rounded).abs().max()
 
 
-def noted(*values: float) -> Steps:
-    steps = Steps()
-    steps.wanted = True
-    steps.note(torch.tensor(values).view(1, 1, -1, 1))
-    return steps
+def noted(*values: float) -> Scales:
+    scales = Scales()
+    scales.wanted = True
+    scales.note(torch.tensor(values).view(1, 1, -1, 1))
+    return scales
 
 
 @pytest.mark.parametrize(
     ("values", "size", "zero"),
     [((-1.0, 0.3, 4.1), 5.1 / 255, 50), ((2.0, 3.0), 3 / 255, 0), ((-2.0, -1.0), 2 / 255, 255)],
 )
-def test_steps_hold_zero_and_the_range(values: tuple[float, ...], size: float, zero: int) -> None:
-    steps = noted(*values)
-    assert steps.buffer().tolist() == [0, 0]
-    assert steps.settle()
-    assert (steps.size, steps.zero) == (pytest.approx(size), zero)
-    assert steps.buffer().tolist() == [steps.size, steps.zero]
-    steps.note(torch.full((1, 1, 1, 1), 100.0))  # nobody wants to know
-    steps.settle()
-    assert steps.size == pytest.approx(size)
-    steps.forget()
-    assert steps.buffer().tolist() == [0, 0]
+def test_scales_hold_zero_and_the_range(values: tuple[float, ...], size: float, zero: int) -> None:
+    scales = noted(*values)
+    assert scales.buffer().tolist() == [0, 0]
+    assert scales.calibrate()
+    assert (scales.size, scales.zero) == (pytest.approx(size), zero)
+    assert scales.buffer().tolist() == [scales.size, scales.zero]
+    scales.note(torch.full((1, 1, 1, 1), 100.0))  # nobody wants to know
+    scales.calibrate()
+    assert scales.size == pytest.approx(size)
+    scales.forget()
+    assert scales.buffer().tolist() == [0, 0]
 
 
-def test_steps_of_zeros_and_of_what_is_not_finite() -> None:
-    assert noted(0.0).settle()
+def test_scales_of_zeros_and_of_what_is_not_finite() -> None:
+    assert noted(0.0).calibrate()
     for value in (float("inf"), -float("inf"), float("nan")):
-        steps = noted(0.0, value)
-        assert not steps.settle()
-        assert not steps.known
+        scales = noted(0.0, value)
+        assert not scales.calibrate()
+        assert not scales.known
 
 
 @pytest.mark.parametrize("place", [0, -1])
@@ -218,7 +219,7 @@ class Overwriting(nn.Module):
 def test_networks_that_cannot_be_are_refused(model: nn.Module, channels_last: bool, reason: str) -> None:
     message = rf"evaluator.precision=int8 does not work here \({reason}.*\); use float32"
     with pytest.raises(UserError, match=message):
-        Int8Folder(model.eval(), X, channels_last=channels_last, batch_size=len(X))
+        Int8Folder(model.eval(), Topology.of(model.eval()), X, channels_last=channels_last, batch_size=len(X))
 
 
 def test_processors_that_cannot_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,7 +231,7 @@ def test_processors_that_cannot_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert obstacle() == "this processor's sums of products of bytes overflow"
     with pytest.raises(UserError, match=r"overflow\); use float32"):
         folder_of(network("residual"))
-    monkeypatch.setattr(quantization, "settle", missing)
+    monkeypatch.setattr(quantization, "calibrate", missing)
     assert obstacle() == "no such operator"
 
 
@@ -258,7 +259,7 @@ def test_a_shortcut_may_come_in_another_memory_format() -> None:
 def test_images_need_not_be_square() -> None:
     model = network("residual")
     x = X.reshape(20, 3, 16, 8).contiguous(memory_format=torch.channels_last)
-    folder = Int8Folder(model, x, channels_last=True, batch_size=20)
+    folder = Int8Folder(model, Topology.of(model), x, channels_last=True, batch_size=20)
     assert distance(folder(model)(x), model(x)) < 0.1
 
 
@@ -285,14 +286,14 @@ class Narrow(nn.Module):
 @torch.no_grad()
 def test_channels_are_filled_up_where_all_readers_pass_over_them(monkeypatch: pytest.MonkeyPatch) -> None:
     model = settled(Narrow()).to(memory_format=torch.channels_last)
-    twin = quantized(fx.symbolic_trace(model), X[:2])
-    layers = {name: m for name, m in twin.named_modules() if isinstance(m, QuantizedConv2d)}
+    eight_bit = quantized(fx.symbolic_trace(model), X[:2])
+    layers = {name: m for name, m in eight_bit.named_modules() if isinstance(m, QuantizedConv2d)}
     assert {name for name, layer in layers.items() if layer.pads} == {"first", "deep", "second", "third"}
     assert {name for name, layer in layers.items() if layer.padded} == {"deep", "point", "third", "fourth"}
-    settle(twin, X, len(X))
+    calibrate(eight_bit, X, len(X))
     widths = {
         str(node.target): value.shape[1]
-        for node, value in values(twin, X).items()
+        for node, value in values(eight_bit, X).items()
         if node.op == "call_module"
     }
     assert (widths["first"], widths["deep"], widths["point"], widths["third"], widths["fourth"]) == (
@@ -302,8 +303,8 @@ def test_channels_are_filled_up_where_all_readers_pass_over_them(monkeypatch: py
         8,
         6,
     )
-    wide = twin(X)
+    wide = eight_bit(X)
     monkeypatch.setattr(quantization, "_ALIGNED", 1)
-    settle(twin, X, len(X))
-    torch.testing.assert_close(wide, twin(X), rtol=1e-5, atol=1e-6)
+    calibrate(eight_bit, X, len(X))
+    torch.testing.assert_close(wide, eight_bit(X), rtol=1e-5, atol=1e-6)
     assert distance(wide, model(X)) < 0.1

@@ -49,7 +49,7 @@ ONE_LANE_TOO = pytest.mark.parametrize("_threads", [1, BATCHES], indirect=True)
 
 
 def scorer(model: nn.Module, kind: type[Scorer] = PrefixScorer, **more: Any) -> Scorer:
-    return kind(model, images(60), LABELS, batch_size=25, **more)
+    return kind(model, Topology.of(model), images(60), LABELS, batch_size=25, **more)
 
 
 def single(grids: tuple[Grid, ...], place: int) -> list[tuple[int, ...]]:
@@ -76,7 +76,7 @@ def repairs(candidates: Candidates) -> dict[str, Callable[[], Repair]]:
     }
 
 
-def mended(candidates: Candidates, removed: tuple[int, ...], repair: Repair) -> nn.Module:
+def repaired(candidates: Candidates, removed: tuple[int, ...], repair: Repair) -> nn.Module:
     keeps = candidates.keeps(removed)
     model = candidates.cut(removed, keeps)
     if any(removed):
@@ -158,7 +158,8 @@ def test_accuracies_are_those_of_plain_scoring(name: str) -> None:
     candidates, grids = prepared(name)
     labels = candidates.original(images(60)).argmax(1)
     plain, shared = (
-        kind(candidates.original, images(60), labels, batch_size=25) for kind in (Scorer, PrefixScorer)
+        kind(candidates.original, candidates.graph.topology, images(60), labels, batch_size=25)
+        for kind in (Scorer, PrefixScorer)
     )
     assert shared(candidates.original) == 1.0
     found = [(shared(candidates.cut(removed)), plain(candidates.cut(removed))) for removed in scan(grids)]
@@ -186,10 +187,10 @@ def test_candidates_that_are_cut_short_leave_the_others_as_they_are() -> None:
 @pytest.mark.parametrize("name", ["residual", "concat", "gated"])
 def test_repairs_change_what_they_like(name: str, repair: str, logits: list[Tensor]) -> None:
     candidates, grids = prepared(name)
-    mend = repairs(candidates)[repair]()
+    fix = repairs(candidates)[repair]()
     plain, shared = scorer(candidates.original, Scorer), scorer(candidates.original)
     for removed in scan(grids):
-        model = mended(candidates, removed, mend)
+        model = repaired(candidates, removed, fix)
         plain(model)
         shared(model)
         assert torch.equal(logits[-2], logits[-1]), removed
@@ -198,7 +199,7 @@ def test_repairs_change_what_they_like(name: str, repair: str, logits: list[Tens
 @pytest.mark.parametrize("repair", ["none", "least_squares", "sequential"])
 def test_what_is_before_the_cut_is_run_once_in_a_scan(repair: str) -> None:
     candidates, grids = prepared("residual")
-    mend = repairs(candidates)[repair]()
+    fix = repairs(candidates)[repair]()
     judge = scorer(candidates.original)
     first, middle, last = (
         count_runs(judge, candidates, name) for name in ("conv1", "layer2.0.conv1", "layer3.0.conv1")
@@ -206,7 +207,7 @@ def test_what_is_before_the_cut_is_run_once_in_a_scan(repair: str) -> None:
     places = [place for place, grid in enumerate(grids) if grid.name.startswith("layer3")]
     strategies = [removed for place in places for removed in single(grids, place)]
     for removed in strategies:
-        judge(mended(candidates, removed, mend))
+        judge(repaired(candidates, removed, fix))
     assert len(strategies) > 3
     assert (len(first), len(middle)) == (BATCHES, BATCHES)
     assert len(last) > BATCHES
@@ -214,12 +215,12 @@ def test_what_is_before_the_cut_is_run_once_in_a_scan(repair: str) -> None:
 
 def test_batch_norms_that_are_all_re_estimated_are_shared_by_the_candidates_of_one_cut() -> None:
     candidates, grids = prepared("residual")
-    mend = repairs(candidates)["batch_norm"]()
+    fix = repairs(candidates)["batch_norm"]()
     plain, judge = scorer(candidates.original, Scorer), scorer(candidates.original)
     runs = count_runs(judge, candidates, "conv1")
     counted = []
     for removed in single(grids, len(grids) - 1):
-        model = mended(candidates, removed, mend)
+        model = repaired(candidates, removed, fix)
         assert judge(model) == plain(model)
         counted.append(len(runs))
     # The second shows what it has in common with the first; the third finds it kept.

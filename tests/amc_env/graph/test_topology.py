@@ -7,7 +7,7 @@ import torch
 from networks import NETWORKS, images, network
 from torch import Tensor, fx, nn
 
-from amc_env.graph.topology import Run, Topology
+from amc_env.graph.topology import Run, Topology, values_of
 
 
 def test_batch_norms_and_shortcuts_of_a_residual_network() -> None:
@@ -112,3 +112,24 @@ def test_what_cannot_be_traced_says_why() -> None:
     assert topology.graph is None
     assert "torch.fx cannot trace it (TraceError: symbolically traced variables" in topology.reason
     assert topology.norm_after == topology.partner == {}
+
+
+def test_a_trace_leaves_the_network_as_it_was_but_for_tensors_that_it_creates() -> None:
+    class Creating(Branching):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(x)
+
+    class Shifted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.ones(1)
+
+    branching, shifted = Creating(), Shifted()
+    assert Topology.of(branching).graph is None
+    assert branching.calls == 0
+    graph = Topology.of(shifted).graph
+    assert graph is not None
+    values = list(values_of(shifted, graph, torch.zeros(1, 3)).values())
+    assert torch.equal(values[-1], torch.ones(1, 3))

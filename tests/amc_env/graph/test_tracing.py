@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from amc_env.errors import UserError
-from amc_env.graph.layers import Whole
+from amc_env.graph.layers import Skipped
 from amc_env.graph.surgery import resize, silence_inputs
 from amc_env.graph.tracing import trace
 from amc_env.pruning.granularity import Channel
@@ -42,11 +42,11 @@ def test_groups_and_their_units(name: str) -> None:
 def test_resnet20_groups(shortcut: str, groups: int) -> None:
     graph = trace(ResNet(20, shortcut).eval(), images(2))
     assert len(graph.groups) == groups
-    whole = {w.name: w.reason for w in graph.whole}
-    assert whole.pop("linear") == "its channels are the network's output"
+    skipped = {w.name: w.reason for w in graph.skipped}
+    assert skipped.pop("linear") == "its channels are the network's output"
     streams = {layer.name for layer in graph.layers if layer.name == "conv1" or layer.name.endswith("conv2")}
-    assert set(whole) == (streams if shortcut == "pad" else set())
-    assert all("no longer runs" in reason for reason in whole.values())
+    assert set(skipped) == (streams if shortcut == "pad" else set())
+    assert all("no longer runs" in reason for reason in skipped.values())
 
 
 def test_selection_shortcut_couples_the_streams() -> None:
@@ -54,8 +54,8 @@ def test_selection_shortcut_couples_the_streams() -> None:
     stream = graph.groups[0]
     assert stream.producers == ("conv1", "layer1.0.conv2")
     assert stream.consumers == ("layer1.0.conv1", "layer2.0.conv1", "layer2.0.shortcut")
-    assert graph.layer("layer2.0.shortcut").free
-    assert not graph.layer("conv1").free
+    assert graph.layer("layer2.0.shortcut").costless
+    assert not graph.layer("conv1").costless
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -148,7 +148,7 @@ class Scaled(nn.Module):
 def test_what_cannot_be_pruned_is_left_whole_with_its_reason(norm: nn.Module, reason: str) -> None:
     graph = trace(Normed(norm).eval(), images(1))
     assert graph.groups[0].name == "first"
-    reasons = {w.name: w.reason for w in graph.whole}
+    reasons = {w.name: w.reason for w in graph.skipped}
     assert reasons["last"] == "its channels are the network's output"
     assert reasons["middle"] == reason
 
@@ -164,7 +164,7 @@ def test_depthwise_multiplier_loses_the_same_filters_of_every_channel() -> None:
     }
     graph, grids = Channel(multiple=1, max_ratio=0.9).decisions(graph)
     assert [grid.name for grid in grids] == ["first", "norm"]
-    assert "middle" in {w.name for w in graph.whole}
+    assert "middle" in {w.name for w in graph.skipped}
 
 
 class SharedAndDepthwiseFirst(nn.Module):
@@ -184,7 +184,7 @@ class SharedAndDepthwiseFirst(nn.Module):
 
 def test_inputs_of_the_network_and_shared_layers() -> None:
     graph = trace(SharedAndDepthwiseFirst().eval(), images(1))
-    assert Whole("image", "its channels are the network's input") in graph.whole
+    assert Skipped("image", "its channels are the network's input") in graph.skipped
     assert [group.producers for group in graph.groups] == [("first", "twice")]
     assert graph.layer("twice").calls == 2
     assert graph.layer("twice").positions == 128  # every call is paid for
@@ -194,10 +194,10 @@ def test_every_layer_is_in_a_group_or_whole_once() -> None:
     for name in NETWORKS:
         _, graph = traced(name)
         cut = {m.module for g in graph.groups for m in g.members if m.side == "out"}
-        whole = [w.name for w in graph.whole]
-        assert len(whole) == len(set(whole))
-        assert {layer.name for layer in graph.layers} == (cut & {x.name for x in graph.layers}) | set(whole)
-        assert not cut & set(whole)
+        skipped = [w.name for w in graph.skipped]
+        assert len(skipped) == len(set(skipped))
+        assert {layer.name for layer in graph.layers} == (cut & {x.name for x in graph.layers}) | set(skipped)
+        assert not cut & set(skipped)
 
 
 def test_nothing_to_prune_is_refused_with_the_reasons() -> None:
@@ -228,8 +228,8 @@ def test_groups_left_out_are_reported_with_all_their_layers() -> None:
     _, graph = traced("residual")
     smaller = graph.only({"conv1": "for a test"})
     assert len(smaller.groups) == 5
-    assert {w.name for w in smaller.whole} >= {"conv1", "layer1.0.conv2"}
-    assert {w.reason for w in smaller.whole if w.name == "layer1.0.conv2"} == {"for a test"}
+    assert {w.name for w in smaller.skipped} >= {"conv1", "layer1.0.conv2"}
+    assert {w.reason for w in smaller.skipped if w.name == "layer1.0.conv2"} == {"for a test"}
 
 
 class PixelShuffled(nn.Module):
@@ -249,7 +249,7 @@ class PixelShuffled(nn.Module):
 def test_coupling_is_proved_before_it_is_believed() -> None:
     graph = trace(settled(PixelShuffled()), images(1))
     assert [group.name for group in graph.groups] == ["first"]
-    assert "mixed" in {w.name for w in graph.whole}
+    assert "mixed" in {w.name for w in graph.skipped}
 
 
 def test_resize_gives_sizes_that_agree_with_the_tensors() -> None:

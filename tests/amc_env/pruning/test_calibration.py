@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from amc_env.graph.tracing import trace
-from amc_env.pruning.calibration import Moments, Spots, record, repairable
+from amc_env.pruning.calibration import Moments, SampledPositions, record, repairable
 
 CONVOLUTIONS = {
     "1x1": nn.Conv2d(3, 8, 1),
@@ -31,18 +31,18 @@ def layer_of(module: nn.Module):
 def test_inputs_times_weights_are_the_outputs_at_the_same_places(name: str, per_image: int) -> None:
     module = CONVOLUTIONS[name]
     layer = layer_of(module)
-    spots = Spots(layer, 4, per_image, seed=0)
+    positions = SampledPositions(layer, 4, per_image, seed=0)
     with torch.no_grad():
-        x, y = spots.inputs(module, images()), spots.outputs(module(images()))
+        x, y = positions.inputs(module, images()), positions.outputs(module(images()))
         torch.testing.assert_close(x @ module.weight.flatten(1).T + module.bias, y, rtol=1e-4, atol=1e-5)
     assert len(x) == 4 * min(per_image, layer.positions)
 
 
 def test_all_positions_are_what_unfolding_gives() -> None:
     module = CONVOLUTIONS["strided"]
-    spots = Spots(layer_of(module), 4, 1000, seed=0)
+    positions = SampledPositions(layer_of(module), 4, 1000, seed=0)
     unfolded = F.unfold(images(), 3, padding=1, stride=2).transpose(1, 2).flatten(0, 1)
-    assert torch.equal(spots.inputs(module, images()), unfolded)
+    assert torch.equal(positions.inputs(module, images()), unfolded)
 
 
 @pytest.mark.parametrize("shape", [(5,), (5, 6), (2, 3, 6)])
@@ -51,10 +51,10 @@ def test_linear_layers_on_any_number_of_dimensions(shape: tuple[int, ...]) -> No
     layer = next(iter(traced("mlp")[1].layers))
     positions = torch.Size(shape[:-1]).numel()
     layer = type(layer)(**{**vars(layer), "in_size": (positions, 1), "out_size": (positions, 1)})
-    spots = Spots(layer, 7, 3, seed=1)
+    places = SampledPositions(layer, 7, 3, seed=1)
     x = torch.randn(7, *shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        sampled, outputs = spots.inputs(module, x), spots.outputs(module(x))
+        sampled, outputs = places.inputs(module, x), places.outputs(module(x))
         torch.testing.assert_close(module(sampled), outputs)
     assert len(sampled) == 7 * min(3, positions)
 
@@ -63,7 +63,7 @@ def test_places_depend_on_the_seed_and_the_layer_alone() -> None:
     module = CONVOLUTIONS["3x3"]
     layer = layer_of(module)
     state = torch.get_rng_state()
-    first, again, other = (Spots(layer, 4, 5, seed).outputs(images()) for seed in (0, 0, 1))
+    first, again, other = (SampledPositions(layer, 4, 5, seed).outputs(images()) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(state, torch.get_rng_state())
@@ -94,8 +94,8 @@ def test_recorded_moments_are_those_of_all_samples(name: str) -> None:
     assert all(m.count == 260 * min(3, graph.layer(name).positions) for name, m in found.items())
     first = layers[0]
     if first.kind == "conv":
-        spots = Spots(first, 260, 3, 0)
-        x = spots.inputs(modules[first.name], many).double()
+        positions = SampledPositions(first, 260, 3, 0)
+        x = positions.inputs(modules[first.name], many).double()
         torch.testing.assert_close(found[first.name].xx[0], x.T @ x)
     assert not any(module._forward_hooks for module in model.modules())
 

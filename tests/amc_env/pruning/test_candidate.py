@@ -161,12 +161,12 @@ def test_a_shared_weight_loses_what_either_layer_loses() -> None:
     before = with_state(model)
     _, grids = FineGrained().decisions(trace_layers(model, images(1)))
     order = torch.arange(64, dtype=torch.int32).view(8, 8)
-    places = {
+    removal_rank = {
         "into": torch.arange(8 * 192, dtype=torch.int32).view(8, 192),
         "hidden": order,
         "back": 63 - order,
     }
-    candidates = MaskedCandidates(model, grids, places)
+    candidates = MaskedCandidates(model, grids, removal_rank)
     for removed, zeros in (((0, 16, 0), 16), ((0, 16, 8), 24), ((0, 8, 0), 8), ((0, 40, 40), 64)):
         cut = candidates.cut(removed)
         assert cut.back.weight is cut.hidden.weight
@@ -181,6 +181,6 @@ def test_masked_layers_that_are_frozen_stay_frozen() -> None:
     candidates, _, grids = masked("mlp", "fine_grained")
     model = network("mlp")
     model[1].weight.requires_grad_(False)
-    cut = MaskedCandidates(model, grids, candidates.places).cut([grid.count(1) for grid in grids])
+    cut = MaskedCandidates(model, grids, candidates.removal_rank).cut([grid.count(1) for grid in grids])
     assert {name for name, p in cut.named_parameters() if not p.requires_grad} == {"1.weight"}
     assert int((weight(cut, "1") == 0).sum()) == 1

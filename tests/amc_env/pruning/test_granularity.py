@@ -38,7 +38,7 @@ def test_too_narrow_groups_are_reported() -> None:
     _, graph = traced("concat")
     smaller, grids = Channel(multiple=8, max_ratio=0.9).decisions(graph)
     assert [grid.name for grid in grids] == [group.name for group in smaller.groups] == ["join"]
-    reasons = {w.name: w.reason for w in smaller.whole}
+    reasons = {w.name: w.reason for w in smaller.skipped}
     assert reasons["left"] == "it is too narrow for channel_multiple=8 and max_ratio=0.9"
 
 
@@ -142,7 +142,7 @@ def test_masked_grids_by_hand(
     graph, found = granularity.decisions(MIXED)
     assert {grid.name: (grid.total, grid.count(grid.size - 1)) for grid in found} == grids
     assert [grid.name for grid in found] == [layer.name for layer in graph.layers if layer.name in grids]
-    assert {w.name: w.reason for w in graph.whole} == whole
+    assert {w.name: w.reason for w in graph.skipped} == whole
     assert graph.groups == ()
     assert graph.layers == MIXED.layers
 
@@ -160,15 +160,15 @@ def test_a_layer_too_small_to_lose_a_weight_stays_whole() -> None:
     graph, grids = FineGrained(0.05).decisions(MIXED)
     assert [grid.name for grid in grids] == ["conv", "depthwise", "point", "wide", "head"]
     graph, grids = FineGrained(0.04).decisions(MIXED)  # of 20 weights 0.8
-    assert {w.name: w.reason for w in graph.whole} == {"head": "it is too small for max_ratio=0.04"}
+    assert {w.name: w.reason for w in graph.skipped} == {"head": "it is too small for max_ratio=0.04"}
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_fixed_selections_are_neither_decided_nor_reported(granularity: str) -> None:
     _, graph, grids = masked("selection", granularity)
-    free = {layer.name for layer in graph.layers if layer.free}
-    assert len(free) == 2
-    assert not free & ({grid.name for grid in grids} | {w.name for w in graph.whole})
+    costless = {layer.name for layer in graph.layers if layer.costless}
+    assert len(costless) == 2
+    assert not costless & ({grid.name for grid in grids} | {w.name for w in graph.skipped})
 
 
 def test_reasons_about_channels_are_dropped_and_those_about_other_layers_kept() -> None:
@@ -185,7 +185,7 @@ def test_reasons_about_channels_are_dropped_and_those_about_other_layers_kept() 
     for graph in (trace_layers(Upsampled(), images(1)), trace(Upsampled(), images(1))):
         decided, grids = FineGrained().decisions(graph)
         assert [grid.name for grid in grids] == ["first", "second", "head"]
-        assert [w.name for w in decided.whole] == ["up"]
+        assert [w.name for w in decided.skipped] == ["up"]
 
 
 def test_masks_need_no_tracer() -> None:
@@ -229,9 +229,9 @@ def conv(outputs: int, inputs: int, kernel: tuple[int, int]) -> Layer:
 
 
 def placed(granularity: Masked, saliency: object, layer: Layer) -> object:
-    places = granularity.places(torch.tensor(saliency, dtype=torch.float64), layer)
-    assert places.dtype == torch.int32
-    return places.tolist()
+    removal_rank = granularity.removal_rank(torch.tensor(saliency, dtype=torch.float64), layer)
+    assert removal_rank.dtype == torch.int32
+    return removal_rank.tolist()
 
 
 def test_single_weights_by_hand_ties_by_position() -> None:
@@ -249,8 +249,8 @@ def test_rows_and_columns_by_hand() -> None:
 
 def test_kernels_by_hand() -> None:
     saliency = [[[[1, 1]], [[5, 0]]], [[[2, 2]], [[0, 2]]]]  # 2 x 2 x 1 x 2, sums 2, 5, 4, 2
-    places = [[[[2, 2]], [[0, 0]]], [[[1, 1]], [[3, 3]]]]
-    assert placed(Kernel(), saliency, conv(2, 2, (1, 2))) == places
+    removal_rank = [[[[2, 2]], [[0, 0]]], [[[1, 1]], [[3, 3]]]]
+    assert placed(Kernel(), saliency, conv(2, 2, (1, 2))) == removal_rank
 
 
 def test_places_within_blocks_of_m_by_hand() -> None:
@@ -267,7 +267,7 @@ def test_places_within_blocks_of_m_by_hand() -> None:
 def test_every_block_keeps_exactly_n(n: int, m: int, shape: tuple[int, ...]) -> None:
     saliency = torch.randint(3, shape, generator=torch.Generator().manual_seed(0)).double()  # with ties
     layer = linear(*shape) if len(shape) == 2 else conv(shape[0], shape[1], (shape[2], shape[3]))
-    kept = NM(n, m).places(saliency, layer) < n
+    kept = NM(n, m).removal_rank(saliency, layer) < n
     blocks = kept.movedim(1, -1).reshape(-1, m)
     assert blocks.sum(1).tolist() == [n] * (kept.numel() // m)
     worth = saliency.movedim(1, -1).reshape(-1, m)
@@ -285,7 +285,7 @@ def test_any_count_removes_the_least_worth(name: str, granularity: str) -> None:
     """n:m compares within its blocks only, and has a test of its own."""
     candidates, _, grids = masked(name, granularity)
     for grid in grids:
-        places = candidates.places[grid.name]
+        places = candidates.removal_rank[grid.name]
         worth = unit_sums(weight(candidates.original, grid.name).double() ** 2, granularity)
         for removed in {grid.count(1), grid.count(grid.size // 2), grid.count(grid.size - 1)}:
             kept = places < grid.total - removed

@@ -155,7 +155,7 @@ def test_selection_is_free_fixed_and_no_parameter() -> None:
     fixed = [module for module in ResNet(20, "selection").modules() if isinstance(module, FixedSelection)]
     assert [tuple(module.weight.shape) for module in fixed] == [(32, 16, 1, 1), (64, 32, 1, 1)]
     for module in fixed:
-        assert module.free
+        assert module.costless
         assert not list(module.parameters())
         assert module.weight.sum() == module.in_channels
 

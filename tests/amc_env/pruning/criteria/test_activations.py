@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from amc_env.errors import UserError
 from amc_env.graph.tracing import trace
-from amc_env.pruning.calibration import Spots, record
+from amc_env.pruning.calibration import SampledPositions, record
 from amc_env.pruning.criteria import APoZ, Lasso, Sample, rank
 from amc_env.pruning.criteria.activations import contributions, path_ranks, unit_gram, zero_shares
 
@@ -136,14 +136,14 @@ def test_contributions_add_up_to_the_outputs(name: str) -> None:
     with torch.no_grad():
         model(images(20))
     handle.remove()
-    spots = Spots(layer, 20, 1000, 0)
+    positions = SampledPositions(layer, 20, 1000, 0)
     parts = []
     with torch.no_grad():
         for channel in range(layer.in_channels):
             alone = torch.zeros_like(seen[0])
             alone[:, channel] = seen[0][:, channel]
             bias = 0 if module.bias is None else module.bias.view(-1, *([1] * (alone.ndim - 2)))
-            parts.append(spots.outputs(module(alone) - bias).flatten())
+            parts.append(positions.outputs(module(alone) - bias).flatten())
     moments = record(model, [layer], images(20), per_image=1000, seed=0)[name]
     found = contributions(module, layer, moments)
     torch.testing.assert_close(found, gram_of(torch.stack(parts, 1)), rtol=1e-4, atol=1e-3)

@@ -10,14 +10,14 @@ from amc_env.pruning.criteria.base import (
     Sample,
     calibration_sample,
     coupling,
-    generator,
-    heard,
     rank,
+    scoring_layers,
+    scoring_members,
     together,
     unit_sums,
-    voices,
 )
 from amc_env.pruning.criteria.weights import Norm
+from amc_env.system import named_generator
 
 
 def double(*values: float) -> Tensor:
@@ -65,16 +65,16 @@ def test_who_speaks_for_a_group() -> None:
     _, graph = traced("selection")
     stream = next(group for group in graph.groups if group.name == "conv1")
     assert "layer2.0.shortcut" in stream.consumers
-    names = {(member.module, member.side) for member, _ in voices(stream, graph, "all")}
+    names = {(member.module, member.side) for member, _ in scoring_members(stream, graph, "all")}
     assert ("layer2.0.shortcut", "in") not in names
     assert {side for _, side in names} == {"in", "out"}
-    assert {m.side for m, _ in voices(stream, graph, "consumers")} == {"in"}
-    assert {m.side for m, _ in voices(stream, graph, "producers")} == {"out"}
+    assert {m.side for m, _ in scoring_members(stream, graph, "consumers")} == {"in"}
+    assert {m.side for m, _ in scoring_members(stream, graph, "producers")} == {"out"}
 
 
 def test_depthwise_layers_are_not_heard() -> None:
     _, graph = traced("depthwise")
-    names = [layer.name for layer in heard(graph, "all")]
+    names = [layer.name for layer in scoring_layers(graph, "all")]
     assert "features.0.0" not in names
     assert "features.0.3" in names
     assert names == [layer.name for layer in graph.layers if not layer.depthwise]
@@ -108,7 +108,7 @@ def test_a_criterion_gets_as_many_images_as_it_wants() -> None:
 
 def test_generators_are_functions_of_seed_and_name() -> None:
     def first(seed: int, name: str) -> float:
-        return torch.rand((), generator=generator(seed, name)).item()
+        return torch.rand((), generator=named_generator(seed, name)).item()
 
     assert first(0, "a") == first(0, "a")
     assert len({first(0, "a"), first(1, "a"), first(0, "b")}) == 3

@@ -71,13 +71,13 @@ def masked(granularity, ratio):
     model = network("residual")
     images = some_images(60)
     graph, grids = granularity.decisions(trace_layers(model, images[:2]))
-    places = {
-        grid.name: granularity.places(
+    removal_rank = {
+        grid.name: granularity.removal_rank(
             model.get_submodule(grid.name).weight.detach().abs(), graph.layer(grid.name)
         )
         for grid in grids
     }
-    builder = MaskedCandidates(model, grids, places)
+    builder = MaskedCandidates(model, grids, removal_rank)
     layers = [graph.layer(grid.name) for grid in grids]
     return model, images, builder, layers, [grid.snap(ratio) for grid in grids]
 

@@ -1,4 +1,4 @@
-"""Repair: exact where mending is possible, direct least squares elsewhere."""
+"""Repair: exact where repair is possible, direct least squares elsewhere."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from amc_env.errors import UserError
 from amc_env.graph.topology import Topology
 from amc_env.graph.tracing import trace
-from amc_env.pruning.calibration import Spots
+from amc_env.pruning.calibration import SampledPositions
 from amc_env.pruning.candidate import Candidates
 from amc_env.pruning.criteria import Norm, rank
 from amc_env.pruning.repair.base import BatchNorm, Both, NoRepair
@@ -24,10 +24,10 @@ def candidates_of(model: nn.Module, orders: list[Tensor] | None = None) -> Candi
     return Candidates(model, graph, orders or rank(Norm().channel_scores(model, graph)))
 
 
-def mended(
+def repaired(
     repair: str, candidates: Candidates, removed: tuple[int, ...], calibration: Tensor, **options: float
 ) -> nn.Module:
-    """A network cut and mended by a repair of REPAIRS."""
+    """A network cut and repaired by a repair of REPAIRS."""
     topology = Topology.of(candidates.original)
     fix = REPAIRS[repair](candidates, topology, calibration, **options)  # type: ignore[arg-type]
     model = candidates.build(removed)
@@ -66,12 +66,12 @@ CONSUMERS = {
 
 @pytest.mark.parametrize("repair", REPAIRS)
 @pytest.mark.parametrize("name", CONSUMERS)
-def test_redundant_channels_are_mended_exactly(name: str, repair: str) -> None:
+def test_redundant_channels_are_repaired_exactly(name: str, repair: str) -> None:
     torch.manual_seed(0)
     model = settled(CONSUMERS[name]())
     candidates = candidates_of(model, [torch.arange(4)])
     calibration = images(600 if name == "flatten" else 60, seed=1)
-    fixed = mended(repair, candidates, (2,), calibration, ridge=1e-12, per_image=64)
+    fixed = repaired(repair, candidates, (2,), calibration, ridge=1e-12, per_image=64)
     with torch.no_grad():
         torch.testing.assert_close(fixed(images()), model(images()), rtol=1e-3, atol=1e-3)
         assert not torch.allclose(candidates.build((2,))(images()), model(images()), atol=1e-2)
@@ -88,7 +88,7 @@ def test_redundant_inputs_of_a_grouped_convolution(repair: str) -> None:
                 part[group + row] = a * part[group] + b * part[group + 1]
     model = nn.Sequential(first, grouped, nn.Conv2d(6, 4, 1)).eval()
     candidates = candidates_of(model, [torch.arange(4), torch.arange(3)])
-    fixed = mended(repair, candidates, (2, 0), images(60, seed=1), ridge=1e-12, per_image=64)
+    fixed = repaired(repair, candidates, (2, 0), images(60, seed=1), ridge=1e-12, per_image=64)
     assert fixed[1].weight.shape == (6, 2, 3, 3)
     with torch.no_grad():
         torch.testing.assert_close(fixed(images()), model(images()), rtol=1e-3, atol=1e-3)
@@ -120,7 +120,7 @@ def test_least_squares_is_the_direct_solution(name: str, seed: int) -> None:
 def fits(
     candidates: Candidates, topology: Topology, layer, networks, sides, calibration
 ) -> tuple[Tensor, Tensor]:
-    """What the mended layer makes of the samples of its kept inputs, and what a direct solution does."""
+    """What the repaired layer makes of the samples of its kept inputs, and what a direct solution does."""
     fixed, cut = networks
     x, y = sampled(candidates.original, layer, calibration)
     size = layer.in_channels // layer.groups
@@ -144,9 +144,11 @@ def sampled(model: nn.Module, layer, calibration: Tensor) -> tuple[Tensor, Tenso
     """Inputs and outputs of a layer of the uncut network, float64."""
     taken: list[Tensor] = []
     module = model.get_submodule(layer.name)
-    spots = Spots(layer, len(calibration), 8, 0)
+    positions = SampledPositions(layer, len(calibration), 8, 0)
     handle = module.register_forward_hook(
-        lambda m, args, y: taken.extend((spots.inputs(m, args[0]).double(), spots.outputs(y).double()))
+        lambda m, args, y: taken.extend(
+            (positions.inputs(m, args[0]).double(), positions.outputs(y).double())
+        )
     )
     with torch.no_grad():
         model(calibration)
@@ -173,7 +175,7 @@ def test_dead_constant_and_duplicate_channels_do_not_break_it(kind: str, repair:
             first.bias.copy_(torch.linspace(-2, -1, 8) if kind == "dead" else torch.linspace(4, 7, 8).exp())
     model = nn.Sequential(first, nn.ReLU(), nn.Conv2d(8, 5, 3, padding=0), nn.Conv2d(5, 4, 1)).eval()
     candidates = candidates_of(model, [torch.arange(8), torch.arange(5)])
-    fixed = mended(repair, candidates, (6, 0), images(60, seed=1))
+    fixed = repaired(repair, candidates, (6, 0), images(60, seed=1))
     with torch.no_grad():
         torch.testing.assert_close(fixed(images()), model(images()), rtol=1e-2, atol=1e-2)
 
@@ -223,19 +225,19 @@ def test_both_is_one_after_the_other() -> None:
 
 @pytest.mark.parametrize("repair", REPAIRS)
 @pytest.mark.parametrize("name", SMALL)
-def test_mending_helps_and_is_a_function_of_the_strategy(name: str, repair: str) -> None:
+def test_repair_helps_and_is_a_function_of_the_strategy(name: str, repair: str) -> None:
     candidates, grids = prepared(name)
     removed = tuple(grid.snap(0.4) for grid in grids)
     calibration = images(300, seed=6)
     state = torch.get_rng_state()
-    fixed, again = (mended(repair, candidates, removed, calibration) for _ in range(2))
+    fixed, again = (repaired(repair, candidates, removed, calibration) for _ in range(2))
     assert torch.equal(state, torch.get_rng_state())
     assert all(
         torch.equal(a, b)
         for a, b in zip(fixed.state_dict().values(), again.state_dict().values(), strict=True)
     )
-    unmended = error(candidates.build(removed), candidates.original)
-    assert error(fixed, candidates.original) < 0.9 * unmended
+    unrepaired = error(candidates.build(removed), candidates.original)
+    assert error(fixed, candidates.original) < 0.9 * unrepaired
 
 
 def error(model: nn.Module, original: nn.Module) -> float:
@@ -246,19 +248,19 @@ def error(model: nn.Module, original: nn.Module) -> float:
 
 
 @pytest.mark.parametrize("name", ["residual", "selection", "pad"])
-def test_sequential_mends_more_than_least_squares(name: str) -> None:
+def test_sequential_repairs_more_than_least_squares(name: str) -> None:
     candidates, grids = prepared(name)
     removed = tuple(grid.snap(0.5) for grid in grids)
     calibration = images(500, seed=7)
     errors = {
-        repair: error(mended(repair, candidates, removed, calibration), candidates.original)
+        repair: error(repaired(repair, candidates, removed, calibration), candidates.original)
         for repair in REPAIRS
     }
     assert errors["sequential"] < errors["least_squares"]
 
 
 class Shortcut(nn.Module):
-    """y = norm(conv(x)) + shortcut(x): what the shortcut loses only the convolution beside it can mend."""
+    """y = norm(conv(x)) + shortcut(x): what the shortcut loses only the convolution beside it can repair."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -272,7 +274,7 @@ class Shortcut(nn.Module):
         return self.last(F.relu(self.norm(self.conv(x)) + self.shortcut(x)))
 
 
-def test_the_shortcuts_error_is_mended() -> None:
+def test_the_shortcuts_error_is_repaired() -> None:
     torch.manual_seed(0)
     model = settled(Shortcut())
     candidates = candidates_of(model, [torch.arange(8), torch.arange(6)])
@@ -284,7 +286,7 @@ def test_the_shortcuts_error_is_mended() -> None:
     )  # three channels of a three-dimensional input stay: all is left
     model_cut = candidates.build(removed)
     fix = Sequential(candidates, topology, calibration, ridge=1e-12, per_image=64)
-    fix._layers.pop("shortcut")  # as if it could not be mended itself: its error is left to the convolution
+    fix._layers.pop("shortcut")  # as if it could not be repaired itself: its error is left to the convolution
     fix(model_cut, removed, candidates.keeps(removed))
     assert torch.equal(model_cut.shortcut.weight, model.shortcut.weight[:, :3])
     assert error(candidates.build(removed), model) > 1e-2
@@ -323,7 +325,7 @@ class Twice(nn.Module):
 def test_layers_that_run_twice_are_left_alone(repair: str) -> None:
     candidates = candidates_of(Twice().eval())
     assert [layer.name for layer in repairable_consumers(candidates)] == ["last"]
-    fixed, cut = mended(repair, candidates, (4,), images(20)), candidates.build((4,))
+    fixed, cut = repaired(repair, candidates, (4,), images(20)), candidates.build((4,))
     assert torch.equal(fixed.twice.weight, cut.twice.weight)
     assert not torch.equal(fixed.last.weight, cut.last.weight)
 
@@ -346,7 +348,7 @@ def test_a_batch_norm_over_tokens_takes_no_intercept(repair: str) -> None:
     candidates = candidates_of(model)
     assert candidates.graph.groups[0].name == "first"
     removed = tuple(4 if group.name == "first" else 0 for group in candidates.graph.groups)
-    fixed = mended(repair, candidates, removed, images(50))
+    fixed = repaired(repair, candidates, removed, images(50))
     assert torch.equal(fixed.norm.running_mean, model.norm.running_mean)
     assert error(fixed, model) < error(candidates.build(removed), model)
 
