@@ -64,4 +64,4 @@ def main(folder: str | None = None) -> Compressed:
 
 
 if __name__ == "__main__":
-    main()
+    print(dict(main().strategy))

@@ -1,5 +1,6 @@
 """conf/: every option of every group composes into a whole configuration, and is documented."""
 
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +93,12 @@ def test_the_names_that_scripts_count_on_are_there() -> None:
     assert groups["repair"] == {"none", "least_squares", "batch_norm", "both", "sequential"}
     assert groups["tracker"] == {"none", "wandb", "tensorboard"}
     assert groups["preset"] == {"default", "amc_paper", "amc_release"}
+
+
+def test_the_page_of_options_is_up_to_date() -> None:
+    """`python scripts/write_configuration.py` renews it."""
+    script = runpy.run_path(str(CONF.parent / "scripts" / "write_configuration.py"))
+    text = script["page"]()
+    assert script["PAGE"].read_text(encoding="utf-8") == text
+    assert "| `budget.ratio` | `0.5` |" in text
+    assert all(f"`{group}={option}`" in text for group, option in OPTIONS)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose
+from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -92,7 +92,7 @@ def test_the_paper_differs_from_the_release_in_replay_and_length_only() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_hydra_composes_every_preset(preset: str) -> None:
-    with initialize_config_dir(str(CONF), version_base=None):
+    with initialize_config_module("conf", version_base="1.3"):
         config = compose("search", overrides=["agent=ddpg", f"preset={preset}"])
     assert instantiate(config.agent) == ddpg(preset)
     if preset != "default":

@@ -43,7 +43,7 @@ def leave_run(folder: Path, made: RunResult) -> Path:
         accuracy = 0.6 + 0.2 * math.sin(episode) ** 2
         removed = list(REMOVED) if episode == 30 else [episode % 16, 0, 0]
         costs = {"macs": 20e6 + 1e4 * episode, "params": 1000.0}
-        line = {"start": "original", "removed": removed, "accuracy": accuracy, "costs": costs, "met": True}
+        line = {"start": "original", "removed": removed, "score": accuracy, "costs": costs, "met": True}
         lines.append(line | {"repair": "none"})
         rows.append(f"search,{episode},{accuracy - 1},{accuracy},")
     rows += [f"finetune,{epoch},,,{1 / (epoch + 1)}" for epoch in range(5)]
