@@ -14,6 +14,7 @@ from journals import content
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from agents.netadapt import NetAdapt
 from amc_env.errors import UserError
 from amc_env.pruning.granularity import NM, Channel, FineGrained
 from search import compress, load_pruned, make_env, make_vec_env
@@ -337,3 +338,23 @@ def test_an_environment_over_masks() -> None:
     assert info["strategy"].names == ("left", "right", "head")  # the stem has one input
     assert set(info["strategy"].removed) <= {0, 2}
     assert info["met"]
+
+
+def test_an_argument_that_is_given_wins_and_one_that_is_not_leaves_the_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Settings] = []
+
+    def run(model: nn.Module, data: Data, settings: Settings, *more: object) -> None:
+        seen.append(settings)
+        raise UserError("far enough")
+
+    monkeypatch.setattr("search.api.run", run)
+    wanted = Settings(NetAdapt(), episodes=50, budgets=(BudgetSettings("params", 0.7),), seed=3)
+    for arguments in ({}, {"budget": 0.5, "agent": "random"}):
+        with pytest.raises(UserError, match="far enough"):
+            compress(own(), loader(64, 1), loader(32, 2), folder=tmp_path, settings=wanted, **arguments)
+    kept, changed = seen
+    assert (kept.agent, kept.episodes, kept.budgets, kept.seed) == (NetAdapt(), 50, wanted.budgets, 3)
+    assert (changed.agent.name, changed.episodes, changed.seed) == ("random", 50, 3)
+    assert [(budget.cost, budget.ratio) for budget in changed.budgets] == [("macs", 0.5)]
