@@ -16,15 +16,9 @@ from search.output.progress import final_table
 from search.output.report import write_report
 from search.output.run_result import RunResult
 from search.study.pipeline import Context, run
-from search.study.problem import PruningProblem, check
+from search.study.problem import check
 
 log = logging.getLogger(__name__)
-
-
-def prepared_of(cfg: DictConfig) -> PruningProblem:
-    """A run of amc-search made ready, outside any folder: for scripts that measure its parts."""
-    source, data = wiring.model_source(cfg), wiring.data_of(cfg)
-    return PruningProblem.build(source.load(data), data, wiring.settings_of(cfg, source.original_lr))
 
 
 def run_job(cfg: DictConfig, program: str, header: Callable[[], Mapping[str, Any]]) -> float:

@@ -32,11 +32,21 @@ class Images:
     Attributes:
         labels: int64 [N], in 0..classes-1.
 
+    Args:
+        name: Named in errors.
+        table: The rows.
+        image: The image column.
+        classes: Number of classes.
+        by_path: Whether rows may name an image file. True for class folders only: a dataset file of somebody else's
+            must not choose which files are opened.
+
     Raises:
         UserError: Columns missing or of another type, no rows, labels outside the classes.
     """
 
-    def __init__(self, name: str, table: datasets.Dataset, image: str, classes: int):
+    def __init__(
+        self, name: str, table: datasets.Dataset, image: str, classes: int, *, by_path: bool = False
+    ):
         missing = [column for column in (image, "label") if column not in table.column_names]
         if missing:
             found = ", ".join(table.column_names)
@@ -50,6 +60,7 @@ class Images:
         except Exception as error:  # the library raises its own and Arrow's errors
             raise UserError(f"{name}: column {image} does not hold images: {first_line(error)}") from error
         self._column = image
+        self._by_path = by_path
         self._key = table._fingerprint
 
     def __len__(self) -> int:
@@ -98,6 +109,8 @@ class Images:
 
     def _decode(self, row: int, item: dict[str, Any]) -> Image.Image:
         try:
+            if item["bytes"] is None and not self._by_path:
+                raise ValueError("the row has no bytes")
             source = item["path"] if item["bytes"] is None else io.BytesIO(item["bytes"])
             with Image.open(source, formats=FORMATS) as opened:
                 return opened.convert("RGB")
@@ -134,8 +147,11 @@ def read(hub: str, path: str | None, held_out: str, image: str, classes: int) ->
     ) as error:  # the library raises its own, Arrow's, the network's and the file system's errors
         reason = f"{type(error).__name__}: {first_line(error.__cause__ or error)}"
         raise UserError(f"{path or hub} cannot be read ({reason}); {way_out}") from error
-    column = "image" if options["path"] == "imagefolder" else image
-    train, test = (Images(f"{path or hub} {part}", parts[part], column, classes) for part in data_files)
+    folders = options["path"] == "imagefolder"
+    column = "image" if folders else image
+    train, test = (
+        Images(f"{path or hub} {part}", parts[part], column, classes, by_path=folders) for part in data_files
+    )
     return train, test
 
 

@@ -240,8 +240,11 @@ def test_an_image_of_another_size_is_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"not an image", None])
 def test_an_image_that_cannot_be_decoded_is_refused(folder: Path, content: bytes | None) -> None:
+    """Also one that names a file instead of holding bytes: a dataset must not choose which files are opened."""
+    other = folder / "other.png"
+    other.write_bytes(encoded(random_pixels(1)[0]))
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    table = pa.table({"img": pa.array([{"bytes": content, "path": None}], kind), "label": [1]})
+    table = pa.table({"img": pa.array([{"bytes": content, "path": str(other)}], kind), "label": [1]})
     parquet.write_table(table, folder / "test-00000-of-00002.parquet")
     with pytest.raises(UserError, match="test: the image of row 0 cannot be decoded"):
         cifar10(str(folder), search_images=10)
