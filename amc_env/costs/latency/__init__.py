@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from amc_env.costs.latency.runtimes import RUNTIMES, Runtime, runtime
+from amc_env.costs.latency.runtimes import RUNTIMES, Runtime, RuntimeName, runtime
 from amc_env.costs.latency.timing import Call, Timing, interleaved, warn_where_busy
 from amc_env.system import machine, processor, using_threads
 
@@ -15,6 +15,7 @@ __all__ = [
     "RUNTIMES",
     "Call",
     "Runtime",
+    "RuntimeName",
     "Timing",
     "interleaved",
     "machine",
