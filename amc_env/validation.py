@@ -46,7 +46,9 @@ _TYPES = {
     "bool_type": "true or false",
     "string_type": "text",
     "tuple_type": "a list",
-    "is_instance_of": "a {class}",
+    "dataclass_type": "of type {class_name}",
+    "dataclass_exact_type": "of type {class_name}",
+    "is_instance_of": "of type {class}",
 }
 
 
@@ -61,14 +63,14 @@ def settings(kind: type[T]) -> type[T]:
     made: Any = dataclass(frozen=True, config=_CONFIG)(kind)
     build = made.__init__
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
             build(self, *args, **kwargs)
         except ValidationError as error:
             names = [each.name for each in fields(made) if each.init]
             raise UserError.join(_problems(error, names)) from None
 
-    made.__init__ = __init__
+    made.__init__ = checked
     return made  # type: ignore[no-any-return]
 
 
@@ -78,9 +80,12 @@ def check_arguments(function: Callable[..., Any], values: Mapping[str, Any]) -> 
     Raises:
         UserError: It has no such parameters, or they are of other types; all in one message.
     """
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # a builtin, which has none
+        return
     names, takes_all = list(parameters), any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    hints = get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
+    hints = _hints(function)
     problems = []
     for name, value in values.items():
         if name not in names and not takes_all:
@@ -94,9 +99,19 @@ def check_arguments(function: Callable[..., Any], values: Mapping[str, Any]) -> 
         raise UserError.join(problems)
 
 
-def _problems(
-    error: ValidationError, names: list[str], outer: tuple[str, ...] = ()
-) -> Iterator[UserError]:
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return get_type_hints(
+            function.__init__ if inspect.isclass(function) else function, include_extras=True
+        )
+    except (
+        NameError,
+        TypeError,
+    ):  # annotations of a user's own function that cannot be evaluated: not checked
+        return {}
+
+
+def _problems(error: ValidationError, names: list[str], outer: tuple[str, ...] = ()) -> Iterator[UserError]:
     """What pydantic found, in plain words; ``outer`` is the place of what was validated."""
     for problem in error.errors(include_url=False):
         kind, context = problem["type"], problem.get("ctx", {})

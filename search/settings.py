@@ -12,6 +12,7 @@ from pydantic import Field
 
 from agents.base import Agent
 from agents.baselines import Random, Uniform
+from agents.sensitivity import RATIOS, Ratios
 from amc_env.costs.latency import RuntimeName
 from amc_env.errors import UserError, out_of_range, require
 from amc_env.evaluation.precision import Precision
@@ -22,6 +23,7 @@ from amc_env.pruning.schedule import Schedule
 from amc_env.rewards import Error, RewardFunction
 from amc_env.validation import (
     Count,
+    Fraction,
     FractionOrZero,
     Listed,
     Natural,
@@ -307,6 +309,75 @@ class LatencySettings:
 
 
 @settings
+class SensitivitySettings:
+    """What a sensitivity scan scores and picks.
+
+    Attributes:
+        ratios: Shares removed, each in (0, 1); the nearest feasible counts are scored.
+        threshold: Accuracy that may be given up at once, in [0, 1); more where the budget asks for it. None without a
+            budget: nothing is picked.
+    """
+
+    ratios: Ratios = RATIOS
+    threshold: FractionOrZero | None = None
+
+
+@settings
+class CheckSettings:
+    """Networks cut at random that a latency table is checked by.
+
+    Attributes:
+        networks: How many.
+        seed: Of the cuts.
+    """
+
+    networks: Annotated[int, Field(ge=3)] = 30
+    seed: Seed = 1
+
+
+@settings
+class LatencyStudySettings:
+    """What amc-latency measures.
+
+    Attributes:
+        do: The task.
+        table: File of the latency table; None: latency.json in the run folder.
+        tolerance: What interpolation may miss, as a share of the network's latency divided by its layers.
+        points: The most that refining may time.
+        seed: Of the random weights, the order of passes and the networks that the table is corrected by.
+        device: Where networks run, as torch names it.
+    """
+
+    do: Literal["show", "build", "check"] = "show"
+    table: str | None = None
+    tolerance: Fraction = 0.05
+    points: Natural = 1500
+    seed: Seed = 0
+    device: str = "cpu"
+    granularity: Granularity = field(default_factory=Channel)
+    latency: LatencySettings = field(default_factory=LatencySettings)
+    check: CheckSettings = field(default_factory=CheckSettings)
+
+    def __post_init__(self) -> None:
+        if self.granularity.masked:
+            raise UserError(
+                f"granularity={self.granularity.name} sets weights to zero, which makes no network faster in dense "
+                "runtimes: use granularity=channel",
+                field="granularity",
+            )
+        if self.latency.repeats < 1:
+            raise out_of_range("latency.repeats", self.latency.repeats, "at least 1")
+        if self.check.seed == self.seed:
+            allowed = f"another one than seed={self.seed}, which corrects the table"
+            raise out_of_range("check.seed", self.check.seed, allowed)
+        if self.do == "show" and self.table is not None:
+            raise UserError(
+                f"{{field}}={self.table} is for amc-latency build and amc-latency check; show measures alone",
+                field="table",
+            )
+
+
+@settings
 class Settings:
     """A whole run.
 
@@ -381,8 +452,8 @@ class Settings:
         rounds, epochs = self.schedule.rounds, self.finetune.epochs
         if not all(a > b for a, b in pairwise(self.stages)):
             allowed = "shares in (0, 1], each below the one before"
-            raise out_of_range("stages", list(self.stages), allowed)
-        if 1 < rounds and rounds > epochs:
+            raise out_of_range("search.stages", list(self.stages), allowed)
+        if rounds > 1 and rounds > epochs:
             allowed = f"at most finetune.epochs={epochs}: every round is fine-tuned"
             raise out_of_range("schedule.rounds", rounds, allowed)
         if getattr(self.agent, "tunes", False) and (self.stages or rounds > 1):

@@ -39,8 +39,6 @@ Visit = Callable[[Layer, Tensor], None]
 """Takes a layer and the gradients [n, *weight's shape] of the losses of some examples, each example's own."""
 
 
-
-
 _MOST = 50  # images of a batch: activations should fit the processor's caches
 
 
