@@ -46,9 +46,6 @@ _TYPES = {
     "bool_type": "true or false",
     "string_type": "text",
     "tuple_type": "a list",
-    "dataclass_type": "of type {class_name}",
-    "dataclass_exact_type": "of type {class_name}",
-    "is_instance_of": "of type {class}",
 }
 
 
@@ -125,8 +122,11 @@ def _problems(error: ValidationError, names: list[str], outer: tuple[str, ...] =
         elif kind in _ALLOWED:
             allowed = _ALLOWED[kind].format(**context)
             yield UserError(f"{{field}}={value} must be {allowed}", code="out_of_range", field=path)
+        elif name := context.get("class", context.get("class_name")):
+            given = type(value).__name__
+            yield UserError(f"{{field}} must be of type {name}, not {given}", code="wrong_type", field=path)
         else:
-            wanted = _TYPES[kind].format(**context) if kind in _TYPES else problem["msg"]
+            wanted = _TYPES.get(kind, problem["msg"])
             yield UserError(f"{{field}}={value} must be {wanted}", code="wrong_type", field=path)
 
 

@@ -262,7 +262,7 @@ def default_agent(name: str) -> Agent:
     if name not in names:
         raise UserError(f"unknown agent {name!r}; there are {', '.join(names)}")
     with hydra.initialize_config_module("conf", version_base="1.3"):
-        return expected("agent", Agent, built(hydra.compose("search", overrides=[f"agent={name}"]), "agent"))
+        return settings_of(hydra.compose("search", overrides=[f"agent={name}"])).agent
 
 
 def _plain(node: DictConfig, *names: str) -> dict[str, Any]:
