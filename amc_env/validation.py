@@ -101,10 +101,7 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
         return get_type_hints(
             function.__init__ if inspect.isclass(function) else function, include_extras=True
         )
-    except (
-        NameError,
-        TypeError,
-    ):  # annotations of a user's own function that cannot be evaluated: not checked
+    except (NameError, TypeError):  # annotations of a user's own function that cannot be evaluated
         return {}
 
 
