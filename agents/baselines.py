@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import ClassVar
 
 import numpy as np
 
 from agents.base import Agent, SearchTask
+from amc_env.errors import UserError
 from amc_env.space import Problem, Removed
+from amc_env.validation import Count, FractionOrZero, settings
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@settings
 class Uniform(Agent):
     """One ratio for every decision: the least that meets the budget. One evaluation.
 
@@ -27,29 +28,22 @@ class Uniform(Agent):
     name: ClassVar[str] = "uniform"
     steps: ClassVar[bool] = False
 
-    ratio: float | None = None
-
-    def __post_init__(self) -> None:
-        """Refuses a ratio that is none."""
-        if self.ratio is not None and not 0.0 <= self.ratio < 1.0:
-            raise ValueError(
-                f"agent.ratio={self.ratio} must be in [0, 1): the share removed from every decision"
-            )
+    ratio: FractionOrZero | None = None
 
     def search(self, task: SearchTask) -> None:
         """Scores the one strategy.
 
         Raises:
-            ValueError: There is neither a budget nor a ratio.
+            UserError: There is neither a budget nor a ratio.
         """
         if self.ratio is None and not task.problem.budgets:
-            raise ValueError(
+            raise UserError(
                 "agent=uniform with budget=none has no ratio to use; set agent.ratio, like agent.ratio=0.5"
             )
         task.score([task.problem.project([self.ratio or 0.0] * len(task.problem.names))])
 
 
-@dataclass(frozen=True)
+@settings
 class Random(Agent):
     """Ratios drawn uniformly, shifted together so that they land on the budget.
 
@@ -61,12 +55,7 @@ class Random(Agent):
     name: ClassVar[str] = "random"
     steps: ClassVar[bool] = False
 
-    redraws: int = 100
-
-    def __post_init__(self) -> None:
-        """Refuses a count below one."""
-        if self.redraws < 1:
-            raise ValueError(f"agent.redraws={self.redraws} must be at least 1")
+    redraws: Count = 100
 
     def search(self, task: SearchTask) -> None:
         """Scores ``task.episodes`` different strategies, or all that could be found."""

@@ -11,8 +11,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +30,7 @@ from agents.replay import EpisodeReplayBuffer
 from agents.vector import GymnasiumVecEnv
 from amc_env.errors import UserError
 from amc_env.space import Problem
+from amc_env.validation import Count, Listed, Natural, NotNegative, Positive, Share, ShareOrZero, settings
 
 log = logging.getLogger(__name__)
 
@@ -192,7 +192,7 @@ class AMCDDPG(DDPG):
 
     @one_thread()
     @denormals_flushed()
-    def train(self, gradient_steps: int, batch_size: int = 64) -> None:
+    def train(self, gradient_steps: int, batch_size: Count = 64) -> None:
         """Updates critic, actor and targets ``gradient_steps`` times."""
         assert isinstance(self.replay_buffer, EpisodeReplayBuffer)
         actor, critic = self.actor.mu, self.critic.q_networks[0]
@@ -247,7 +247,7 @@ def _descend(loss: Tensor, network: nn.Module, optimizer: torch.optim.Optimizer)
     optimizer.step()
 
 
-@dataclass(frozen=True)
+@settings
 class DDPGAgent(Agent):
     """Searches with AMC's DDPG, one decision a step. The defaults are the numbers of AMC's release.
 
@@ -279,54 +279,24 @@ class DDPGAgent(Agent):
     name: ClassVar[str] = "ddpg"
     steps: ClassVar[bool] = True
 
-    warmup_episodes: int = 100
-    warmup: str = "uniform"
-    sigma: float = 0.5
-    sigma_decay: float = 0.95
-    actor_lr: float = 1e-4
-    critic_lr: float = 1e-3
-    tau: float = 0.01
-    gamma: float = 1.0
-    batch_size: int = 64
-    updates: int = 1
-    replay_episodes: int = 100
-    replay_transitions: int | None = None
-    store: str = "raw"
-    baseline_rate: float = 0.5
+    warmup_episodes: Count = 100
+    warmup: Literal["uniform", "landing", "near_uniform"] = "uniform"
+    sigma: NotNegative = 0.5
+    sigma_decay: Share = 0.95
+    actor_lr: Positive = 1e-4
+    critic_lr: Positive = 1e-3
+    tau: Share = 0.01
+    gamma: ShareOrZero = 1.0
+    batch_size: Count = 64
+    updates: Natural = 1
+    replay_episodes: Count = 100
+    replay_transitions: Count | None = None
+    store: Literal["raw", "executed"] = "raw"
+    baseline_rate: ShareOrZero = 0.5
     rescale: bool = False
-    hidden: tuple[int, ...] = (300, 300)
+    hidden: Listed[Count] = (300, 300)
     infinite_reward: float = -2.0
-    n_envs: int = 1
-
-    def __post_init__(self) -> None:
-        """Refuses what cannot work, all of it at once."""
-        object.__setattr__(self, "hidden", tuple(self.hidden))  # configurations give lists
-        rules = {
-            "warmup_episodes": (self.warmup_episodes >= 1, "at least 1: the first update needs an episode"),
-            "warmup": (self.warmup in WARMUPS, f"one of {sorted(WARMUPS)}"),
-            "sigma": (self.sigma >= 0, "at least 0"),
-            "sigma_decay": (0 < self.sigma_decay <= 1, "in (0, 1]"),
-            "actor_lr": (self.actor_lr > 0, "above 0"),
-            "critic_lr": (self.critic_lr > 0, "above 0"),
-            "tau": (0 < self.tau <= 1, "in (0, 1]"),
-            "gamma": (0 <= self.gamma <= 1, "in [0, 1]"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
-            "updates": (self.updates >= 0, "at least 0"),
-            "replay_episodes": (self.replay_episodes >= 1, "at least 1"),
-            "replay_transitions": (
-                self.replay_transitions is None or self.replay_transitions >= 1,
-                "at least 1",
-            ),
-            "store": (self.store in ("raw", "executed"), "raw or executed"),
-            "infinite_reward": (math.isfinite(self.infinite_reward), "a finite number"),
-            "baseline_rate": (0 <= self.baseline_rate <= 1, "in [0, 1]"),
-            "n_envs": (self.n_envs >= 1, "at least 1"),
-        }
-        wrong = [
-            f"agent.{k}={getattr(self, k)!r} must be {rule}" for k, (ok, rule) in rules.items() if not ok
-        ]
-        if wrong:
-            raise ValueError("; ".join(wrong))
+    n_envs: Count = 1
 
     @property
     def noise(self) -> TruncatedNormalNoise:

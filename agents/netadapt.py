@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import count
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from agents.base import Agent, SearchTask
 from amc_env.errors import UserError
 from amc_env.space import Budget, Problem, Removed, Trial
+from amc_env.validation import Fraction, Share, settings
 
 log = logging.getLogger(__name__)
 
-CHOICES = ("accuracy", "exchange")
 _HALVINGS = 5  # of a round's reduction that no decision can give
 _BISECTIONS = 32  # of a shift in ratios; far below one unit of any layer
 _SLACK = 1 + 1e-12  # a limit is a rounded product
 
 
-@dataclass(frozen=True)
+@settings
 class NetAdapt(Agent):
     """Takes the resource down round by round, by the decision whose cut costs the least accuracy.
 
@@ -49,22 +48,9 @@ class NetAdapt(Agent):
     steps: ClassVar[bool] = False
     tunes: ClassVar[bool] = True
 
-    reduction: float = 0.025
-    decay: float = 0.96
-    choice: str = "accuracy"
-
-    def __post_init__(self) -> None:
-        """Refuses settings that are out of range, all of them at once."""
-        rules = {
-            "reduction": (0 < self.reduction < 1, "a share in (0, 1)"),
-            "decay": (0 < self.decay <= 1, "in (0, 1]"),
-            "choice": (self.choice in CHOICES, f"one of {', '.join(CHOICES)}"),
-        }
-        wrong = [
-            f"agent.{k}={getattr(self, k)!r} must be {rule}" for k, (ok, rule) in rules.items() if not ok
-        ]
-        if wrong:
-            raise ValueError("; ".join(wrong))
+    reduction: Fraction = 0.025
+    decay: Share = 0.96
+    choice: Literal["accuracy", "exchange"] = "accuracy"
 
     def check(self, problem: Problem, episodes: int) -> None:
         """Refuses a problem without a budget.

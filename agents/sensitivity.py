@@ -11,16 +11,20 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
+from pydantic import Field
 
 from agents.base import Agent, SearchTask
 from amc_env.errors import UserError
 from amc_env.space import Problem, Removed
+from amc_env.validation import Fraction, FractionOrZero, Listed, settings
 
 log = logging.getLogger(__name__)
 
+Ratios = Annotated[Listed[Fraction], Field(min_length=1)]
+"""Shares removed, at least one."""
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _BISECTIONS = 48  # halvings of a threshold; far below one image of any split
 
@@ -148,7 +152,7 @@ def pick(problem: Problem, curves: Sequence[Curve], drop: float | None = None) -
     return Pick(problem.land(ratios) if drop is None else problem.project(ratios), met)
 
 
-@dataclass(frozen=True)
+@settings
 class Sensitivity(Agent):
     """Cuts every decision alone over a list of ratios, then all to one threshold of accuracy.
 
@@ -165,23 +169,8 @@ class Sensitivity(Agent):
     name: ClassVar[str] = "sensitivity"
     steps: ClassVar[bool] = False
 
-    ratios: tuple[float, ...] = RATIOS
-    threshold: float | None = None
-
-    def __post_init__(self) -> None:
-        """Refuses settings that are out of range, all of them at once."""
-        object.__setattr__(self, "ratios", tuple(self.ratios))  # configurations give lists
-        wrong = []
-        if not self.ratios or not all(0.0 < ratio < 1.0 for ratio in self.ratios):
-            wrong.append(
-                f"agent.ratios={list(self.ratios)} must be shares removed, each in (0, 1), at least one"
-            )
-        if self.threshold is not None and not 0.0 <= self.threshold < 1.0:
-            wrong.append(
-                f"agent.threshold={self.threshold} must be in [0, 1): the drop of accuracy that is allowed"
-            )
-        if wrong:
-            raise ValueError("; ".join(wrong))
+    ratios: Ratios = RATIOS
+    threshold: FractionOrZero | None = None
 
     def check(self, problem: Problem, episodes: int) -> None:
         """Refuses a problem that gives nothing to prune to.

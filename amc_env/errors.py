@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 
 class UserError(ValueError):
@@ -10,6 +10,11 @@ class UserError(ValueError):
 
     Commands print it as one line and end with exit code 2; any other exception is a fault of the project and keeps
     its traceback.
+
+    Args:
+        message: What is wrong; ``{field}`` in it stands for the field's path.
+        code: See the attribute.
+        field: See the attribute.
 
     Attributes:
         code: A short stable name of the kind of mistake, like ``out_of_range``. Tests and callers compare this instead of
@@ -19,16 +24,30 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str, *, code: str = "invalid", field: str = "") -> None:
-        super().__init__(message)
+        super().__init__(message.replace("{field}", field))
+        self._message = message
         self.code = code
         self.field = field
         self.parts: tuple[UserError, ...] = (self,)
+
+    def renamed(self, path: Callable[[str], str]) -> UserError:
+        """The same error where the caller knows its settings by other paths; ``path`` gives the new one of each."""
+        return UserError.join(
+            UserError(part._message, code=part.code, field=path(part.field)) if part.field else part
+            for part in self.parts
+        )
+
+    def inside(self, section: str) -> UserError:
+        """The same error for settings that are part of a section, like ``finetune``."""
+        return self.renamed(lambda field: f"{section}.{field}")
 
     @classmethod
     def join(cls, errors: Iterable[UserError]) -> UserError:
         """One error that reports several, each once."""
         parts = {str(part): part for error in errors for part in error.parts}
         first = next(iter(parts.values()))
+        if len(parts) == 1:
+            return first
         joined = cls("; ".join(parts), code=first.code, field=first.field)
         joined.parts = tuple(parts.values())
         return joined
@@ -36,23 +55,7 @@ class UserError(ValueError):
 
 def out_of_range(field: str, value: object, allowed: str) -> UserError:
     """The error for a setting whose value is not allowed."""
-    return UserError(f"{field}={value} must be {allowed}", code="out_of_range", field=field)
-
-
-def require(checks: Mapping[str, tuple[bool, object, str]], section: str = "") -> None:
-    """Check several settings and report all that are out of range in one UserError.
-
-    Args:
-        checks: Setting name to (whether it is allowed, its value, what is allowed).
-        section: Prefix of every name, like ``criterion.``.
-    """
-    wrong = [
-        out_of_range(f"{section}{name}", value, allowed)
-        for name, (fine, value, allowed) in checks.items()
-        if not fine
-    ]
-    if wrong:
-        raise UserError.join(wrong)
+    return UserError(f"{{field}}={value} must be {allowed}", code="out_of_range", field=field)
 
 
 def first_line(error: BaseException) -> str:

@@ -14,11 +14,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from amc_env.errors import UserError
 
 
+@runtime_checkable
 class RewardFunction(Protocol):
     """The one thing that the environment asks of a reward."""
 

@@ -230,7 +230,10 @@ def _budgets(budget: Asked) -> tuple[BudgetSettings, ...]:
             )
         return tuple(given)
     shares = given if isinstance(given, Mapping) else {"macs": given}
-    return tuple(budget_on(cost, ratio) for cost, ratio in shares.items())
+    try:
+        return tuple(budget_on(cost, ratio) for cost, ratio in shares.items())
+    except UserError as error:
+        raise error.inside("budget") from error
 
 
 def _context(folder: Path, model: str, config: Mapping[str, Any]) -> Context:

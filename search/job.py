@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -21,22 +22,29 @@ from search.study.problem import check
 log = logging.getLogger(__name__)
 
 
-def run_job(cfg: DictConfig, program: str, header: Callable[[], Mapping[str, Any]]) -> float:
+def run_job(
+    cfg: DictConfig,
+    program: str,
+    header: Callable[[], Mapping[str, Any]],
+    parts: Mapping[str, Callable[[], Any]] | None = None,
+) -> float:
     """Runs the main job in the run folder.
 
     Args:
-        cfg: The configuration of amc-search, its types checked.
+        cfg: The configuration of the command.
         program: The command, as it is started.
         header: Gives what of it evaluations depend on, for the journal's header and the tracker; called when the
             settings have been checked.
+        parts: Settings that are not made from a section, as in `settings_of`.
 
     Returns:
         The final accuracy in [0, 1], for Hydra's sweepers.
     """
     folder = run_folder()
+    settings = wiring.settings_of(cfg, parts=parts)
     source = wiring.model_source(cfg)
     source.check()
-    settings = wiring.settings_of(cfg, source.original_lr).in_folder(folder)
+    settings = replace(settings, original_lr=source.original_lr).in_folder(folder)
     config = header()
     check(settings)
     go_on = command_line(program, folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,16 +12,18 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from agents.base import Agent
+from agents.baselines import Uniform
 from amc_env.errors import UserError
 from search.config import compose as wiring
 from search.config.command import application, run_command
 from search.job import run_job
-from search.study.apply import fingerprint, read_strategy
+from search.study.apply import Given, fingerprint, read_strategy
 
 log = logging.getLogger(__name__)
 
-_AGENTS = {"strategy": "search.study.apply.Given", "ratio": "agents.baselines.Uniform"}
-"""By what is given: who proposes it."""
+_AGENTS: dict[str, Callable[..., Agent]] = {"strategy": Given, "ratio": Uniform}
+"""By the setting that is given: the agent that takes it."""
 
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="apply")
@@ -39,12 +41,14 @@ def main_job(cfg: DictConfig) -> float:
             "of a run, or ratio=0.5, the share removed of every decision; one of the two"
         )
     (name,) = given
-    with wiring.at_the_top(_AGENTS):
-        whole = wiring.as_search(cfg, "apply", {"_target_": _AGENTS[name], name: cfg[name]})
-        whole.search.episodes = 1
-        if name == "strategy":
-            _warn_of_another_criterion(cfg.strategy)
-        return run_job(whole, "amc-apply", partial(_header_config, cfg))
+    return run_job(cfg, "amc-apply", partial(_header_config, cfg), {"agent": partial(_agent, cfg, name)})
+
+
+def _agent(cfg: DictConfig, name: str) -> Agent:
+    agent = _AGENTS[name](**wiring.scalars(cfg, name))
+    if name == "strategy":
+        _warn_of_another_criterion(cfg.strategy)
+    return agent
 
 
 def _warn_of_another_criterion(path: str) -> None:

@@ -5,47 +5,28 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
 
 import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from amc_env.costs.latency import runtime
-from amc_env.errors import UserError, require
+from amc_env.errors import UserError
 from search.config import compose as wiring
 from search.config.command import application, run_command, run_folder
-from search.config.typecheck import fits, said
 from search.data.loaders import seeded
-from search.settings import Settings
+from search.settings import CheckSettings, LatencySettings, LatencyStudySettings
 from search.study.latency import check_of, show
 from search.study.latency_table import How, Subject, build, counted, read_table
-from search.study.problem import check
+from search.study.problem import check_device
 
 log = logging.getLogger(__name__)
 
 TASKS = ("show", "build", "check")
 
-_OWN: dict[str, Any] = {
-    "do": Literal["show", "build", "check"],
-    "table": str | None,
-    "tolerance": float,
-    "points": int,
-    "check.networks": int,
-    "check.seed": int,
-}
-"""Settings that amc-search does not have, and their types."""
-
-_INPUTS = {
-    "search.data.digits.digits": ((1, 8, 8), 10),
-    "search.data.cifar10.cifar10": ((3, 32, 32), 10),
-    "search.data.imagenet.imagenet": ((3, 224, 224), 1000),
-}
-"""Shapes of images and numbers of classes: times hang on no pixel, so none is downloaded or decoded for them."""
-
-_NOBODY = {"_target_": "agents.baselines.Uniform", "ratio": 0.0}
-"""Decides nothing: a configuration of amc-search needs an agent."""
+_OWN = ("do", "table", "tolerance", "points", "seed", "device")
 
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="latency")
@@ -57,93 +38,53 @@ def main_job(cfg: DictConfig) -> float | None:
         For Hydra's sweepers: of ``show`` the milliseconds of the whole network, of ``check`` the median absolute error as
         a share.
     """
-    _check(cfg)
-    whole = wiring.as_search(cfg, "latency", _NOBODY)
-    settings = wiring.settings_of(whole, original_lr=0.1)
-    if settings.granularity.masked:
-        raise UserError(
-            f"granularity={settings.granularity.name} sets weights to zero, which makes no network faster in dense "
-            "runtimes: use granularity=channel"
-        )
-    check(settings)
+    settings = _settings(cfg)
     folder = run_folder()
-    file = folder / "latency.json" if cfg.table is None else Path(cfg.table)
-    subject = _subject(whole, settings)
+    file = folder / "latency.json" if settings.table is None else Path(settings.table)
+    subject = _subject(cfg, settings)
     log.info("run folder: %s", folder)
     log.info("%s", subject)
-    if cfg.do == "show":
+    if settings.do == "show":
         return show(subject, folder).original.median_ms
-    given = cfg.do == "check" and cfg.table is not None
+    given = settings.do == "check" and settings.table is not None
     activations = counted(subject.activations)
     table = (
         read_table(file, subject)
         if given
-        else build(subject, activations, file, tolerance=cfg.tolerance, points=cfg.points)
+        else build(subject, activations, file, tolerance=settings.tolerance, points=settings.points)
     )
-    if cfg.do == "build":
+    if settings.do == "build":
         return None
-    checked = check_of(subject, activations, table, folder, cfg.check.networks, cfg.check.seed)
-    return checked.median_error
+    networks, seed = settings.check.networks, settings.check.seed
+    return check_of(subject, activations, table, folder, networks, seed).median_error
 
 
-def _check(cfg: DictConfig) -> None:
-    """The settings that are this command's own.
-
-    Raises:
-        UserError: Values of a wrong type, or out of range; all in one message.
-    """
-    if not isinstance(cfg.check, DictConfig):
-        raise UserError(f"check={cfg.check} is no section of settings; see --help")
-    values = {name: OmegaConf.select(cfg, name) for name in _OWN}
-    wrong = [f"{n}={v} must be {said(_OWN[n])}" for n, v in values.items() if not fits(v, _OWN[n])]
-    wrong += [
-        f"unknown key check.{key}; there are networks, seed"
-        for key in map(str, cfg.check)
-        if f"check.{key}" not in _OWN
-    ]
-    if wrong:
-        raise UserError("; ".join(wrong))
-    tolerance, points = values["tolerance"], values["points"]
-    networks, seed = values["check.networks"], values["check.seed"]
-    require(
-        {
-            "tolerance": (0 < tolerance < 1, tolerance, "in (0, 1)"),
-            "points": (points >= 0, points, "at least 0"),
-            "check.networks": (networks >= 3, networks, "at least 3"),
-            "check.seed": (
-                0 <= seed != cfg.seed,
-                seed,
-                "at least 0, and not seed: what corrects the table proves nothing",
-            ),
+def _settings(cfg: DictConfig) -> LatencyStudySettings:
+    with wiring.reported_together() as attempt:
+        parts = {
+            "granularity": attempt(partial(wiring.built, cfg, "granularity")),
+            "latency": attempt(partial(wiring.made, LatencySettings, cfg, "latency")),
+            "check": attempt(partial(wiring.made, CheckSettings, cfg, "check")),
         }
-    )
-    if cfg.do == "show" and cfg.table is not None:
-        raise UserError(
-            f"table={cfg.table} is for amc-latency build and amc-latency check; show measures alone"
-        )
+        fine = {name: part for name, part in parts.items() if part is not None}
+        settings = attempt(lambda: LatencyStudySettings(**fine, **wiring.scalars(cfg, *_OWN)))
+    assert isinstance(settings, LatencyStudySettings)
+    return settings
 
 
-def _subject(cfg: DictConfig, settings: Settings) -> Subject:
-    """The network with random weights, on an input drawn at random: time hangs on shapes alone."""
+def _subject(cfg: DictConfig, settings: LatencyStudySettings) -> Subject:
+    """The network with random weights, on a random input: times depend on shapes alone."""
     source, latency = wiring.model_source(cfg), settings.latency
-    require({"latency.repeats": (latency.repeats >= 1, latency.repeats, "at least 1")})
-    shape, classes = _shape_of(cfg)
+    check_device(settings.device)
+    threads = latency.threads or torch.get_num_threads()
+    how = How(runtime(latency.runtime, threads), threads, latency.repeats, settings.seed)
+    how.runtime.check()
+    shape, classes = wiring.input_of(cfg)
     device = _device_of(latency.runtime, settings.device)
     with seeded(settings.seed):
         model = source.build(shape, classes).eval().to(device)
         example = torch.randn(latency.batch, *shape).to(device)
-    threads = latency.threads or torch.get_num_threads()
-    how = How(runtime(latency.runtime, threads), threads, latency.repeats, settings.seed)
     return Subject.of(source.name, model, example, settings.granularity, how)
-
-
-def _shape_of(cfg: DictConfig) -> tuple[tuple[int, int, int], int]:
-    """The shape of the data's images, and how many classes they have."""
-    known = _INPUTS.get(cfg.data._target_)
-    if known is not None:
-        return known[0], cfg.data.get("classes", known[1])
-    data = wiring.data_of(cfg)
-    return data.image_shape, len(data.classes)
 
 
 def _device_of(runtime: str, device: str) -> str:

@@ -10,7 +10,6 @@ from omegaconf import DictConfig
 
 from search.config import compose as wiring
 from search.config.command import application, run_command
-from search.config.typecheck import check_types
 from search.job import run_job
 
 
@@ -22,7 +21,6 @@ def main_job(cfg: DictConfig) -> float:
     Returns:
         The final accuracy in [0, 1], for Hydra's sweepers.
     """
-    check_types(cfg)
     return run_job(cfg, "amc-search", partial(wiring.header_config, cfg))
 
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from search.config import compose as wiring
 from search.config.command import application, command_line, run_command, run_folder
+from search.settings import SensitivitySettings
 from search.study.pipeline import Context
 from search.study.problem import check
 from search.study.sensitivity import run
@@ -32,12 +33,11 @@ def main_job(cfg: DictConfig) -> float:
         The accuracy, in [0, 1], of the strategy picked, or of the original, for Hydra's sweepers.
     """
     folder = run_folder()
-    agent = {"_target_": "agents.sensitivity.Sensitivity", **{name: cfg[name] for name in _OWN}}
-    with wiring.at_the_top(_OWN):
-        whole = wiring.as_search(cfg, "sensitivity", agent)
-        source = wiring.model_source(whole)
-        source.check()
-        settings = wiring.settings_of(whole, source.original_lr).in_folder(folder)
+    with wiring.reported_together() as attempt:
+        scan = attempt(lambda: SensitivitySettings(**wiring.scalars(cfg, *_OWN)))
+        settings = attempt(lambda: wiring.settings_of(cfg).in_folder(folder))
+    source = wiring.model_source(cfg)
+    source.check()
     check(settings)
     go_on = command_line("amc-sensitivity", folder)
     log.info("run folder: %s; if it is stopped, go on with: %s", folder, go_on)
@@ -46,7 +46,7 @@ def main_job(cfg: DictConfig) -> float:
     model = source.load(data)
     context = Context(folder, track=lambda metrics, step: None, model=source.name, config=_header_config(cfg))
     try:
-        scanned = run(model, data, settings, context)
+        scanned = run(model, data, settings, scan, context)
     except KeyboardInterrupt:
         log.warning("stopped; nothing that was scored is lost, go on with: %s", go_on)
         raise

@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field
 
 from agents.base import Agent
-from agents.baselines import Uniform
+from agents.baselines import Random, Uniform
+from agents.sensitivity import RATIOS, Ratios
 from amc_env.costs.base import BudgetSettings
-from amc_env.costs.latency import RUNTIMES
+from amc_env.costs.latency import RuntimeName
 from amc_env.costs.latency.cost import LatencyBudget as LatencyBudget  # exported: users name it here
-from amc_env.errors import UserError, require
-from amc_env.evaluation.precision import FLOAT32, PRECISIONS
+from amc_env.errors import UserError, out_of_range
+from amc_env.evaluation.precision import Precision
 from amc_env.pruning.criteria import Criterion, Norm, check_fits
 from amc_env.pruning.granularity import Channel, Granularity
 from amc_env.pruning.regularization import NoRegularization, Regularization
 from amc_env.pruning.schedule import Schedule
 from amc_env.rewards import Error, RewardFunction
+from amc_env.validation import (
+    Count,
+    Fraction,
+    FractionOrZero,
+    Listed,
+    Natural,
+    NotNegative,
+    Positive,
+    Share,
+    ShareOrZero,
+    settings,
+)
 
 LATENCY_TABLE = "latency.json"
 """The file of a latency table in a run folder."""
 SHORT_TERM = "short_term"
 """What a repair and steps of training after it are called in evaluations."""
 _SHORT_TERM_STEPS = 50
-REPAIRS = ("none", "least_squares", "batch_norm", "both", "sequential")
+RepairName = Literal["none", "least_squares", "batch_norm", "both", "sequential"]
+REPAIRS: tuple[str, ...] = get_args(RepairName)
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 def channel_multiple(budgets: Iterable[BudgetSettings]) -> int:
@@ -34,12 +52,12 @@ def channel_multiple(budgets: Iterable[BudgetSettings]) -> int:
     return max((multiple for multiple in asked if multiple is not None), default=Channel.multiple)
 
 
-@dataclass(frozen=True)
+@settings
 class RepairSettings:
     """How cut networks are mended before they are scored.
 
     Attributes:
-        name: One of REPAIRS.
+        name: What repairs them.
         images: Training images that least squares is calibrated on.
         per_image: Output positions sampled from each.
         norm_images: Training images that batch norms are re-estimated on.
@@ -47,48 +65,28 @@ class RepairSettings:
         mask_ridge: The same where weights are masked; it pulls towards the trained weights.
     """
 
-    name: str = "least_squares"
-    images: int = 2000
-    per_image: int = 16
-    norm_images: int = 500
-    ridge: float = 1e-6
-    mask_ridge: float = 1e-3
-
-    def __post_init__(self) -> None:
-        require(
-            {
-                "repair.name": (self.name in REPAIRS, self.name, f"one of {', '.join(REPAIRS)}"),
-                "repair.images": (self.images >= 1, self.images, "at least 1"),
-                "repair.per_image": (self.per_image >= 1, self.per_image, "at least 1"),
-                "repair.norm_images": (self.norm_images >= 2, self.norm_images, "at least 2"),
-                "repair.ridge": (self.ridge > 0, self.ridge, "above 0"),
-                "repair.mask_ridge": (self.mask_ridge > 0, self.mask_ridge, "above 0"),
-            }
-        )
+    name: RepairName = "least_squares"
+    images: Count = 2000
+    per_image: Count = 16
+    norm_images: Annotated[int, Field(ge=2)] = 500
+    ridge: Positive = 1e-6
+    mask_ridge: Positive = 1e-3
 
 
-@dataclass(frozen=True)
+@settings
 class FinalistSettings:
     """The best strategies of a search are scored once more, by a dearer repair, and delivered as scored then.
 
     Attributes:
         count: How many; 0 delivers the best as the search scored it.
-        repair: One of REPAIRS.
+        repair: What repairs them.
     """
 
-    count: int = 8
-    repair: str = "sequential"
-
-    def __post_init__(self) -> None:
-        require(
-            {
-                "finalists.count": (self.count >= 0, self.count, "at least 0"),
-                "finalists.repair": (self.repair in REPAIRS, self.repair, f"one of {', '.join(REPAIRS)}"),
-            }
-        )
+    count: Natural = 8
+    repair: RepairName = "sequential"
 
 
-@dataclass(frozen=True)
+@settings
 class FinetuneSettings:
     """Fine-tuning of the pruned network: SGD, cosine schedule, the last epoch is kept.
 
@@ -105,30 +103,17 @@ class FinetuneSettings:
             (Liu et al., "Rethinking the Value of Network Pruning", ICLR 2019); set lr_fraction to 1 with it.
     """
 
-    epochs: int = 10
-    lr_fraction: float = 0.1
-    batch_size: int = 128
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    distillation: float = 0.0
-    temperature: float = 4.0
+    epochs: Natural = 10
+    lr_fraction: Share = 0.1
+    batch_size: Annotated[int, Field(ge=2)] = 128
+    momentum: FractionOrZero = 0.9
+    weight_decay: NotNegative = 1e-4
+    distillation: ShareOrZero = 0.0
+    temperature: Positive = 4.0
     from_scratch: bool = False
 
-    def __post_init__(self) -> None:
-        require(
-            {
-                "finetune.epochs": (self.epochs >= 0, self.epochs, "at least 0"),
-                "finetune.lr_fraction": (0 < self.lr_fraction <= 1, self.lr_fraction, "in (0, 1]"),
-                "finetune.batch_size": (self.batch_size >= 2, self.batch_size, "at least 2"),
-                "finetune.momentum": (0 <= self.momentum < 1, self.momentum, "in [0, 1)"),
-                "finetune.weight_decay": (self.weight_decay >= 0, self.weight_decay, "at least 0"),
-                "finetune.distillation": (0 <= self.distillation <= 1, self.distillation, "in [0, 1]"),
-                "finetune.temperature": (self.temperature > 0, self.temperature, "above 0"),
-            }
-        )
 
-
-@dataclass(frozen=True)
+@settings
 class ShortTermSettings:
     """Short-term fine-tuning of candidates before they are scored; see `search.training.short_term`.
 
@@ -142,26 +127,15 @@ class ShortTermSettings:
         weight_decay: L2 weight decay.
     """
 
-    steps: int | None = None
+    steps: Natural | None = None
     winner_only: bool = False
-    lr_fraction: float = 0.01
-    batch_size: int = 128
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-
-    def __post_init__(self) -> None:
-        require(
-            {
-                "short_term.steps": (self.steps is None or self.steps >= 0, self.steps, "at least 0"),
-                "short_term.lr_fraction": (0 < self.lr_fraction <= 1, self.lr_fraction, "in (0, 1]"),
-                "short_term.batch_size": (self.batch_size >= 2, self.batch_size, "at least 2"),
-                "short_term.momentum": (0 <= self.momentum < 1, self.momentum, "in [0, 1)"),
-                "short_term.weight_decay": (self.weight_decay >= 0, self.weight_decay, "at least 0"),
-            }
-        )
+    lr_fraction: Share = 0.01
+    batch_size: Annotated[int, Field(ge=2)] = 128
+    momentum: FractionOrZero = 0.9
+    weight_decay: NotNegative = 1e-4
 
 
-@dataclass(frozen=True)
+@settings
 class ScoringSettings:
     """How candidates are run for scoring; batch size and memory layout move logits by rounding only.
 
@@ -172,34 +146,13 @@ class ScoringSettings:
         threads: Of torch for a candidate; None: the run's.
     """
 
-    batch_size: int | None = None
+    batch_size: Count | None = None
     channels_last: bool = True
-    precision: str = FLOAT32
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        require(
-            {
-                "evaluator.batch_size": (
-                    self.batch_size is None or self.batch_size >= 1,
-                    self.batch_size,
-                    "at least 1, or null for one that suits the images and the device",
-                ),
-                "evaluator.precision": (
-                    self.precision in PRECISIONS,
-                    self.precision,
-                    f"one of {', '.join(PRECISIONS)}",
-                ),
-                "evaluator.threads": (
-                    self.threads is None or self.threads >= 1,
-                    self.threads,
-                    "at least 1, or null for the run's own",
-                ),
-            }
-        )
+    precision: Precision = "float32"
+    threads: Count | None = None
 
 
-@dataclass(frozen=True)
+@settings
 class LatencySettings:
     """How latency is measured at the end: medians of interleaved passes.
 
@@ -210,23 +163,82 @@ class LatencySettings:
         threads: Of the processor for a pass; None: the run's own.
     """
 
-    batch: int = 1
-    repeats: int = 50
-    runtime: str = "eager"
-    threads: int | None = None
+    batch: Count = 1
+    repeats: Natural = 50
+    runtime: RuntimeName = "eager"
+    threads: Count | None = None
+
+
+@settings
+class SensitivitySettings:
+    """What a sensitivity scan scores and picks.
+
+    Attributes:
+        ratios: Shares removed, each in (0, 1); the nearest feasible counts are scored.
+        threshold: Accuracy that may be given up at once, in [0, 1); more where the budget asks for it. None without a
+            budget: nothing is picked.
+    """
+
+    ratios: Ratios = RATIOS
+    threshold: FractionOrZero | None = None
+
+
+@settings
+class CheckSettings:
+    """Networks cut at random that a latency table is checked by.
+
+    Attributes:
+        networks: How many.
+        seed: Of the cuts.
+    """
+
+    networks: Annotated[int, Field(ge=3)] = 30
+    seed: Seed = 1
+
+
+@settings
+class LatencyStudySettings:
+    """What amc-latency measures.
+
+    Attributes:
+        do: The task.
+        table: File of the latency table; None: latency.json in the run folder.
+        tolerance: What interpolation may miss, as a share of the network's latency divided by its layers.
+        points: The most that refining may time.
+        seed: Of the random weights, the order of passes and the networks that the table is corrected by.
+        device: Where networks run, as torch names it.
+    """
+
+    do: Literal["show", "build", "check"] = "show"
+    table: str | None = None
+    tolerance: Fraction = 0.05
+    points: Natural = 1500
+    seed: Seed = 0
+    device: str = "cpu"
+    granularity: Granularity = field(default_factory=Channel)
+    latency: LatencySettings = field(default_factory=LatencySettings)
+    check: CheckSettings = field(default_factory=CheckSettings)
 
     def __post_init__(self) -> None:
-        require(
-            {
-                "latency.batch": (self.batch >= 1, self.batch, "at least 1"),
-                "latency.repeats": (self.repeats >= 0, self.repeats, "at least 0"),
-                "latency.runtime": (self.runtime in RUNTIMES, self.runtime, f"one of {', '.join(RUNTIMES)}"),
-                "latency.threads": (self.threads is None or self.threads >= 1, self.threads, "at least 1"),
-            }
-        )
+        if self.granularity.masked:
+            raise UserError(
+                f"granularity={self.granularity.name} sets weights to zero, which makes no network faster in dense "
+                "runtimes: use granularity=channel",
+                field="granularity",
+            )
+        if self.latency.repeats < 1:
+            raise out_of_range("latency.repeats", self.latency.repeats, "at least 1")
+        if self.check.seed == self.seed:
+            allowed = f"another one than seed={self.seed}, which corrects the table"
+            raise out_of_range("check.seed", self.check.seed, allowed)
+        if self.do == "show" and self.table is not None:
+            raise UserError(
+                f"{{field}}={self.table} is for amc-latency build and amc-latency check; show measures alone",
+                field="table",
+            )
 
 
-@dataclass(frozen=True)
+@settings
 class Settings:
     """A whole run.
 
@@ -246,10 +258,10 @@ class Settings:
         original_lr: The original training's learning rate.
     """
 
-    agent: Agent
-    episodes: int
-    budgets: tuple[BudgetSettings, ...] = (BudgetSettings("macs"),)
-    stages: tuple[float, ...] = ()
+    agent: Agent = field(default_factory=Random)
+    episodes: Count = 1
+    budgets: Listed[BudgetSettings] = (BudgetSettings("macs"),)
+    stages: Listed[Share] = ()
     schedule: Schedule = field(default_factory=Schedule)
     regularization: Regularization = field(default_factory=NoRegularization)
     granularity: Granularity = field(default_factory=Channel)
@@ -263,18 +275,12 @@ class Settings:
     finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
     scoring: ScoringSettings = field(default_factory=ScoringSettings)
     latency: LatencySettings = field(default_factory=LatencySettings)
-    export: tuple[str, ...] = ("safetensors", "pt2")
-    original_lr: float = 0.1
-    seed: int = 0
+    export: Listed[str] = ("safetensors", "pt2")
+    original_lr: Positive = 0.1
+    seed: Seed = 0
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        require(
-            {
-                "search.episodes": (self.episodes >= 1, self.episodes, "at least 1"),
-                "seed": (0 <= self.seed < 2**32, self.seed, "in [0, 2**32)"),
-            }
-        )
         if self.enforce_budget and getattr(self.reward, "needs_bound_off", False):
             raise UserError(
                 "this reward judges strategies that miss the budget, which the bound on the action lets none "
@@ -305,21 +311,12 @@ class Settings:
     def _check_training(self) -> None:
         """Refuses stages and rounds that there is nothing to train or no budget for."""
         rounds, epochs = self.schedule.rounds, self.finetune.epochs
-        falling = all(a > b for a, b in pairwise(self.stages)) and all(0 < r <= 1 for r in self.stages)
-        require(
-            {
-                "search.stages": (
-                    falling,
-                    list(self.stages),
-                    "shares in (0, 1], each below the one before",
-                ),
-                "schedule.rounds": (
-                    rounds == 1 or rounds <= epochs,
-                    rounds,
-                    f"at most finetune.epochs={epochs}: every round is fine-tuned",
-                ),
-            }
-        )
+        if not all(a > b for a, b in pairwise(self.stages)):
+            allowed = "shares in (0, 1], each below the one before"
+            raise out_of_range("search.stages", list(self.stages), allowed)
+        if rounds > 1 and rounds > epochs:
+            allowed = f"at most finetune.epochs={epochs}: every round is fine-tuned"
+            raise out_of_range("schedule.rounds", rounds, allowed)
         if getattr(self.agent, "tunes", False) and (self.stages or rounds > 1):
             raise UserError(
                 f"agent={self.agent.name} goes in rounds of its own, fine-tuned each: leave search.stages=[] and "

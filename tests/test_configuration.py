@@ -12,7 +12,6 @@ from omegaconf import DictConfig, OmegaConf
 from amc_env.errors import UserError
 from amc_env.pruning.criteria import CRITERIA, Criterion
 from search.config import compose as wiring
-from search.config.typecheck import check_types
 from search.data.base import Data
 from search.models.source import ModelSource
 
@@ -36,7 +35,6 @@ def needed(group: str, option: str) -> list[str]:
 def test_every_option_composes_checks_and_instantiates(group: str, option: str, small_data: Data) -> None:
     added = "+" if group == "experiment" else ""  # it is no section: it sets others
     cfg = config(f"{added}{group}={option}", *needed(group, option))
-    check_types(cfg)
     settings = wiring.settings_of(cfg, original_lr=0.1)
     assert settings.episodes == cfg.search.episodes
     source = wiring.model_source(cfg)

@@ -8,7 +8,6 @@ from omegaconf import DictConfig
 
 from amc_env.pruning.granularity import FineGrained
 from search.config import compose as wiring
-from search.config.typecheck import check_types
 
 EXPERIMENTS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "experiment").glob("*.yaml"))
 FINE_GRAINED = ["resnet20_fine_grained", "resnet50_fine_grained"]
@@ -22,7 +21,6 @@ def config(experiment: str, *overrides: str) -> DictConfig:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_is_a_whole_configuration(name: str) -> None:
     cfg = config(name)
-    check_types(cfg)
     assert "experiment" not in cfg
     assert wiring.settings_of(cfg, original_lr=0.1).episodes == cfg.search.episodes
     wiring.model_source(cfg).check()  # there are weights
@@ -31,7 +29,6 @@ def test_an_experiment_is_a_whole_configuration(name: str) -> None:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_command_line_overrules_an_experiment(name: str) -> None:
     cfg = config(name, "agent=random", "search.episodes=7", "repair=none", "preset=default")
-    check_types(cfg)
     settings = wiring.settings_of(cfg, original_lr=0.1)
     assert settings.agent.name == "random"
     assert settings.episodes == 7

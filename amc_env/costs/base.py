@@ -8,16 +8,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
 
 from torch import nn
 
-from amc_env.errors import UserError, out_of_range, require
+from amc_env.errors import UserError, out_of_range
 from amc_env.graph.layers import LayerGraph
 from amc_env.pruning.candidate import Candidates, MaskedCandidates
 from amc_env.pruning.granularity import Granularity
 from amc_env.space import Grid
+from amc_env.validation import Positive, Share, settings
 
 if TYPE_CHECKING:
     from amc_env.costs.latency.cost import LatencyBudget
@@ -72,7 +72,7 @@ class CostInputs(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@settings
 class BudgetSettings:
     """A limit on a cost. Costs with settings of their own subclass it.
 
@@ -83,22 +83,17 @@ class BudgetSettings:
     """
 
     cost: str
-    ratio: float | None = 0.5
-    limit: float | None = None
+    ratio: Share | None = 0.5
+    limit: Positive | None = None
 
     def __post_init__(self) -> None:
         allowed = [name for name, kind in COSTS.items() if kind.Settings is type(self)]
         others = [name for name in COSTS if name not in allowed]
         hint = f"one of {', '.join(allowed)}; other settings are for {', '.join(others)}"
-        require({"budget.cost": (self.cost in allowed, self.cost, hint)})
+        if self.cost not in allowed:
+            raise out_of_range("cost", self.cost, hint)
         if self.ratio is None and self.limit is None:
-            raise UserError("budget.ratio or budget.limit is needed; both are null", field="budget.ratio")
-        require(
-            {
-                "budget.ratio": (self.ratio is None or 0 < self.ratio <= 1, self.ratio, "in (0, 1]"),
-                "budget.limit": (self.limit is None or self.limit > 0, self.limit, "above 0"),
-            }
-        )
+            raise UserError("{field} or limit is needed; both are null", field="ratio")
 
     @property
     def channel_multiple(self) -> int | None:
@@ -172,20 +167,19 @@ COSTS: dict[str, type[NetworkCost]] = {}
 """Every cost that is defined, by name."""
 
 
-def budget_on(name: str, ratio: float, field: str = "budget.cost") -> BudgetSettings:
+def budget_on(name: str, ratio: float) -> BudgetSettings:
     """A budget on a cost, with the default of the cost's other settings.
 
     Args:
         name: The cost's, like ``macs`` or ``flops``.
         ratio: The share of the original cost that may remain, in (0, 1].
-        field: The setting that names the cost, for the error.
 
     Raises:
         UserError: There is no such cost, or the ratio is out of range.
     """
     kind = COSTS.get(ALIASES.get(name, name))
     if kind is None:
-        raise out_of_range(field, name, f"one of {', '.join([*COSTS, *ALIASES])}")
+        raise out_of_range("cost", name, f"one of {', '.join([*COSTS, *ALIASES])}")
     return kind.Settings(kind.name, ratio)
 
 

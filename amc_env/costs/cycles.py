@@ -9,18 +9,18 @@ channels pay in steps of 16: the 17th costs as much as the 17th to 32nd.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import numpy as np
 
 from amc_env.costs.base import BudgetSettings, CostInputs, Kind, NetworkCost
 from amc_env.costs.counts import Ints, kept_channels
-from amc_env.errors import UserError, require
+from amc_env.errors import UserError
 from amc_env.graph.layers import LayerGraph
+from amc_env.validation import Count, settings
 
 
-@dataclass(frozen=True)
+@settings
 class CyclesBudget(BudgetSettings):
     """A limit on the cycles of an array processor; see `Cycles`.
 
@@ -31,19 +31,9 @@ class CyclesBudget(BudgetSettings):
     """
 
     cost: str = "cycles"
-    input_parallel: int = 16
-    output_parallel: int = 16
-    pixel_parallel: int = 8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            {
-                "budget.input_parallel": (self.input_parallel >= 1, self.input_parallel, "at least 1"),
-                "budget.output_parallel": (self.output_parallel >= 1, self.output_parallel, "at least 1"),
-                "budget.pixel_parallel": (self.pixel_parallel >= 1, self.pixel_parallel, "at least 1"),
-            }
-        )
+    input_parallel: Count = 16
+    output_parallel: Count = 16
+    pixel_parallel: Count = 8
 
 
 class Cycles(NetworkCost):

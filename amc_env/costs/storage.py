@@ -12,17 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, Self
+from typing import Annotated, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
 from amc_env.costs.base import BudgetSettings, CostInputs, Kind, NetworkCost, size
-from amc_env.errors import UserError, require
+from amc_env.errors import UserError
 from amc_env.graph.layers import Layer, LayerGraph
 from amc_env.pruning.candidate import MaskedCandidates
 from amc_env.space import Grid
+from amc_env.validation import settings
 
 _OTHER_BITS = 32  # of a parameter that is no weight of a layer
 
@@ -189,7 +191,7 @@ def params_beside_weights(graph: LayerGraph) -> int:
     return biases + channelwise + graph.other_params
 
 
-@dataclass(frozen=True)
+@settings
 class StorageBudget(BudgetSettings):
     """A limit on the stored size of a masked network; see `Storage`.
 
@@ -200,16 +202,7 @@ class StorageBudget(BudgetSettings):
 
     cost: str = "storage"
     format: Literal["eie", "csr", "nm"] = "eie"
-    value_bits: int = 32
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            {
-                "budget.format": (self.format in ("eie", "csr", "nm"), self.format, "eie, csr or nm"),
-                "budget.value_bits": (1 <= self.value_bits <= 64, self.value_bits, "in [1, 64]"),
-            }
-        )
+    value_bits: Annotated[int, Field(ge=1, le=64)] = 32
 
 
 class Storage(NetworkCost):

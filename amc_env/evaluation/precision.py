@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal, get_args
 
 import torch
 
@@ -15,7 +16,8 @@ from amc_env.errors import UserError
 FLOAT32, TF32, BFLOAT16, INT8 = "float32", "tf32", "bfloat16", "int8"
 
 
-PRECISIONS = (FLOAT32, TF32, BFLOAT16, INT8)
+Precision = Literal["float32", "tf32", "bfloat16", "int8"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 """float32; its matrix products and convolutions rounded to 10 bits of mantissa (NVIDIA, from Ampere on); everything in
 8 bits of mantissa; convolutions in whole numbers of 8 bits (processors)."""
 

@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Annotated, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from amc_env.errors import UserError
 from amc_env.graph.layers import ChannelGroup, Layer, LayerGraph, Skipped
 from amc_env.space import Grid
+from amc_env.validation import Count, Fraction, settings
 
 _LARGEST_BLOCK = 256  # a place within a block is stored in a byte
 
 
+@runtime_checkable
 class Granularity(Protocol):
     """What a decision removes units of."""
 
@@ -46,7 +48,7 @@ class Granularity(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@settings
 class Channel:
     """Whole channels (neurons of linear layers): one decision per channel group.
 
@@ -61,13 +63,8 @@ class Channel:
         "Channels are cut out: the network is smaller and dense, and runs faster on any hardware and runtime."
     )
 
-    multiple: int = 2
-    max_ratio: float = 0.9
-
-    def __post_init__(self) -> None:
-        if self.multiple < 1:
-            raise UserError(f"channel_multiple={self.multiple} must be a whole number of at least 1")
-        _check_max_ratio(self.max_ratio)
+    multiple: Count = 2
+    max_ratio: Fraction = 0.9
 
     def decisions(self, graph: LayerGraph) -> tuple[LayerGraph, tuple[Grid, ...]]:
         """The grids of all decisions, and the graph without the groups that leave nothing to decide.
@@ -111,7 +108,7 @@ class Masked(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@settings
 class FineGrained:
     """Single weights, anywhere (Han et al., "Learning both Weights and Connections", NeurIPS 2015).
 
@@ -126,10 +123,7 @@ class FineGrained:
         "accelerators built for it (EIE) or sparse CPU kernels at high sparsity run faster."
     )
 
-    max_ratio: float = 0.98
-
-    def __post_init__(self) -> None:
-        _check_max_ratio(self.max_ratio)
+    max_ratio: Fraction = 0.98
 
     def decisions(self, graph: LayerGraph) -> tuple[LayerGraph, tuple[Grid, ...]]:
         """One grid per layer over its weights."""
@@ -140,7 +134,7 @@ class FineGrained:
         return _ranks(saliency.flatten()).view(saliency.shape)
 
 
-@dataclass(frozen=True)
+@settings
 class Vector:
     """Rows or columns of the kernels.
 
@@ -157,12 +151,7 @@ class Vector:
     )
 
     axis: Literal["row", "column"] = "row"
-    max_ratio: float = 0.95
-
-    def __post_init__(self) -> None:
-        if self.axis not in ("row", "column"):
-            raise UserError(f"granularity.axis={self.axis!r} must be row or column")
-        _check_max_ratio(self.max_ratio)
+    max_ratio: Fraction = 0.95
 
     def decisions(self, graph: LayerGraph) -> tuple[LayerGraph, tuple[Grid, ...]]:
         """One grid per layer over the rows (columns) of all its kernels."""
@@ -182,7 +171,7 @@ class Vector:
         return ranks.unsqueeze(3 if self.axis == "row" else 2).expand(saliency.shape)
 
 
-@dataclass(frozen=True)
+@settings
 class Kernel:
     """Whole two-dimensional kernels: the link from one input channel to one output channel.
 
@@ -196,10 +185,7 @@ class Kernel:
         "Sparsity only on GPUs and common CPU runtimes; kernels that skip whole 2-d convolutions can use it."
     )
 
-    max_ratio: float = 0.95
-
-    def __post_init__(self) -> None:
-        _check_max_ratio(self.max_ratio)
+    max_ratio: Fraction = 0.95
 
     def decisions(self, graph: LayerGraph) -> tuple[LayerGraph, tuple[Grid, ...]]:
         """One grid per convolution over its kernels."""
@@ -218,7 +204,7 @@ class Kernel:
         return _ranks(scores.flatten()).view(scores.shape)[:, :, None, None].expand(saliency.shape)
 
 
-@dataclass(frozen=True)
+@settings
 class NM:
     """n weights that are not zero in every m along the input channels; each layer is dense or has the pattern.
 
@@ -233,14 +219,15 @@ class NM:
     name: ClassVar[str] = "nm"
     masked: ClassVar[bool] = True
 
-    n: int = 2
-    m: int = 4
+    n: Count = 2
+    m: Annotated[int, Field(ge=2, le=_LARGEST_BLOCK)] = 4
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n < self.m <= _LARGEST_BLOCK:
+        if self.n >= self.m:
             raise UserError(
-                f"granularity.n={self.n} and granularity.m={self.m}: n of every m weights stay, so "
-                f"1 <= n < m <= {_LARGEST_BLOCK} is needed, like n=2 m=4"
+                f"{{field}}={self.n} must be below m={self.m}: n of every m weights stay, like n=2 m=4",
+                code="out_of_range",
+                field="n",
             )
 
     @property
@@ -272,11 +259,6 @@ class NM:
         blocks = saliency.reshape(outputs, inputs // self.m, self.m, *saliency.shape[2:])
         order = torch.sort(blocks, dim=2, descending=True, stable=True).indices
         return order.argsort(dim=2).flatten(1, 2).to(torch.int32)
-
-
-def _check_max_ratio(max_ratio: float) -> None:
-    if not 0.0 < max_ratio < 1.0:
-        raise UserError(f"max_ratio={max_ratio} is outside (0, 1)")
 
 
 def _most(max_ratio: float, total: int) -> int:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TypeGuard
 
 import torch
@@ -27,12 +27,13 @@ from torch import Tensor, nn
 
 from amc_env.errors import UserError
 from amc_env.graph.layers import LayerGraph, Side
+from amc_env.validation import Natural, Positive, settings
 
 LossTerm = Callable[[nn.Module], Tensor]
 """The network that is being trained to a scalar, which is added to its loss."""
 
 
-@dataclass(frozen=True)
+@settings
 class Regularization(ABC):
     """A loss term, and when it is there.
 
@@ -42,21 +43,9 @@ class Regularization(ABC):
         during: Whether it stays in fine-tuning, between and after cuts.
     """
 
-    weight: float
-    before_epochs: int = 10
+    weight: Positive
+    before_epochs: Natural = 10
     during: bool = False
-
-    def __post_init__(self) -> None:
-        problems = []
-        if not 0 < self.weight < float("inf"):
-            problems.append(
-                f"regularization.weight={self.weight} must be a finite number above 0; "
-                "regularization=none leaves the term out"
-            )
-        if self.before_epochs < 0:
-            problems.append(f"regularization.before_epochs={self.before_epochs} must be at least 0")
-        if problems:
-            raise UserError("; ".join(problems))
 
     @abstractmethod
     def penalty(self, model: nn.Module, graph: LayerGraph | None = None) -> LossTerm | None:
@@ -71,7 +60,7 @@ class Regularization(ABC):
         """
 
 
-@dataclass(frozen=True)
+@settings
 class NoRegularization(Regularization):
     """No loss term, and nothing to set."""
 
@@ -79,18 +68,15 @@ class NoRegularization(Regularization):
     before_epochs: int = field(default=0, init=False)
     during: bool = field(default=False, init=False)
 
-    def __post_init__(self) -> None:
-        """Its weight is 0."""
-
     def penalty(self, model: nn.Module, graph: LayerGraph | None = None) -> None:
         """None."""
 
 
-@dataclass(frozen=True)
+@settings
 class L1(Regularization):
     """weight * sum |w| over the weights (not the biases) of convolutions and linear layers."""
 
-    weight: float = 1e-4
+    weight: Positive = 1e-4
 
     def penalty(self, model: nn.Module, graph: LayerGraph | None = None) -> LossTerm:
         """See `Regularization.penalty`."""
@@ -98,14 +84,14 @@ class L1(Regularization):
         return lambda network: self.weight * _total([w.abs().sum() for w in _weights(network)])
 
 
-@dataclass(frozen=True)
+@settings
 class L2(Regularization):
     """weight / 2 * sum w^2 over the weights of convolutions and linear layers.
 
     With plain SGD that is weight decay of ``weight``, which spares biases and batch norms.
     """
 
-    weight: float = 5e-4
+    weight: Positive = 5e-4
     during: bool = True
 
     def penalty(self, model: nn.Module, graph: LayerGraph | None = None) -> LossTerm:
@@ -114,11 +100,11 @@ class L2(Regularization):
         return lambda network: self.weight / 2 * _total([w.square().sum() for w in _weights(network)])
 
 
-@dataclass(frozen=True)
+@settings
 class BNScale(Regularization):
     """Network slimming: weight * sum |gamma| over the scales of all batch norms."""
 
-    weight: float = 5e-3
+    weight: Positive = 5e-3
 
     def penalty(self, model: nn.Module, graph: LayerGraph | None = None) -> LossTerm:
         """See `Regularization.penalty`."""
@@ -126,7 +112,7 @@ class BNScale(Regularization):
         return lambda network: self.weight * _total([scale.abs().sum() for scale in _scales(network)])
 
 
-@dataclass(frozen=True)
+@settings
 class GroupLasso(Regularization):
     """weight * sum over channels of sqrt(n) * ||w||, w being the n weights that are cut with the channel.
 
@@ -135,7 +121,7 @@ class GroupLasso(Regularization):
     norms are left out. With the root of n every weight is pulled by about ``weight``, however large its channel.
     """
 
-    weight: float = 5e-4
+    weight: Positive = 5e-4
 
     def penalty(self, model: nn.Module, graph: LayerGraph | None = None) -> LossTerm:
         """See `Regularization.penalty`.

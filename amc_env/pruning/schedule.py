@@ -5,15 +5,15 @@ After each round the network is fine-tuned; one round is pruning in one shot.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from amc_env.errors import UserError
+from amc_env.validation import Count, settings
 
 Shape = Literal["one_shot", "linear", "cubic"]
 
 
-@dataclass(frozen=True)
+@settings
 class Schedule:
     """The share of the final pruning ratio that is reached after each round.
 
@@ -27,21 +27,15 @@ class Schedule:
     """
 
     shape: Shape = "one_shot"
-    rounds: int = 1
+    rounds: Count = 1
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.shape not in get_args(Shape):
-            problems.append(f"schedule.shape={self.shape} must be one of {', '.join(get_args(Shape))}")
-        if self.rounds < 1:
-            problems.append(f"schedule.rounds={self.rounds} must be at least 1")
         if self.shape == "one_shot" and self.rounds > 1:
-            problems.append(
-                f"schedule.rounds={self.rounds}: one_shot has one round; for more use schedule=linear or "
-                "schedule=cubic"
+            raise UserError(
+                f"{{field}}={self.rounds}: one_shot has one round; for more use schedule=linear or schedule=cubic",
+                code="out_of_range",
+                field="rounds",
             )
-        if problems:
-            raise UserError("; ".join(problems))
 
     @property
     def shares(self) -> tuple[float, ...]:

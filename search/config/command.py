@@ -1,4 +1,4 @@
-"""What all commands share: how mistakes end, and how a run is named so that it can be gone on with."""
+"""What all commands share: how mistakes end, and the command that resumes a run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig
@@ -35,13 +36,24 @@ def application(function: Application) -> Application:
     """Decorates what `hydra.main` runs: a user's mistake ends it here, before Hydra adds lines of its own."""
 
     @wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
+    def guarded(cfg: DictConfig) -> Any:
         try:
-            return function(*args, **kwargs)
+            _refuse_unknown_sections(cfg)
+            return function(cfg)
         except (UserError, HydraException, OmegaConfBaseException) as error:
             sys.exit(_refused(error))
 
     return cast(Application, guarded)
+
+
+def _refuse_unknown_sections(cfg: DictConfig) -> None:
+    known = hydra.compose(HydraConfig.get().job.config_name)
+    for section in cfg:
+        if section not in known:
+            there = ", ".join(map(str, known))
+            raise UserError(
+                f"unknown key {{field}}; there are {there}", code="unknown_key", field=str(section)
+            )
 
 
 def run_command(command: Callable[[], object]) -> int:

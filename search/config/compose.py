@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib import resources
@@ -10,13 +11,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
 
 from agents.base import Agent
 from amc_env.costs.base import BudgetSettings, budget_on
-from amc_env.errors import UserError, require
-from search.config.typecheck import check_types
+from amc_env.errors import UserError
+from amc_env.validation import Count, Listed, Share, check_arguments, settings
 from search.data.base import Data
 from search.models.source import ModelSource, read_checkpoint
 from search.output.tracking import CsvTracker, Tracker, Trackers
@@ -33,10 +34,11 @@ Built = TypeVar("Built")
 
 
 _NOT_OF_THE_SEARCH = ("tracker", "finalists", "finetune", "schedule", "export", "latency")
-"""Sections that by themselves change no evaluation: a run may be gone on with under others."""
+"""Sections that by themselves change no evaluation: a run may be resumed under others."""
 
 
 _BUILT = {
+    "agent": "agent",
     "criterion": "criterion",
     "repair": "repair",
     "reward": "reward",
@@ -56,118 +58,151 @@ _MADE: dict[str, Callable[..., Any]] = {
 """Sections without a ``_target_``, and what they make."""
 
 
-def built(node: DictConfig, *, refusal: type[ValueError] = UserError, **more: Any) -> Any:
-    """Instantiates a section.
-
-    Args:
-        node: The section.
-        refusal: What its constructor raises where a setting is wrong.
-        more: Arguments that are not in the section.
-
-    Raises:
-        UserError: The constructor refused. Its other errors are bugs and pass as they are.
-    """
-    make = instantiate(node, _partial_=True)  # in two steps, as an argument may be named `config`
-    try:
-        return make(**more)
-    except refusal as error:
-        raise UserError(str(error)) from error
+_BUILT_LATER = ("model", "data", "tracker")
+"""Sections whose objects read files or reach out: their arguments are checked before."""
 
 
-def as_search(cfg: DictConfig, name: str, agent: Mapping[str, Any]) -> DictConfig:
-    """The configuration of another command as one of amc-search, whose other sections have their defaults.
+@settings
+class _Search:
+    """The section ``search``."""
 
-    Args:
-        cfg: The command's configuration.
-        name: Its file in conf.
-        agent: The section of an agent that does what the command does.
-
-    Raises:
-        UserError: There are settings that do not exist, or values of a wrong type; all in one message.
-    """
-    there = hydra.compose(name)
-    unknown = [str(section) for section in cfg if section not in there]
-    if unknown:
-        raise UserError(f"unknown key {', '.join(unknown)}; there are {', '.join(map(str, there))}")
-    whole = hydra.compose("search")
-    with open_dict(whole):
-        if "search" in cfg:
-            own = cfg.search
-            whole.search = OmegaConf.merge(whole.search, own) if isinstance(own, DictConfig) else own
-        for section in cfg:
-            if section in whole and section != "search":
-                whole[section] = cfg._get_node(section)
-        whole.agent = OmegaConf.create(dict(agent))
-    check_types(whole)
-    return whole
+    episodes: Count = 1
+    images: int | None = None
+    stages: Listed[Share] = ()
 
 
 @contextmanager
-def at_the_top(names: Iterable[str]) -> Iterator[None]:
-    """Says in errors ``name`` for ``agent.name``: what is an agent's in a search is at the top of other commands."""
+def reported_together() -> Iterator[Callable[[Callable[[], Any]], Any]]:
+    """Gives a function that makes a part, or None where it is refused; all refusals are raised at the end.
+
+    Raises:
+        UserError: Something was refused; with all mistakes.
+    """
+    refused: list[UserError] = []
+
+    def attempt(make: Callable[[], Any]) -> Any:
+        try:
+            return make()
+        except UserError as error:
+            refused.append(error)
+            return None
+
+    yield attempt
+    if refused:
+        raise UserError.join(refused)
+
+
+def built(cfg: DictConfig, section: str, **more: Any) -> Any:
+    """What a section's ``_target_`` makes.
+
+    Args:
+        cfg: The configuration.
+        section: The section's name.
+        more: Arguments that are not in the section.
+
+    Raises:
+        UserError: An argument is wrong. Other errors are bugs and pass as they are.
+    """
+    make = _maker(cfg, section)
+    with _inside(section, cfg[section]):
+        return make(**more)
+
+
+def made(kind: Callable[..., Built], cfg: DictConfig, section: str) -> Built:
+    """What a section without a ``_target_`` holds, as ``kind``."""
+    node = _section(cfg, section)
+    with _inside(section, node):
+        return kind(**_plain(node))
+
+
+def _maker(cfg: DictConfig, section: str) -> partial[Any]:
+    """The function that a section's ``_target_`` names, with the section's arguments, which are checked."""
+    node = _section(cfg, section)
+    try:
+        target = get_object(node.get("_target_", ""))
+    except (ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{{field}}={node.get('_target_')} cannot be found: {reason}",
+            code="unknown_target",
+            field=f"{section}._target_",
+        ) from error
+    make: partial[Any] = instantiate(node, _partial_=True, _convert_="all")
+    if not hasattr(target, "__pydantic_fields__"):  # such a class checks its arguments itself
+        with _inside(section, node):
+            check_arguments(target, make.keywords)
+    return make
+
+
+def _section(cfg: DictConfig, name: str) -> DictConfig:
+    node = cfg[name]
+    if not isinstance(node, DictConfig):
+        raise UserError(
+            f"{{field}}={node} is no section of settings; see --help", code="wrong_type", field=name
+        )
+    return node
+
+
+@contextmanager
+def _inside(section: str, node: DictConfig) -> Iterator[None]:
+    """Names settings in errors by their section, or by the place that the section takes them from."""
+    raw = OmegaConf.to_container(node, resolve=False)
+    assert isinstance(raw, dict)
+
+    def path(field: str) -> str:
+        if field.startswith(f"{section}."):
+            return field
+        given = str(raw.get(field))
+        return given[2:-1] if given.startswith("${") else f"{section}.{field}"
+
     try:
         yield
     except UserError as error:
-        text = str(error)
-        for name in names:
-            text = text.replace(f"agent.{name}", name)
-        raise UserError(text) from error
+        raise error.renamed(path) from error
 
 
-def settings_of(cfg: DictConfig, original_lr: float) -> Settings:
+def settings_of(
+    cfg: DictConfig, original_lr: float = 0.1, parts: Mapping[str, Callable[[], Any]] | None = None
+) -> Settings:
     """All settings of a run, checked; problems of different sections are raised together.
+
+    Args:
+        cfg: The configuration of a command; what it has no section for has the default.
+        original_lr: Peak learning rate of the original training.
+        parts: Settings that are not made from a section, and what makes them.
 
     Raises:
         UserError: Whatever can be seen to be wrong from the configuration alone.
     """
-    problems: list[str] = []
-
-    def checked(make: Callable[[], Any]) -> Any:
-        try:
-            return make()
-        except UserError as error:
-            problems.append(str(error))
-            return None
-
-    parts = {name: checked(make) for name, make in _parts(cfg).items()}
-    # What was refused is left at its default: so the others are checked as well.
-    fine = {"agent": None} | {name: part for name, part in parts.items() if part is not None}
-    settings = checked(lambda: Settings(**fine, **_scalars(cfg), original_lr=original_lr))
-    if problems:
-        raise UserError("; ".join(dict.fromkeys(problems)))  # the granularity may wait for the budgets
-    assert isinstance(settings, Settings)
-    return settings
+    with reported_together() as attempt:
+        for section in _BUILT_LATER:
+            if section in cfg:
+                attempt(partial(_maker, cfg, section))
+        search = attempt(partial(made, _Search, cfg, "search")) or _Search()
+        found = {name: attempt(make) for name, make in (_parts(cfg) | dict(parts or {})).items()}
+        # What was refused is left at its default, so that the others are checked as well.
+        fine = {name: part for name, part in found.items() if part is not None}
+        more = scalars(cfg, "enforce_budget", "fill_budget", "export", "seed", "device")
+        more |= {"episodes": search.episodes, "original_lr": original_lr}
+        result = attempt(lambda: Settings(**fine, **more, stages=search.stages))
+    assert isinstance(result, Settings)
+    return result
 
 
 def _parts(cfg: DictConfig) -> dict[str, Callable[[], Any]]:
     """How to make what the sections say, by its name in the settings."""
-    own: dict[str, Callable[[], Any]] = {
+    return {
         "budgets": partial(_budgets, cfg),
-        "agent": partial(_agent, cfg),
-        "granularity": lambda: built(resolved(cfg).granularity),
-    }
-    return {
-        **own,
-        **{name: partial(built, cfg[section]) for name, section in _BUILT.items()},
-        **{name: partial(_made, kind, cfg[name]) for name, kind in _MADE.items()},
+        "granularity": lambda: built(resolved(cfg), "granularity"),
+        **{name: partial(built, cfg, section) for name, section in _BUILT.items() if section in cfg},
+        **{name: partial(made, kind, cfg, name) for name, kind in _MADE.items() if name in cfg},
     }
 
 
-def _made(kind: Callable[..., Any], node: DictConfig) -> Any:
-    return kind(**_plain(node))
-
-
-def _scalars(cfg: DictConfig) -> dict[str, Any]:
-    """What stands in no section of its own."""
-    return {
-        "episodes": cfg.search.episodes,
-        "stages": tuple(cfg.search.stages),
-        "enforce_budget": cfg.enforce_budget,
-        "fill_budget": cfg.fill_budget,
-        "export": tuple(cfg.export),
-        "seed": cfg.seed,
-        "device": _device(cfg.device),
-    }
+def scalars(cfg: DictConfig, *names: str) -> dict[str, Any]:
+    """Settings at the top of the configuration, as far as it has them; the device as it is chosen here."""
+    found = _plain(cfg, *names)
+    return found | {"device": _device(found["device"])} if "device" in found else found
 
 
 def resolved(cfg: DictConfig) -> DictConfig:
@@ -184,26 +219,31 @@ def resolved(cfg: DictConfig) -> DictConfig:
 
 
 def _budgets(cfg: DictConfig) -> tuple[BudgetSettings, ...]:
-    main = [built(cfg.budget)] if cfg.budget.get("_target_") else []
-    also = cfg.get("also", {})  # not every command has it
-    return (*main, *(_further(str(name), ratio) for name, ratio in sorted(also.items()) if ratio is not None))
+    main = [built(cfg, "budget")] if _section(cfg, "budget").get("_target_") else []
+    also = _plain(_section(cfg, "also")) if "also" in cfg else {}  # not every command has it
+    return (*main, *(_further(name, ratio) for name, ratio in sorted(also.items()) if ratio is not None))
 
 
 def _further(name: str, ratio: Any) -> BudgetSettings:
     """A budget of ``also``: the share of a cost's original value that may remain."""
-    fine = isinstance(ratio, float | int) and not isinstance(ratio, bool) and 0 < ratio <= 1
-    require({f"also.{name}": (fine, ratio, "in (0, 1]")})
-    return budget_on(name, ratio, field="also")
+    try:
+        return budget_on(name, ratio)
+    except UserError as error:
+        raise error.renamed({"cost": "also", "ratio": f"also.{name}"}.__getitem__) from error
 
 
-def _agent(cfg: DictConfig) -> Agent:
-    agent = built(cfg.agent, refusal=ValueError)
-    return _expected("agent", Agent, agent)  # type: ignore[type-abstract]
+def expected(section: str, kind: type[Built], thing: Any) -> Built:
+    """The thing, which must be of a kind.
 
-
-def _expected(section: str, kind: type[Built], thing: Any) -> Built:
+    Raises:
+        UserError: It is not.
+    """
     if not isinstance(thing, kind):
-        raise UserError(f"{section}._target_ gives a {type(thing).__name__}, needed is a {kind.__name__}")
+        raise UserError(
+            f"{{field}} gives a {type(thing).__name__}, needed is a {kind.__name__}",
+            code="wrong_type",
+            field=f"{section}._target_",
+        )
     return thing
 
 
@@ -217,16 +257,17 @@ def default_agent(name: str) -> Agent:
     if name not in names:
         raise UserError(f"unknown agent {name!r}; there are {', '.join(names)}")
     with hydra.initialize_config_module("conf", version_base="1.3"):
-        return _agent(hydra.compose("search", overrides=[f"agent={name}"]))
+        return settings_of(hydra.compose("search", overrides=[f"agent={name}"])).agent
 
 
-def _plain(node: DictConfig) -> dict[str, Any]:
-    plain = OmegaConf.to_container(node, resolve=True)
+def _plain(node: DictConfig, *names: str) -> dict[str, Any]:
+    """The node, or these of its entries, as plain values."""
+    plain = OmegaConf.to_container(OmegaConf.masked_copy(node, list(names)) if names else node, resolve=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
 
 
-def _device(name: str) -> str:
+def _device(name: Any) -> Any:
     if name != "auto":
         return name
     import torch
@@ -236,7 +277,7 @@ def _device(name: str) -> str:
 
 def model_source(cfg: DictConfig) -> ModelSource:
     """Where the network comes from; a file of the user's is read here too, to refuse a wrong one early."""
-    source = _expected("model", ModelSource, built(cfg.model))
+    source = expected("model", ModelSource, built(cfg, "model"))
     if source.weights is not None:
         read_checkpoint(Path(source.weights))
     return source
@@ -244,7 +285,17 @@ def model_source(cfg: DictConfig) -> ModelSource:
 
 def data_of(cfg: DictConfig) -> Data:
     """The dataset, split."""
-    return _expected("data", Data, built(cfg.data, search_images=cfg.search.images))
+    return expected("data", Data, built(cfg, "data", search_images=cfg.search.images))
+
+
+def input_of(cfg: DictConfig) -> tuple[tuple[int, int, int], int]:
+    """The shape of the data's images and the number of classes; nothing is read where the data's module has an INPUT."""
+    known = getattr(inspect.getmodule(_maker(cfg, "data").func), "INPUT", None)
+    if known is not None:
+        shape, classes = known
+        return shape, cfg.data.get("classes", classes)
+    data = data_of(cfg)
+    return data.image_shape, len(data.classes)
 
 
 def trackers(cfg: DictConfig, folder: Path, config: Mapping[str, Any]) -> Trackers:
@@ -253,7 +304,7 @@ def trackers(cfg: DictConfig, folder: Path, config: Mapping[str, Any]) -> Tracke
     more: dict[str, Any] = {"folder": folder}
     if "WandbTracker" in cfg.tracker.get("_target_", ""):
         more["config"] = config
-    chosen.append(built(cfg.tracker, **more))
+    chosen.append(built(cfg, "tracker", **more))
     return Trackers(chosen)
 
 

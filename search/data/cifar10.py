@@ -13,6 +13,8 @@ from search.data.hub import read
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 HUB = "uoft-cs/cifar10"
 SIZE = 32
+INPUT = ((3, SIZE, SIZE), len(CLASSES))
+"""Shape of an image, [C, H, W], and the number of classes."""
 DEFAULT_SEARCH = 5000
 
 

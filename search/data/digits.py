@@ -5,6 +5,8 @@ import torch
 from search.data.base import Data, Split, fingerprint, split_off, stratified
 
 DEFAULT_SEARCH = 300
+INPUT = ((1, 8, 8), 10)
+"""Shape of an image, [C, H, W], and the number of classes."""
 
 
 def digits(search_images: int | None = None, split_seed: int = 0) -> Data:

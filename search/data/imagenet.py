@@ -19,7 +19,7 @@ from PIL.Image import Resampling, Transpose
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from amc_env.errors import UserError
+from amc_env.errors import UserError, out_of_range
 from search.data.base import Data, Split, check_scaling, fingerprint, scaled, stratified
 from search.data.hub import Images, read
 
@@ -27,6 +27,8 @@ HUB = "ILSVRC/imagenet-1k"
 DEFAULT_SEARCH = 3000
 RESIZED = 256
 SIZE = 224
+INPUT = ((3, SIZE, SIZE), 1000)
+"""Shape of an image, [C, H, W], and the number of classes."""
 AREAS = (0.08, 1.0)
 RATIOS = (3 / 4, 4 / 3)
 _ATTEMPTS = 10
@@ -99,7 +101,7 @@ def training_loader(
         UserError: A batch size below 1, or no rows; when iterated, an image that cannot be decoded.
     """
     if batch_size < 1:
-        raise UserError(f"finetune.batch_size={batch_size}: at least 1 is needed")
+        raise out_of_range("batch_size", batch_size, "at least 1")
     if not len(rows):
         raise UserError(f"all {len(images)} training images are split off: none is left to fine-tune on")
 

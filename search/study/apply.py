@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from agents.base import Agent, SearchTask
 from amc_env import space as budget
 from amc_env.errors import UserError
 from amc_env.space import Grid, Problem, Removed, Strategy
+from amc_env.validation import settings
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def fingerprint(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content["decisions"]).encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
+@settings
 class Given(Agent):
     """Proposes the one strategy of a file.
 

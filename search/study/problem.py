@@ -189,7 +189,7 @@ def check(settings: Settings) -> None:
         UserError: The device, an export format or the latency's runtime is unknown, or not there.
     """
     check_formats(settings.export)
-    _check_device(settings.device)
+    check_device(settings.device)
     check_precision(settings.scoring.precision, settings.device)
     here = (isinstance(b, LatencyBudget) and not (b.table and b.elsewhere) for b in settings.budgets)
     if settings.latency.repeats or any(here):
@@ -238,7 +238,12 @@ def _with_possible_repairs(settings: Settings, untraceable: str) -> Settings:
     return settings
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Refuses a device that torch does not have here.
+
+    Raises:
+        UserError: Such a device.
+    """
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from agents.sensitivity import Curve, Sensitivity, curves_of, pick, plan
+from agents.sensitivity import Curve, curves_of, pick, plan
 from amc_env.evaluation.evaluator import Evaluator
 from amc_env.evaluation.pruner import ORIGINAL
 from amc_env.space import Problem, Removed, Trial
@@ -19,7 +19,7 @@ from search.data.base import Data
 from search.output.formatting import amount, budget_lines, cost_name, percent
 from search.output.plots import plot_sensitivity
 from search.output.progress import Progress
-from search.settings import Settings
+from search.settings import SensitivitySettings, Settings
 from search.study.evaluation import make_evaluator, start_of
 from search.study.journal import Journal
 from search.study.pipeline import Context, header
@@ -53,7 +53,9 @@ class Scanned:
     picked: Trial | None = None
 
 
-def run(model: nn.Module, data: Data, settings: Settings, context: Context) -> Scanned:
+def run(
+    model: nn.Module, data: Data, settings: Settings, scan: SensitivitySettings, context: Context
+) -> Scanned:
     """Scans a network, picks ratios for its budget, and writes all of it into the run folder.
 
     A run in the same folder takes what was scored from there; the budget, the drop of accuracy and the list of ratios
@@ -62,14 +64,13 @@ def run(model: nn.Module, data: Data, settings: Settings, context: Context) -> S
     Args:
         model: The trained network.
         data: Its data.
-        settings: The run's settings; the agent, a `Sensitivity`, has the ratios and the drop of accuracy.
+        settings: The run's settings; the agent does not matter.
+        scan: The ratios and the drop of accuracy.
         context: The run folder and the header's configuration.
 
     Raises:
         UserError: What was asked cannot be done, as in `search.study.pipeline.run`.
     """
-    agent = settings.agent
-    assert isinstance(agent, Sensitivity)
     prepared = PruningProblem.build(model, data, settings)
     announce(prepared)
     problem = prepared.problem
@@ -81,9 +82,9 @@ def run(model: nn.Module, data: Data, settings: Settings, context: Context) -> S
         if journal.replayed:
             log.info("going on with %d evaluations of %s", journal.replayed, context.folder)
         evaluator = make_evaluator(free, journal, start)
-        scanned = _scan(evaluator, problem, agent.ratios)
-        if problem.budgets or agent.threshold is not None:
-            common = pick(problem, scanned.curves, agent.threshold)
+        scanned = _scan(evaluator, problem, scan.ratios)
+        if problem.budgets or scan.threshold is not None:
+            common = pick(problem, scanned.curves, scan.threshold)
             (picked,) = _evaluated(evaluator, problem, [common.removed])
             scanned = replace(scanned, threshold=common.threshold, picked=picked)
         _write(scanned, prepared, context.folder)

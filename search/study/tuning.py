@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
+from amc_env.errors import UserError
 from amc_env.evaluation.evaluator import Evaluator
 from amc_env.evaluation.pruner import Pruned
 from amc_env.graph.tracing import trace
@@ -53,22 +54,27 @@ class Tuner:
         def on_epoch(epoch: int, loss: float, lr: float, seconds: float) -> None:
             self._on_epoch(before + epoch, loss, lr)
 
-        finetune(
-            network,
-            training_batches(self._prepared.data, chosen.batch_size, settings.seed + before, settings.device),
-            epochs=epochs,
-            lr=chosen.lr_fraction * settings.original_lr,
-            momentum=chosen.momentum,
-            weight_decay=chosen.weight_decay,
-            seed=settings.seed,
-            device=settings.device,
-            on_epoch=on_epoch,
-            penalty=penalty_of(self._prepared, network) if regularized else None,
-            teacher=self._prepared.model if chosen.distillation else None,
-            distillation=chosen.distillation,
-            temperature=chosen.temperature,
-            masks=masks or None,
-        )
+        try:
+            finetune(
+                network,
+                training_batches(
+                    self._prepared.data, chosen.batch_size, settings.seed + before, settings.device
+                ),
+                epochs=epochs,
+                lr=chosen.lr_fraction * settings.original_lr,
+                momentum=chosen.momentum,
+                weight_decay=chosen.weight_decay,
+                seed=settings.seed,
+                device=settings.device,
+                on_epoch=on_epoch,
+                penalty=penalty_of(self._prepared, network) if regularized else None,
+                teacher=self._prepared.model if chosen.distillation else None,
+                distillation=chosen.distillation,
+                temperature=chosen.temperature,
+                masks=masks or None,
+            )
+        except UserError as error:
+            raise error.inside("finetune") from error
         self._done += epochs
         return network.eval()
 

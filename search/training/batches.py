@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from amc_env.errors import UserError
+from amc_env.errors import UserError, out_of_range
 from search.data.base import Data, Split
 from search.data.loaders import Reseeded
 
@@ -50,7 +50,7 @@ class AugmentedBatches:
             UserError: a batch size below 1.
         """
         if batch_size < 1:
-            raise UserError(f"finetune.batch_size={batch_size}: at least 1 is needed")
+            raise out_of_range("batch_size", batch_size, "at least 1")
         self.split = Split(split.images.to(device), split.labels.to(device))
         self.data = data
         self.example = data.normalise(self.split.images[:2])

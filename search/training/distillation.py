@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from amc_env.errors import UserError, out_of_range
 from amc_env.graph.memory_format import fastest_format
 
 
@@ -52,13 +53,13 @@ class Teacher:
         return distillation_loss(logits, soft, labels, self.share, self.temperature)
 
 
-def distillation_problems(share: float, temperature: float, teacher: nn.Module | None) -> list[str]:
+def distillation_problems(share: float, temperature: float, teacher: nn.Module | None) -> list[UserError]:
     """What is wrong with the settings, a message each."""
     problems = []
     if not 0 <= share <= 1:
-        problems.append(f"finetune.distillation={share}: a share of the loss in [0, 1] is needed")
+        problems.append(out_of_range("distillation", share, "in [0, 1]"))
     elif share > 0 and teacher is None:
-        problems.append(f"finetune.distillation={share} needs a teacher; 0 goes without")
+        problems.append(out_of_range("distillation", share, "0 without a teacher"))
     if not 0 < temperature < math.inf:
-        problems.append(f"finetune.temperature={temperature}: a finite number above 0 is needed")
+        problems.append(out_of_range("temperature", temperature, "a finite number above 0"))
     return problems

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from amc_env.errors import UserError
+from amc_env.errors import UserError, out_of_range
 from amc_env.graph.memory_format import training_format
 from amc_env.pruning.regularization import LossTerm
 from amc_env.system import using_threads
@@ -210,22 +210,24 @@ def _check_loss(total: float, epoch: int, done: int, lr: float) -> None:
     if not math.isfinite(total):
         raise UserError(
             f"the loss is no longer finite by step {done} of epoch {epoch + 1}: "
-            f"the learning rate {lr:g} is too large, or the images hold NaN; lower finetune.lr_fraction"
+            f"the learning rate {lr:g} is too large, or the images hold NaN; lower {{field}}",
+            code="diverged",
+            field="lr_fraction",
         )
 
 
-def _check_settings(epochs: int, lr: float, steps: int, weights: int, further: Sequence[str]) -> None:
+def _check_settings(epochs: int, lr: float, steps: int, weights: int, further: Sequence[UserError]) -> None:
     problems = [*further]
     if epochs < 0:
-        problems.append(f"finetune.epochs={epochs}: 0 or more is needed")
+        problems.append(out_of_range("epochs", epochs, "at least 0"))
     if not 0 < lr < math.inf:
-        problems.append(f"learning rate {lr}: a finite number above 0 is needed")
+        problems.append(out_of_range("lr", lr, "a finite number above 0"))
     if steps == 0:
-        problems.append("the training data gives no batches: at least one is needed")
+        problems.append(UserError("the training data gives no batches: at least one is needed"))
     if weights == 0:
-        problems.append("no parameter of the network requires gradients: nothing to train")
+        problems.append(UserError("no parameter of the network requires gradients: nothing to train"))
     if problems:
-        raise UserError("; ".join(problems))
+        raise UserError.join(problems)
 
 
 def forget_weights(model: nn.Module, seed: int) -> None:

@@ -51,7 +51,7 @@ class ShortTerm:
         try:
             self._train(model, removed)
         except UserError as error:  # the same training as at the end, under settings of its own
-            raise UserError(str(error).replace("finetune.", "short_term.")) from error
+            raise error.inside("short_term") from error
 
     def _train(self, model: nn.Module, removed: Sequence[int]) -> None:
         settings, chosen = self._settings, self._settings.short_term

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from PIL import Image
 from running import Command
 
@@ -18,6 +18,7 @@ from amc_env.costs.latency.units import Unit
 from amc_env.costs.memory import Activations
 from amc_env.errors import UserError
 from search import run_latency
+from search.config.compose import input_of
 from search.output.plots import DPI, plot_latency_check
 from search.output.progress import print_table
 from search.run_latency import overrides_of
@@ -206,17 +207,17 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_timed(
         (["points=-1"], ("points=-1 must be at least 0",)),
         (["points=few"], ("points=few must be a whole number",)),
         (["shwo"], ("amc-latency shwo", "show, build, check")),
-        (["do=fly"], ("do=fly must be one of show, build, check",)),
+        (["do=fly"], ("do=fly must be",)),
         (["build", "check"], ("check",)),
         (
             ["tolerance=0", "check.networks=2"],
-            ("tolerance=0 must be in (0, 1)", "check.networks=2 must be at least"),
+            ("tolerance=0 must be above 0", "check.networks=2 must be at least"),
         ),
         (
             ["tolerance=fine", "check.seed=x"],
             ("tolerance=fine must be a number", "check.seed=x must be a whole"),
         ),
-        (["check", "check.seed=0"], ("check.seed=0 must be", "not seed")),
+        (["check", "check.seed=0"], ("check.seed=0 must be", "seed=0")),
         (["show", "table=t.json"], ("table=t.json is for amc-latency build",)),
         (["check", "table=nowhere.json"], ("nowhere.json", "no such file")),
         (["build", "table=."], ("table=. is a folder",)),
@@ -292,16 +293,12 @@ def test_a_runtime_with_one_place_runs_there(runtime: str, device: str, place: s
     assert run_latency._device_of(runtime, device) == place
 
 
-def data_of(**settings: Any) -> DictConfig:
-    return OmegaConf.create({"data": settings})
-
-
 def test_the_shape_is_known_for_our_data_and_read_from_the_user_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours = data_of(_target_="search.data.imagenet.imagenet", classes=100)
-    assert run_latency._shape_of(ours) == ((3, 224, 224), 100)
+    ours = OmegaConf.create({"data": {"_target_": "search.data.imagenet.imagenet", "classes": 100}})
+    assert input_of(ours) == ((3, 224, 224), 100)
     theirs = SimpleNamespace(image_shape=(2, 9, 9), classes=("a", "b", "c"))
     monkeypatch.setattr("search.config.compose.data_of", lambda cfg: theirs)
-    assert run_latency._shape_of(data_of(_target_="mine.data")) == ((2, 9, 9), 3)
+    assert input_of(OmegaConf.create({"data": {"_target_": "types.SimpleNamespace"}})) == ((2, 9, 9), 3)
 
 
 def unit(**other: Any) -> Unit:

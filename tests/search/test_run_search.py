@@ -399,12 +399,12 @@ ALL_MODELS = ("digits_cnn", "digits_mlp", "mobilenet", "plain20", "resnet20", "r
         (["budget.foo=1"], ("unknown key budget.foo", "ratio", "limit")),
         (["+finetune.foo=1"], ("unknown key finetune.foo", "epochs")),
         (["+agent.foo=1"], ("unknown key agent.foo", "sigma")),
-        (["budget.ratio=0"], ("budget.ratio=0 must be in (0, 1]",)),
-        (["budget.ratio=1.5"], ("budget.ratio=1.5 must be in (0, 1]",)),
-        (["budget.ratio=-1"], ("budget.ratio=-1 must be in (0, 1]",)),
-        (["budget.ratio=nan"], ("budget.ratio=nan must be in (0, 1]",)),
+        (["budget.ratio=0"], ("budget.ratio=0 must be",)),
+        (["budget.ratio=1.5"], ("budget.ratio=1.5 must be",)),
+        (["budget.ratio=-1"], ("budget.ratio=-1 must be",)),
+        (["budget.ratio=nan"], ("budget.ratio=nan must be",)),
         (["budget.ratio=abc"], ("budget.ratio=abc must be a number",)),
-        (["budget.ratio=null"], ("budget.ratio or budget.limit is needed",)),
+        (["budget.ratio=null"], ("budget.ratio or limit is needed",)),
         (["search.episodes=0"], ("search.episodes=0 must be at least 1",)),
         (["search.episodes=many"], ("search.episodes=many must be a whole number",)),
         (["seed=x", "device=3", "agent.sigma=y"], ("seed=x", "device=3", "agent.sigma=y must be a number")),
@@ -414,13 +414,13 @@ ALL_MODELS = ("digits_cnn", "digits_mlp", "mobilenet", "plain20", "resnet20", "r
         (["budget.ratio=7", "finetune.epochs=-1"], ("budget.ratio=7", "finetune.epochs=-1")),
         (["agent.sigma=-1"], ("agent.sigma=-1 must be at least 0",)),
         (["agent.hidden=[a]"], ("agent.hidden",)),
-        (["criterion.p=3"], ("criterion.p=3", "1, 2")),
+        (["criterion.p=3"], ("criterion.p=3", "1 or 2")),
         (["channel_multiple=0"], ("channel_multiple=0",)),
         (["max_ratio=2"], ("max_ratio=2",)),
         (["agent=uniform", "budget=none"], ("agent.ratio",)),
         (["reward=infinity"], ("enforce_budget=false",)),
         (["reward={_target_:nowhere.at_all}"], ("reward._target_=nowhere.at_all cannot be found",)),
-        (["agent={_target_:builtins.dict}"], ("agent._target_ gives a dict",)),
+        (["agent={_target_:builtins.dict}"], ("agent must be of type Agent, not dict",)),
         (["search=5"], ("search=5 is no section",)),
         (["device=abacus"], ("device=abacus", "device=cpu")),
         (["export=[tflite]"], ("tflite", "safetensors, pt2, onnx")),
@@ -522,7 +522,7 @@ def test_a_bug_keeps_its_traceback(amc_search: Command) -> None:
 def test_mistakes_in_a_process_of_their_own(tmp_path: Path) -> None:
     process = start(tmp_path / "run", "budget.ratio=2")
     out, err = process.communicate(timeout=60)
-    assert_refused(Ended(process.returncode, out, err), "budget.ratio=2 must be in (0, 1]")
+    assert_refused(Ended(process.returncode, out, err), "budget.ratio=2 must be")
 
 
 def test_help_says_what_it_does_and_what_there_is(amc_search: Command) -> None:

@@ -1,9 +1,11 @@
 """Settings: what is in range, what is refused, and that all problems are named at once."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from refusals import refused
 
 from agents.baselines import Random, Uniform
 from amc_env.costs.base import budget_on
@@ -17,103 +19,85 @@ from amc_env.pruning.schedule import Schedule
 from amc_env.rewards import Infinity
 from search.settings import (
     BudgetSettings,
+    CheckSettings,
     FinalistSettings,
     FinetuneSettings,
     LatencyBudget,
     LatencySettings,
+    LatencyStudySettings,
     RepairSettings,
     ScoringSettings,
+    SensitivitySettings,
     Settings,
+    ShortTermSettings,
 )
 
 
 @pytest.mark.parametrize(
-    ("make", "values", "says"),
+    ("make", "values", "fields"),
     [
-        (BudgetSettings, {"cost": "macs", "ratio": 0}, "budget.ratio=0 must be in (0, 1]"),
-        (BudgetSettings, {"cost": "macs", "ratio": 1.01}, "budget.ratio=1.01"),
-        (BudgetSettings, {"cost": "macs", "ratio": None}, "both are null"),
-        (BudgetSettings, {"cost": "macs", "limit": -5}, "budget.limit=-5 must be above 0"),
-        (BudgetSettings, {"cost": "watts"}, "budget.cost=watts must be one of macs, params, memory"),
-        (RepairSettings, {"name": "glue"}, "repair.name=glue must be one of none, least_squares"),
-        (
-            RepairSettings,
-            {"images": 0, "norm_images": 1},
-            "repair.images=0 must be at least 1; repair.norm_images=1",
-        ),
-        (RepairSettings, {"ridge": 0.0}, "repair.ridge=0.0 must be above 0"),
-        (FinalistSettings, {"count": -1}, "finalists.count=-1"),
-        (
-            FinetuneSettings,
-            {"epochs": -1, "momentum": 1.0},
-            "finetune.epochs=-1 must be at least 0; finetune.mom",
-        ),
-        (FinetuneSettings, {"lr_fraction": 0}, "finetune.lr_fraction=0 must be in (0, 1]"),
-        (ScoringSettings, {"batch_size": 0}, "evaluator.batch_size=0"),
-        (
-            ScoringSettings,
-            {"threads": 0},
-            "evaluator.threads=0 must be at least 1, or null",
-        ),
-        (
-            LatencySettings,
-            {"batch": 0, "repeats": -1},
-            "latency.batch=0 must be at least 1; latency.repeats=-1",
-        ),
-        (
-            LatencySettings,
-            {"runtime": "tflite", "threads": 0},
-            "latency.runtime=tflite must be one of eager, compile, onnx, cuda, cuda_graph; latency.threads=0",
-        ),
+        (BudgetSettings, {"cost": "macs", "ratio": 0}, ["ratio"]),
+        (BudgetSettings, {"cost": "macs", "ratio": 1.01}, ["ratio"]),
+        (BudgetSettings, {"cost": "macs", "limit": -5}, ["limit"]),
+        (BudgetSettings, {"cost": "watts"}, ["cost"]),
+        (RepairSettings, {"name": "glue"}, ["name"]),
+        (RepairSettings, {"images": 0, "norm_images": 1, "ridge": 0.0}, ["images", "norm_images", "ridge"]),
+        (FinalistSettings, {"count": -1}, ["count"]),
+        (FinetuneSettings, {"epochs": -1, "momentum": 1.0}, ["epochs", "momentum"]),
+        (FinetuneSettings, {"lr_fraction": 0, "temperature": 0}, ["lr_fraction", "temperature"]),
+        (FinetuneSettings, {"distillation": 1.5, "weight_decay": math.inf}, ["weight_decay", "distillation"]),
+        (ShortTermSettings, {"steps": -1, "batch_size": 1}, ["steps", "batch_size"]),
+        (ScoringSettings, {"batch_size": 0, "threads": 0}, ["batch_size", "threads"]),
+        (LatencySettings, {"batch": 0, "repeats": -1}, ["batch", "repeats"]),
+        (LatencySettings, {"runtime": "tflite", "threads": 0}, ["runtime", "threads"]),
+        (Settings, {"episodes": 0, "seed": -1}, ["episodes", "seed"]),
+        (Settings, {"seed": 2**32}, ["seed"]),
+        (Settings, {"stages": (1.2, 0.6)}, ["stages[0]"]),
+        (Settings, {"stages": (0.5, 0.5)}, ["search.stages"]),
+        (Settings, {"stages": (0.4, 0.6)}, ["search.stages"]),
         (
             Settings,
-            {"agent": Random(), "episodes": 0, "seed": -1},
-            "search.episodes=0 must be at least 1; seed=-1",
+            {"schedule": Schedule("cubic", 4), "finetune": FinetuneSettings(epochs=3)},
+            ["schedule.rounds"],
         ),
-        (Settings, {"agent": Random(), "episodes": 1, "seed": 2**32}, "must be in [0, 2**32)"),
-        (Settings, {"agent": Random(), "episodes": 1, "reward": Infinity()}, "enforce_budget=false"),
-        (Settings, {"agent": Uniform(), "episodes": 1, "budgets": ()}, "agent.ratio"),
-        (
-            Settings,
-            {"agent": Random(), "episodes": 1, "criterion": APoZ(), "granularity": FineGrained()},
-            "criterion=apoz does not fit granularity=fine_grained: it fits channel; for granularity=fine_grained use",
-        ),
-        (
-            Settings,
-            {"agent": Random(), "episodes": 1, "stages": (0.5, 0.5)},
-            "search.stages=[0.5, 0.5] must be shares",
-        ),
-        (Settings, {"agent": Random(), "episodes": 1, "stages": (0.4, 0.6)}, "each below the one before"),
-        (Settings, {"agent": Random(), "episodes": 1, "stages": (1.2, 0.6)}, "shares in (0, 1]"),
-        (
-            Settings,
-            {"agent": Random(), "episodes": 1, "stages": (0.6, 0.4), "finetune": FinetuneSettings(epochs=0)},
-            "finetune.epochs above 0",
-        ),
-        (Settings, {"agent": Random(), "episodes": 1, "stages": (0.6,), "budgets": ()}, "set one budget"),
-        (
-            Settings,
-            {
-                "agent": Random(),
-                "episodes": 1,
-                "schedule": Schedule("cubic", 4),
-                "finetune": FinetuneSettings(epochs=3),
-            },
-            "schedule.rounds=4 must be at most finetune.epochs=3",
-        ),
-        (StorageBudget, {"format": "zip"}, "budget.format=zip must be eie, csr or nm"),
-        (StorageBudget, {"cost": "macs", "value_bits": 0}, "budget.cost=macs must be one of storage"),
-        (CyclesBudget, {"pixel_parallel": 0}, "budget.pixel_parallel=0 must be at least 1"),
-        (
-            FinetuneSettings,
-            {"distillation": 1.5, "temperature": 0},
-            "finetune.distillation=1.5 must be in [0, 1]",
-        ),
+        (SensitivitySettings, {"ratios": [0.5, 1.0], "threshold": 1.0}, ["ratios[1]", "threshold"]),
+        (SensitivitySettings, {"ratios": []}, ["ratios"]),
+        (CheckSettings, {"networks": 2, "seed": -1}, ["networks", "seed"]),
+        (LatencyStudySettings, {"tolerance": 1, "points": -1}, ["tolerance", "points"]),
+        (LatencyStudySettings, {"check": CheckSettings(seed=0)}, ["check.seed"]),
+        (StorageBudget, {"format": "zip", "value_bits": 65}, ["format", "value_bits"]),
+        (StorageBudget, {"cost": "macs"}, ["cost"]),
+        (CyclesBudget, {"pixel_parallel": 0}, ["pixel_parallel"]),
     ],
 )
-def test_what_is_out_of_range_is_refused(make: Callable[..., Any], values: dict[str, Any], says: str) -> None:
-    with pytest.raises(UserError) as error:
+def test_what_is_out_of_range_is_refused(
+    make: Callable[..., Any], values: dict[str, Any], fields: list[str]
+) -> None:
+    with refused("out_of_range", *fields):
         make(**values)
+
+
+def test_parts_of_another_kind_are_refused() -> None:
+    with refused("wrong_type", "agent", "budgets[0]", "granularity", "reward", "finetune"):
+        Settings(agent=3, budgets=["macs"], granularity="channel", reward=1, finetune={"epochs": 1})  # type: ignore[arg-type, list-item]
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"reward": Infinity()}, "enforce_budget=false"),
+        ({"agent": Uniform(), "budgets": ()}, "agent.ratio"),
+        (
+            {"criterion": APoZ(), "granularity": FineGrained()},
+            "criterion=apoz does not fit granularity=fine_grained: it fits channel",
+        ),
+        ({"stages": (0.6, 0.4), "finetune": FinetuneSettings(epochs=0)}, "finetune.epochs above 0"),
+        ({"stages": (0.6,), "budgets": ()}, "set one budget"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_the_way_out(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError) as error:
+        Settings(**values)
     assert says in str(error.value)
 
 
@@ -150,7 +134,7 @@ def test_costs_of_hardware_have_settings_of_their_own(name: str, kind: type[Budg
     assert budget_on(name, 0.3) == kind(ratio=0.3)
     with pytest.raises(UserError) as error:
         BudgetSettings(name)
-    assert error.value.field == "budget.cost"
+    assert error.value.field == "cost"
 
 
 def test_stages_are_shares_and_take_no_absolute_limit() -> None:

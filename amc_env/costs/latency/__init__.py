@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from amc_env.costs.latency.cost import Latency, LatencyBudget
-from amc_env.costs.latency.runtimes import RUNTIMES, Runtime, runtime
+from amc_env.costs.latency.runtimes import RUNTIMES, Runtime, RuntimeName, runtime
 from amc_env.costs.latency.timing import Call, Timing, interleaved, warn_where_busy
 from amc_env.system import machine, processor, using_threads
 
@@ -18,6 +18,7 @@ __all__ = [
     "Latency",
     "LatencyBudget",
     "Runtime",
+    "RuntimeName",
     "Timing",
     "interleaved",
     "machine",

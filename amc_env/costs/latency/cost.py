@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -15,11 +15,12 @@ from amc_env.costs.counts import kept_channels
 from amc_env.costs.latency.table import Floats, Ints, LatencyTable, Lookup
 from amc_env.costs.latency.units import inside_units, units_of
 from amc_env.costs.memory import Activations
-from amc_env.errors import UserError, require
+from amc_env.errors import UserError
 from amc_env.graph.layers import LayerGraph
+from amc_env.validation import Count, Natural, Positive, settings
 
 
-@dataclass(frozen=True)
+@settings
 class LatencyBudget(BudgetSettings):
     """A limit on predicted latency, under the conditions of LatencySettings; see `Latency`.
 
@@ -37,22 +38,11 @@ class LatencyBudget(BudgetSettings):
     cost: str = "latency"
     table: str | None = None
     elsewhere: bool = False
-    vector_width: int = 8
-    tolerance: float = 0.05
-    points: int = 1500
-    repeats: int = 30
+    vector_width: Count = 8
+    tolerance: Positive = 0.05
+    points: Natural = 1500
+    repeats: Count = 30
     kept: Path | None = field(default=None, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            {
-                "budget.vector_width": (self.vector_width >= 1, self.vector_width, "at least 1"),
-                "budget.tolerance": (self.tolerance > 0, self.tolerance, "above 0"),
-                "budget.points": (self.points >= 0, self.points, "at least 0"),
-                "budget.repeats": (self.repeats >= 1, self.repeats, "at least 1"),
-            }
-        )
 
     @property
     def channel_multiple(self) -> int:

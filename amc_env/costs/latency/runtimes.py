@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -184,7 +184,8 @@ class CudaGraph(Cuda):
         return replay
 
 
-RUNTIMES = ("eager", "compile", "onnx", "cuda", "cuda_graph")
+RuntimeName = Literal["eager", "compile", "onnx", "cuda", "cuda_graph"]
+RUNTIMES: tuple[str, ...] = get_args(RuntimeName)
 
 
 def runtime(name: str, threads: int) -> Runtime:

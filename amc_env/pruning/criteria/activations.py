@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from amc_env.errors import UserError, require
+from amc_env.errors import UserError
 from amc_env.graph.layers import Layer, LayerGraph, Member
 from amc_env.pruning.calibration import Moments, record, repairable
 from amc_env.pruning.criteria.base import CHANNEL, Sample, calibration_sample, scoring_layers, scoring_members
+from amc_env.validation import Count, settings
 
 _CHUNK = 250  # images of a calibration batch
 
@@ -22,7 +22,7 @@ _CHUNK = 250  # images of a calibration batch
 _BYTES = 2**29  # of the moments of the layers that are recorded in one pass
 
 
-@dataclass(frozen=True)
+@settings
 class APoZ:
     """The average percentage of zeros among a channel's activations; what is mostly zero is worth least.
 
@@ -35,13 +35,10 @@ class APoZ:
         images: Calibration images.
     """
 
-    images: int = 1000
+    images: Count = 1000
 
     name: ClassVar[str] = "apoz"
     granularities: ClassVar[tuple[str, ...]] = CHANNEL
-
-    def __post_init__(self) -> None:
-        require({"images": (self.images >= 1, self.images, "at least 1")}, "criterion.")
 
     def channel_scores(self, model: nn.Module, graph: LayerGraph, sample: Sample) -> tuple[Tensor, ...]:
         """1 - APoZ, in [0, 1].
@@ -89,7 +86,7 @@ def zero_shares(model: nn.Module, layers: Sequence[Layer], images: Tensor) -> di
     return {name: count.double() / counts[name] for name, count in zeros.items()}
 
 
-@dataclass(frozen=True)
+@settings
 class Lasso:
     """The order in which channels enter the LASSO path that rebuilds the reading layer's outputs.
 
@@ -110,20 +107,11 @@ class Lasso:
         per_image: Output positions sampled from each.
     """
 
-    images: int = 500
-    per_image: int = 10
+    images: Count = 500
+    per_image: Count = 10
 
     name: ClassVar[str] = "lasso"
     granularities: ClassVar[tuple[str, ...]] = CHANNEL
-
-    def __post_init__(self) -> None:
-        require(
-            {
-                "images": (self.images >= 1, self.images, "at least 1"),
-                "per_image": (self.per_image >= 1, self.per_image, "at least 1"),
-            },
-            "criterion.",
-        )
 
     def channel_scores(self, model: nn.Module, graph: LayerGraph, sample: Sample) -> tuple[Tensor, ...]:
         """Ranks scaled to [0, 1], averaged over readers.

@@ -57,9 +57,6 @@ EVERY = ("channel", "fine_grained", "nm", "vector", "kernel")
 _SIDES = {"consumers": ("in",), "producers": ("out",), "all": ("in", "out")}
 
 
-_AGGREGATES = ("mean", "sum", "max")
-
-
 @dataclass(frozen=True, eq=False)
 class Sample:
     """Calibration data, from the training split.
@@ -111,14 +108,6 @@ class ElementCriterion(Criterion, Protocol):
 def rank(scores: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Units from worth most to worth least, ties by index (a stable order, never a threshold)."""
     return tuple(torch.sort(score, descending=True, stable=True).indices for score in scores)
-
-
-def coupling(members: str, aggregate: str) -> dict[str, tuple[bool, object, str]]:
-    """The checks of the settings that say how members come together."""
-    return {
-        "members": (members in _SIDES, members, f"one of {', '.join(_SIDES)}"),
-        "aggregate": (aggregate in _AGGREGATES, aggregate, f"one of {', '.join(_AGGREGATES)}"),
-    }
 
 
 def calibration_sample(criterion: Criterion, sample: Sample) -> Sample:

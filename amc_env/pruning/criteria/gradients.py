@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from amc_env.errors import UserError, require
+from amc_env.errors import UserError
 from amc_env.graph.layers import Layer, LayerGraph, Member
 from amc_env.pruning.criteria.base import (
     EVERY,
@@ -23,7 +22,6 @@ from amc_env.pruning.criteria.base import (
     Members,
     Sample,
     calibration_sample,
-    coupling,
     scoring_layers,
     scoring_members,
     unit_scores,
@@ -31,6 +29,7 @@ from amc_env.pruning.criteria.base import (
 )
 from amc_env.pruning.criteria.weights import weight_of
 from amc_env.system import named_generator
+from amc_env.validation import Count, settings
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """From outputs [N, ...] and labels [N] to the loss of every example, [N]."""
@@ -38,9 +37,6 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 Visit = Callable[[Layer, Tensor], None]
 """Takes a layer and the gradients [n, *weight's shape] of the losses of some examples, each example's own."""
-
-
-_HESSIANS = ("gauss_newton", "fisher", "hutchinson")
 
 
 _MOST = 50  # images of a batch: activations should fit the processor's caches
@@ -219,7 +215,7 @@ def hessian_diagonal(
     return {layer.name: entry / count for layer, entry in zip(layers, sums, strict=True)}
 
 
-@dataclass(frozen=True)
+@settings
 class Taylor:
     """First-order estimate of what removing a unit does to the loss: w * dL/dw, summed over it and squared.
 
@@ -236,21 +232,12 @@ class Taylor:
         aggregate: How members come together.
     """
 
-    images: int = 1000
+    images: Count = 1000
     members: Members = "all"
     aggregate: Aggregate = "mean"
 
     name: ClassVar[str] = "taylor"
     granularities: ClassVar[tuple[str, ...]] = EVERY
-
-    def __post_init__(self) -> None:
-        require(
-            {
-                "images": (self.images >= 1, self.images, "at least 1"),
-                **coupling(self.members, self.aggregate),
-            },
-            "criterion.",
-        )
 
     def channel_scores(self, model: nn.Module, graph: LayerGraph, sample: Sample) -> tuple[Tensor, ...]:
         """The mean over examples of (sum over the unit of w * dL/dw)^2, of each member."""
@@ -289,7 +276,7 @@ class Taylor:
         }
 
 
-@dataclass(frozen=True)
+@settings
 class OBD:
     """Optimal Brain Damage: half the Hessian's diagonal times the weight squared, summed over a unit.
 
@@ -320,25 +307,13 @@ class OBD:
     """
 
     hessian: Literal["gauss_newton", "fisher", "hutchinson"] = "gauss_newton"
-    probes: int = 2
-    images: int = 500
+    probes: Count = 2
+    images: Count = 500
     members: Members = "all"
     aggregate: Aggregate = "mean"
 
     name: ClassVar[str] = "obd"
     granularities: ClassVar[tuple[str, ...]] = EVERY
-
-    def __post_init__(self) -> None:
-        known = self.hessian in _HESSIANS
-        require(
-            {
-                "hessian": (known, self.hessian, f"one of {', '.join(_HESSIANS)}"),
-                "probes": (self.probes >= 1, self.probes, "at least 1"),
-                "images": (self.images >= 1, self.images, "at least 1"),
-                **coupling(self.members, self.aggregate),
-            },
-            "criterion.",
-        )
 
     def channel_scores(self, model: nn.Module, graph: LayerGraph, sample: Sample) -> tuple[Tensor, ...]:
         """The sum over the unit of h w^2 / 2, of each member."""

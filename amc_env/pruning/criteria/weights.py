@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from amc_env.errors import UserError, require
+from amc_env.errors import UserError
 from amc_env.graph.layers import ChannelGroup, Layer, LayerGraph, Member
 from amc_env.pruning.criteria.base import (
     CHANNEL,
@@ -17,13 +16,13 @@ from amc_env.pruning.criteria.base import (
     Aggregate,
     Members,
     Sample,
-    coupling,
     scoring_layers,
     together,
     unit_scores,
     unit_sums,
 )
 from amc_env.system import named_generator
+from amc_env.validation import settings
 
 
 def weight_of(model: nn.Module, layer: Layer) -> Tensor:
@@ -33,7 +32,7 @@ def weight_of(model: nn.Module, layer: Layer) -> Tensor:
     return weight.detach().double().cpu()
 
 
-@dataclass(frozen=True)
+@settings
 class Norm:
     """The L1 or L2 norm of a unit's weights; of a single weight its magnitude.
 
@@ -53,12 +52,6 @@ class Norm:
 
     granularities: ClassVar[tuple[str, ...]] = EVERY
     images: ClassVar[int] = 0
-
-    def __post_init__(self) -> None:
-        require(
-            {"p": (self.p in (1, 2), self.p, "1 or 2"), **coupling(self.members, self.aggregate)},
-            "criterion.",
-        )
 
     @property
     def name(self) -> str:
@@ -83,7 +76,7 @@ class Norm:
         return {layer.name: weight_of(model, layer).abs().pow(self.p) for layer in layers}
 
 
-@dataclass(frozen=True)
+@settings
 class BatchNormScale:
     """The magnitude of the channels' batch-norm scales.
 
@@ -98,9 +91,6 @@ class BatchNormScale:
     name: ClassVar[str] = "bn_scale"
     granularities: ClassVar[tuple[str, ...]] = CHANNEL
     images: ClassVar[int] = 0
-
-    def __post_init__(self) -> None:
-        require(coupling("all", self.aggregate), "criterion.")
 
     def channel_scores(self, model: nn.Module, graph: LayerGraph, sample: Sample) -> tuple[Tensor, ...]:
         """|gamma|, summed over the entries of a unit.
@@ -130,7 +120,7 @@ class BatchNormScale:
         return found
 
 
-@dataclass(frozen=True)
+@settings
 class FPGM:
     """How far a filter is from the others of its layer, summed: those near the geometric median can be replaced.
 
@@ -147,9 +137,6 @@ class FPGM:
     granularities: ClassVar[tuple[str, ...]] = CHANNEL
     images: ClassVar[int] = 0
 
-    def __post_init__(self) -> None:
-        require(coupling("producers", self.aggregate), "criterion.")
-
     def channel_scores(self, model: nn.Module, graph: LayerGraph, sample: Sample) -> tuple[Tensor, ...]:
         """Sums of Euclidean distances; a unit of several filters is their concatenation."""
 
@@ -161,7 +148,7 @@ class FPGM:
         return unit_scores(graph, "producers", self.aggregate, part)
 
 
-@dataclass(frozen=True)
+@settings
 class Random:
     """Worth drawn evenly from [0, 1): what a criterion must beat."""
 

@@ -3,8 +3,8 @@
 import itertools
 
 import pytest
+from refusals import refused
 
-from amc_env.errors import UserError
 from amc_env.pruning.schedule import Schedule
 
 
@@ -32,9 +32,9 @@ def test_cubic_steps_become_smaller() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(UserError, match=r"schedule.shape=step must be one of one_shot, linear, cubic"):
+    with refused("out_of_range", "shape"):
         Schedule("step", 2)
-    with pytest.raises(UserError, match=r"schedule.rounds=0 must be at least 1"):
+    with refused("out_of_range", "rounds"):
         Schedule("linear", 0)
-    with pytest.raises(UserError, match=r"schedule.rounds=3: one_shot has one round.*schedule=linear"):
+    with refused("out_of_range", "rounds"):
         Schedule("one_shot", 3)

@@ -62,9 +62,7 @@ def test_the_teacher_is_a_frozen_copy_in_eval_mode() -> None:
 def test_settings_out_of_range_are_named() -> None:
     teacher = nn.Identity()
     assert distillation_problems(0.5, 4.0, teacher) == distillation_problems(0.0, 4.0, None) == []
-    assert "finetune.distillation=1.5" in distillation_problems(1.5, 4.0, teacher)[0]
-    assert "finetune.distillation=nan" in distillation_problems(math.nan, 4.0, teacher)[0]
-    assert "needs a teacher" in distillation_problems(0.5, 4.0, None)[0]
+    for share, of in ((1.5, teacher), (math.nan, teacher), (0.5, None)):
+        assert [problem.field for problem in distillation_problems(share, 4.0, of)] == ["distillation"]
     both = distillation_problems(-1.0, 0.0, teacher)
-    assert len(both) == 2
-    assert "finetune.temperature=0.0" in both[1]
+    assert [problem.field for problem in both] == ["distillation", "temperature"]

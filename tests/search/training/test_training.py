@@ -106,7 +106,7 @@ def test_an_incomplete_last_batch_is_left_out_and_a_small_split_is_one_batch(sma
     assert [len(labels) for _, labels in AugmentedBatches(small_data.train, small_data, 500, 0, "cpu")] == [
         64
     ]
-    with pytest.raises(UserError, match="finetune.batch_size=0"):
+    with pytest.raises(UserError, match="batch_size=0"):
         AugmentedBatches(small_data.train, small_data, 0, 0, "cpu")
 
 
@@ -238,14 +238,14 @@ def test_the_learning_rate_rises_in_a_line_and_falls_along_a_cosine() -> None:
 
 def test_a_diverging_loss_is_one_clear_message(small_data: Data) -> None:
     batches = AugmentedBatches(small_data.train, small_data, 16, 0, "cpu")
-    with pytest.raises(UserError, match="loss is no longer finite by step .* lower finetune.lr_fraction"):
+    with pytest.raises(UserError, match="loss is no longer finite by step .* lower lr_fraction"):
         finetune(FlattenByView(), batches, epochs=20, lr=1e12)
 
 
 def test_settings_out_of_range_are_listed_together(small_data: Data) -> None:
     batches = AugmentedBatches(small_data.train, small_data, 16, 0, "cpu")
     model = FlattenByView().requires_grad_(False)
-    with pytest.raises(UserError, match="finetune.epochs=-1.*learning rate nan.*nothing to train"):
+    with pytest.raises(UserError, match="epochs=-1.*lr=nan.*nothing to train"):
         finetune(model, batches, epochs=-1, lr=float("nan"))
 
 
@@ -387,7 +387,7 @@ def test_distillation_twice_gives_the_same_weights_to_the_bit(small_data: Data) 
 def test_distillation_settings_out_of_range_are_listed_with_the_others(small_data: Data) -> None:
     model, batches = fresh(small_data)
     with pytest.raises(
-        UserError, match=r"finetune.distillation=0.5 needs a teacher.*temperature=0.*epochs=-1"
+        UserError, match=r"distillation=0.5 must be 0 without a teacher.*temperature=0.*epochs=-1"
     ):
         finetune(model, batches, epochs=-1, lr=0.1, distillation=0.5, temperature=0)
 

@@ -5,11 +5,10 @@ import torch
 from networks import traced
 from torch import Tensor
 
-from amc_env.errors import UserError, require
+from amc_env.errors import UserError
 from amc_env.pruning.criteria.base import (
     Sample,
     calibration_sample,
-    coupling,
     rank,
     scoring_layers,
     scoring_members,
@@ -82,15 +81,6 @@ def test_depthwise_layers_are_not_heard() -> None:
 
 def test_rank_is_stable() -> None:
     assert rank([double(1, 3, 1, 3, 2)])[0].tolist() == [1, 3, 4, 0, 2]
-
-
-def test_all_wrong_settings_in_one_message() -> None:
-    with pytest.raises(UserError) as error:
-        require({"p": (False, 3, "1 or 2"), **coupling("both", "median")}, "criterion.")
-    assert str(error.value) == (
-        "criterion.p=3 must be 1 or 2; criterion.members=both must be one of consumers, producers, all; "
-        "criterion.aggregate=median must be one of mean, sum, max"
-    )
 
 
 def test_a_criterion_gets_as_many_images_as_it_wants() -> None:

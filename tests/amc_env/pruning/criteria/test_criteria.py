@@ -7,6 +7,7 @@ import torch
 from hydra.utils import instantiate
 from networks import SMALL, images, network, traced
 from omegaconf import OmegaConf
+from refusals import refused
 from torch import Tensor, nn
 
 from amc_env.errors import UserError
@@ -135,14 +136,14 @@ def test_conf_offers_these_with_these_defaults() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("make", "fields"),
     [
-        (lambda: Taylor(images=0), "criterion.images=0 must be at least 1"),
-        (lambda: OBD("exact"), "criterion.hessian=exact must be one of gauss_newton, fisher"),  # type: ignore[arg-type]
-        (lambda: OBD(probes=0), "criterion.probes=0 must be at least 1"),
-        (lambda: Lasso(images=0, per_image=0), "images=0 must be at least 1; criterion.per_image=0 must"),
+        (lambda: Taylor(images=0), ["images"]),
+        (lambda: OBD("exact"), ["hessian"]),  # type: ignore[arg-type]
+        (lambda: OBD(probes=0), ["probes"]),
+        (lambda: Lasso(images=0, per_image=0), ["images", "per_image"]),
     ],
 )
-def test_wrong_settings_are_refused(make, message: str) -> None:
-    with pytest.raises(UserError, match=message):
+def test_wrong_settings_are_refused(make, fields: list[str]) -> None:
+    with refused("out_of_range", *fields):
         make()
