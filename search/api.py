@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ from search.settings import (
     channel_multiple,
 )
 from search.study.evaluation import make_evaluator
+from search.study.identity import describe
 from search.study.pipeline import Context, env_handle, run
 from search.study.problem import PruningProblem
 from search.study.study import Study
@@ -63,8 +65,8 @@ class Compressed:
 
 def compress(
     module: nn.Module,
-    train_loader: Iterable[Any],
-    val_loader: Iterable[Any],
+    train_loader: Iterable[Any] | Data,
+    val_loader: Iterable[Any] | None = None,
     *,
     budget: Asked | None = None,
     agent: str | Agent | None = None,
@@ -82,8 +84,10 @@ def compress(
     Args:
         module: The trained network, inputs [N, ...] to logits [N, classes]. It is not changed.
         train_loader: Batches (images, labels) for calibration and fine-tuning, normalised and augmented as the network
-            wants them.
-        val_loader: Batches that candidates are judged on: not the test data, and best not seen in training.
+            wants them. Or all splits as a `search.data.base.Data`, like `search.data.digits.digits()`; with the same
+            settings, a run that was started on the command line can then be continued here, and the other way round.
+        val_loader: Batches that candidates are judged on: not the test data, and best not seen in training. Left out
+            where ``train_loader`` is a `Data`.
         budget: Share of the original's MACs that may remain, in (0, 1]; or shares by cost, ``{"macs": 0.5,
             "params": 0.4}``, of ``macs`` (or ``flops``), ``params``, ``latency``, ``memory``, ``storage``, ``cycles`` or
             a `NetworkCost` of your own; or the settings of one budget or several,
@@ -124,17 +128,15 @@ def compress(
     network = copy.deepcopy(module).cpu().eval()
     data = _data(network, train_loader, val_loader, test_loader, base)
     place = _folder(folder)
-    finished = run(
-        network, data, base.in_folder(place), _context(place, type(module).__name__, _config(base, data))
-    )
+    finished = run(network, data, base.in_folder(place), _context(place, type(module).__name__, base))
     write_report(place)
     return Compressed(finished.model.cpu(), finished.result.strategy, finished.result, place, finished.keeps)
 
 
 def make_env(
     module: nn.Module,
-    train_loader: Iterable[Any],
-    val_loader: Iterable[Any],
+    train_loader: Iterable[Any] | Data,
+    val_loader: Iterable[Any] | None = None,
     *,
     budget: Asked | None = 0.5,
     settings: Settings | None = None,
@@ -160,8 +162,8 @@ def make_env(
 
 def make_vec_env(
     module: nn.Module,
-    train_loader: Iterable[Any],
-    val_loader: Iterable[Any],
+    train_loader: Iterable[Any] | Data,
+    val_loader: Iterable[Any] | None = None,
     *,
     num_envs: int,
     budget: Asked | None = 0.5,
@@ -186,8 +188,8 @@ def make_vec_env(
 
 def _env_handle(
     module: nn.Module,
-    train_loader: Iterable[Any],
-    val_loader: Iterable[Any],
+    train_loader: Iterable[Any] | Data,
+    val_loader: Iterable[Any] | None,
     budget: Asked | None,
     settings: Settings | None,
 ) -> EnvHandle:
@@ -203,11 +205,15 @@ def _env_handle(
 
 def _data(
     network: nn.Module,
-    train_loader: Iterable[Any],
-    val_loader: Iterable[Any],
+    train_loader: Iterable[Any] | Data,
+    val_loader: Iterable[Any] | None,
     test_loader: Iterable[Any] | None,
     settings: Settings,
 ) -> Data:
+    if isinstance(train_loader, Data):
+        return train_loader
+    if val_loader is None:
+        raise UserError("{field} is needed: candidates are scored on it", code="missing", field="val_loader")
     with seeded(settings.seed):  # a loader draws from the global state when it begins, which is the caller's
         outputs = _outputs(network, val_loader)
     images = max(settings.repair.images, settings.repair.norm_images, settings.criterion.images)
@@ -236,14 +242,14 @@ def _budgets(budget: Asked) -> tuple[BudgetSettings, ...]:
         raise error.inside("budget") from error
 
 
-def _context(folder: Path, model: str, config: Mapping[str, Any]) -> Context:
+def _context(folder: Path, model: str, settings: Settings) -> Context:
     tracker = cache(lambda: CsvTracker(folder))  # opened when the journal has found that the folder is ours
     return Context(
         folder=folder,
         track=lambda metrics, step: tracker().log(metrics, step),
         model=model,
-        config=config,
         command="search.compress",
+        configuration=json.dumps(describe(settings), indent=2),
         begin=tracker,
     )
 
@@ -273,14 +279,3 @@ def _folder(folder: str | Path | None) -> Path:
     )
     place.mkdir(parents=True, exist_ok=True)
     return place
-
-
-def _config(settings: Settings, data: Data) -> dict[str, Any]:
-    """What evaluations depend on, for the journal's header."""
-    parts = ("agent", "budgets", "granularity", "criterion", "repair", "short_term", "reward", "scoring")
-    settings = replace(settings, scoring=replace(settings.scoring, threads=None))
-    config: dict[str, Any] = {part: repr(getattr(settings, part)) for part in parts}
-    config["search"] = {"episodes": settings.episodes, "images": len(data.search)}
-    for name in ("seed", "device", "enforce_budget", "fill_budget"):
-        config[name] = getattr(settings, name)
-    return config

@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 def run_job(
     cfg: DictConfig,
     program: str,
-    header: Callable[[], Mapping[str, Any]],
     parts: Mapping[str, Callable[[], Any]] | None = None,
 ) -> float:
     """Runs the main job in the run folder.
@@ -33,8 +32,6 @@ def run_job(
     Args:
         cfg: The configuration of the command.
         program: The command, as it is started.
-        header: Gives what of it evaluations depend on, for the journal's header and the tracker; called when the
-            settings have been checked.
         parts: Settings that are not made from a section, as in `settings_of`.
 
     Returns:
@@ -45,7 +42,6 @@ def run_job(
     source = wiring.model_source(cfg)
     source.check()
     settings = replace(settings, original_lr=source.original_lr).in_folder(folder)
-    config = header()
     check(settings)
     go_on = command_line(program, folder)
     log.info("run folder: %s; if it is stopped, go on with: %s", folder, go_on)
@@ -58,13 +54,13 @@ def run_job(
     try:
         with ExitStack() as stack:
             # opened once the journal has said that the folder is ours: another run may be writing to it
-            trackers = cache(lambda: stack.enter_context(wiring.trackers(cfg, folder, config)))
+            trackers = cache(lambda: stack.enter_context(wiring.trackers(cfg, folder)))
             context = Context(
                 folder=folder,
                 track=lambda metrics, step: trackers().log(metrics, step),
                 model=source.name,
-                config=config,
                 command=command_line(program),
+                configuration=wiring.text_of(cfg),
                 begin=trackers,
             )
             finished = run(model, data, settings, context)

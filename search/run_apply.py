@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -15,15 +14,16 @@ from omegaconf import DictConfig
 from agents.base import Agent
 from agents.baselines import Uniform
 from amc_env.errors import UserError
+from amc_env.validation import check_arguments
 from search.config import compose as wiring
 from search.config.command import application, run_command
 from search.job import run_job
-from search.study.apply import Given, fingerprint, read_strategy
+from search.study.apply import Given
 
 log = logging.getLogger(__name__)
 
-_AGENTS: dict[str, Callable[..., Agent]] = {"strategy": Given, "ratio": Uniform}
-"""By the setting that is given: the agent that takes it."""
+_AGENTS: dict[str, Callable[..., Agent]] = {"strategy": Given.read, "ratio": Uniform}
+"""By the setting that is given: the function that makes the agent."""
 
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="apply")
@@ -41,33 +41,27 @@ def main_job(cfg: DictConfig) -> float:
             "of a run, or ratio=0.5, the share removed of every decision; one of the two"
         )
     (name,) = given
-    return run_job(cfg, "amc-apply", partial(_header_config, cfg), {"agent": partial(_agent, cfg, name)})
+    return run_job(cfg, "amc-apply", {"agent": partial(_agent, cfg, name)})
 
 
 def _agent(cfg: DictConfig, name: str) -> Agent:
-    agent = _AGENTS[name](**wiring.scalars(cfg, name))
-    if name == "strategy":
-        _warn_of_another_criterion(cfg.strategy)
+    make, given = _AGENTS[name], wiring.scalars(cfg, name)
+    check_arguments(make, given)
+    agent = make(**given)
+    if isinstance(agent, Given):
+        _warn_of_another_criterion(agent)
     return agent
 
 
-def _warn_of_another_criterion(path: str) -> None:
+def _warn_of_another_criterion(given: Given) -> None:
     """Counts are the same under every criterion; which units go is not."""
-    made, now = read_strategy(path).get("criterion"), HydraConfig.get().runtime.choices.get("criterion")
+    made, now = given.content.get("criterion"), HydraConfig.get().runtime.choices.get("criterion")
     if made is not None and made != now:
         log.warning(
             "the strategy was found with criterion=%s and is applied with criterion=%s: other units go",
             made,
             now,
         )
-
-
-def _header_config(cfg: DictConfig) -> Mapping[str, Any]:
-    """What the run depends on; of the strategy what it says and not where it lies."""
-    config = dict(wiring.header_config(cfg))
-    if cfg.strategy is not None:
-        config["strategy"] = fingerprint(read_strategy(cfg.strategy))
-    return config
 
 
 def main() -> None:

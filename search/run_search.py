@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 
 import hydra
 from omegaconf import DictConfig
 
-from search.config import compose as wiring
 from search.config.command import application, run_command
 from search.job import run_job
 
@@ -21,7 +19,7 @@ def main_job(cfg: DictConfig) -> float:
     Returns:
         The final accuracy in [0, 1], for Hydra's sweepers.
     """
-    return run_job(cfg, "amc-search", partial(wiring.header_config, cfg))
+    return run_job(cfg, "amc-search")
 
 
 def main() -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
-from typing import Any
 
 import hydra
 from omegaconf import DictConfig
@@ -20,8 +18,6 @@ from search.study.sensitivity import run
 log = logging.getLogger(__name__)
 
 _OWN = ("ratios", "threshold")
-_OF_THE_PICK = (*_OWN, "budget", "also")
-"""Sections that change no evaluation: a scan may be gone on with under others."""
 
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="sensitivity")
@@ -44,7 +40,7 @@ def main_job(cfg: DictConfig) -> float:
     data = wiring.data_of(cfg)
     log.info("data: %s, %d training and %d search images", data.name, len(data.train), len(data.search))
     model = source.load(data)
-    context = Context(folder, track=lambda metrics, step: None, model=source.name, config=_header_config(cfg))
+    context = Context(folder, lambda metrics, step: None, source.name, configuration=wiring.text_of(cfg))
     try:
         scanned = run(model, data, settings, scan, context)
     except KeyboardInterrupt:
@@ -52,11 +48,6 @@ def main_job(cfg: DictConfig) -> float:
         raise
     outcome = scanned.picked or scanned.trials[0][0]
     return outcome.score
-
-
-def _header_config(cfg: DictConfig) -> Mapping[str, Any]:
-    config = wiring.header_config(cfg)
-    return {name: value for name, value in config.items() if name not in _OF_THE_PICK}
 
 
 def main() -> None:

@@ -149,7 +149,7 @@ class ScoringSettings:
     batch_size: Count | None = None
     channels_last: bool = True
     precision: Precision = "float32"
-    threads: Count | None = None
+    threads: Count | None = field(default=None, metadata={"identity": False})
 
 
 @settings

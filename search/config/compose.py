@@ -33,10 +33,6 @@ from search.settings import (
 Built = TypeVar("Built")
 
 
-_NOT_OF_THE_SEARCH = ("tracker", "finalists", "finetune", "schedule", "export", "latency")
-"""Sections that by themselves change no evaluation: a run may be resumed under others."""
-
-
 _BUILT = {
     "agent": "agent",
     "criterion": "criterion",
@@ -298,34 +294,16 @@ def input_of(cfg: DictConfig) -> tuple[tuple[int, int, int], int]:
     return data.image_shape, len(data.classes)
 
 
-def trackers(cfg: DictConfig, folder: Path, config: Mapping[str, Any]) -> Trackers:
-    """metrics.csv and the chosen tracker; where it keeps a configuration, that is ``config``."""
+def text_of(cfg: DictConfig) -> str:
+    """The resolved configuration as YAML."""
+    return OmegaConf.to_yaml(resolved(cfg), resolve=True)
+
+
+def trackers(cfg: DictConfig, folder: Path) -> Trackers:
+    """metrics.csv and the chosen tracker; W&B is given the resolved configuration."""
     chosen: list[Tracker] = [CsvTracker(folder)]
     more: dict[str, Any] = {"folder": folder}
     if "WandbTracker" in cfg.tracker.get("_target_", ""):
-        more["config"] = config
+        more["config"] = _plain(resolved(cfg))
     chosen.append(built(cfg, "tracker", **more))
     return Trackers(chosen)
-
-
-def header_config(cfg: DictConfig) -> Mapping[str, Any]:
-    """The part of the configuration that evaluations depend on.
-
-    Files and folders are left out (fingerprints of weights and data stand for them), and so are the stages
-    after the search. The device is the one that was chosen, and so is the multiple of channels.
-
-    Raises:
-        UserError: A budget is wrong.
-    """
-    plain = _plain(resolved(cfg)) | {"device": _device(cfg.device)}
-    for section in _NOT_OF_THE_SEARCH:
-        plain.pop(section, None)
-    for section, key in (
-        ("model", "weights"),
-        ("model", "url"),
-        ("data", "path"),
-        ("budget", "table"),
-        ("evaluator", "threads"),  # the header states threads itself
-    ):
-        plain.get(section, {}).pop(key, None)
-    return plain

@@ -12,6 +12,9 @@ from typing import Any
 from amc_env.space import Decision
 from search.output.run_result import RunResult
 
+CONFIGURATION = "config.yaml"
+"""The file of the resolved configuration. Hydra's own copy is that of the last command in the folder, even if it failed."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -43,7 +46,6 @@ class RunFiles:
         evaluations: its other lines.
         metrics: the rows of metrics.csv, as text.
         configuration: the resolved configuration as YAML or JSON text.
-        overrides: the choices made on the command line.
     """
 
     folder: Path
@@ -53,7 +55,6 @@ class RunFiles:
     evaluations: tuple[Evaluation, ...]
     metrics: tuple[dict[str, str], ...]
     configuration: str
-    overrides: str
 
     @classmethod
     def read(cls, folder: Path) -> RunFiles:
@@ -65,7 +66,6 @@ class RunFiles:
         result = RunResult.read(folder)
         lines = list(_json_lines(folder / "evaluations.jsonl"))
         header: dict[str, Any] = next((line["header"] for line in lines if "header" in line), {})
-        config = header.get("config")
         return cls(
             folder=folder,
             result=result,
@@ -73,9 +73,7 @@ class RunFiles:
             header=header,
             evaluations=tuple(_evaluation(line) for line in lines if "score" in line),
             metrics=tuple(csv.DictReader(_text(folder / "metrics.csv").splitlines())),
-            configuration=_text(folder / ".hydra" / "config.yaml")
-            or (json.dumps(config, indent=2) if config else ""),
-            overrides=_text(folder / ".hydra" / "overrides.yaml"),
+            configuration=_text(folder / CONFIGURATION),
         )
 
     def series(self, name: str) -> dict[int, float]:

@@ -272,11 +272,9 @@ def command(run: RunFiles) -> Section | None:
 def configuration(run: RunFiles) -> Section | None:
     """All choices, the machine and the versions."""
     known = {"machine": run.result.machine, "versions": run.header.get("versions")}
-    # What the journal's header says besides: fingerprints, threads, layout. The configuration has its own part.
-    rest = {name: value for name, value in run.header.items() if name not in ("config", "versions")}
-    facts = [(name, value) for name, value in _flat(known | rest) if value]
+    fingerprints = {name: run.header.get(name) for name in ("weights", "data", "threads")}
+    facts = [(name, value) for name, value in _flat(known | fingerprints) if value]
     parts: tuple[tuple[str, Block, object], ...] = (
-        ("Chosen on the command line", Code(run.overrides), run.overrides),
         ("Full configuration", Code(run.configuration), run.configuration),
         ("Machine, versions, fingerprints", Facts(facts), facts),
     )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +13,6 @@ from agents.base import Agent, SearchTask
 from amc_env import space as budget
 from amc_env.errors import UserError
 from amc_env.space import Grid, Problem, Removed, Strategy
-from amc_env.validation import settings
 
 log = logging.getLogger(__name__)
 
@@ -46,32 +44,35 @@ def read_strategy(path: str) -> dict[str, Any]:
     return content
 
 
-def fingerprint(content: Mapping[str, Any]) -> str:
-    """Short SHA-256 of what a strategy's file decides."""
-    return hashlib.sha256(json.dumps(content["decisions"]).encode()).hexdigest()[:16]
-
-
-@settings
+@dataclass(frozen=True)
 class Given(Agent):
     """Proposes the one strategy of a file.
 
     Attributes:
-        strategy: The file, as in `read_strategy`.
+        strategy: The file's path.
+        decisions: By name: how many units are removed, and of how many.
+        content: The file's content.
     """
 
     name: ClassVar[str] = "given"
     steps: ClassVar[bool] = False
 
-    strategy: str
+    strategy: str = field(metadata={"identity": False})
+    decisions: Mapping[str, Any]
+    content: Mapping[str, Any] = field(metadata={"identity": False})
 
-    def __post_init__(self) -> None:
-        """Refuses a file that holds no strategy."""
-        assert self.content
+    @classmethod
+    def read(cls, strategy: str) -> Given:
+        """The strategy of a file.
 
-    @cached_property
-    def content(self) -> dict[str, Any]:
-        """What the file says."""
-        return read_strategy(self.strategy)
+        Args:
+            strategy: The file, or the run folder that it lies in.
+
+        Raises:
+            UserError: As `read_strategy`.
+        """
+        content = read_strategy(strategy)
+        return cls(strategy, content["decisions"], content)
 
     def check(self, problem: Problem, episodes: int) -> None:
         """Refuses a problem that the strategy does not fit, or whose budgets it does not meet.
@@ -108,7 +109,7 @@ class Given(Agent):
             UserError: It does not fit; with all reasons.
         """
         grids = problem.grids
-        problems = list(_infeasible(self.content["decisions"], grids))
+        problems = list(_infeasible(self.decisions, grids))
         try:
             strategy = Strategy.from_json(self.content, grids)
         except UserError as error:

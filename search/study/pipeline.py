@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from itertools import count
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
 
 from agents.base import SearchTask
@@ -21,13 +17,16 @@ from amc_env.env import EnvHandle, PruningVectorEnv
 from amc_env.evaluation.pruner import ORIGINAL, BaseWeights
 from amc_env.graph.surgery import Keeps
 from amc_env.space import Trial
+from search import files
 from search.data.base import Data
 from search.output.export import Small, export_all
 from search.output.formatting import cost_name
 from search.output.progress import Progress, SearchStatus
+from search.output.run_files import CONFIGURATION
 from search.output.run_result import RunResult
 from search.settings import Settings
 from search.study.evaluation import make_evaluator, start_of
+from search.study.identity import MAY_GROW, identity
 from search.study.journal import Journal
 from search.study.problem import PruningProblem, announce
 from search.study.results import result_of, strategy_json, write_json
@@ -38,9 +37,6 @@ from search.study.tuning import Tuner, finetuned, penalty_of
 log = logging.getLogger(__name__)
 
 
-_MAY_GROW = ("config.search.episodes",)
-
-
 @dataclass(frozen=True)
 class Context:
     """Where a run writes, and what it is called.
@@ -49,17 +45,22 @@ class Context:
         folder: The run folder.
         track: Called with metrics by slash name and their step (episode or epoch).
         model: The model's name.
-        config: The resolved configuration, for the journal's header.
         command: The command that started the run.
+        configuration: The resolved configuration as YAML or JSON text, which is kept in the folder.
         begin: Called once, when the folder is ours and nothing has been scored yet.
     """
 
     folder: Path
     track: Callable[[Mapping[str, float], int], None]
     model: str = "model"
-    config: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
+    configuration: str = ""
     begin: Callable[[], object] = lambda: None
+
+    def start(self) -> None:
+        """Write down the configuration and open the trackers; to be called once the folder is locked."""
+        files.write(self.folder / CONFIGURATION, self.configuration)
+        self.begin()
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,10 +177,9 @@ def run(model: nn.Module, data: Data, settings: Settings, context: Context) -> F
     prepared = PruningProblem.build(model, data, settings)
     announce(prepared)
     refuse_early(prepared)
-    head = header(prepared, context)
     # The journal's lock is held to the end: a second run in the folder would write over this one's files.
-    with Journal(context.folder, head, prepared.problem, may_grow=_MAY_GROW) as journal:
-        context.begin()
+    with Journal(context.folder, identity(prepared), prepared.problem, may_grow=MAY_GROW) as journal:
+        context.start()
         return _run(prepared, context, journal)
 
 
@@ -250,49 +250,3 @@ def _epoch_watcher(context: Context, progress: Progress) -> Callable[[int, float
         context.track({"finetune/loss": loss, "finetune/lr": lr}, epoch)
 
     return on_epoch
-
-
-def header(prepared: PruningProblem, context: Context) -> dict[str, Any]:
-    """What evaluations depend on."""
-    return {
-        "config": dict(context.config),
-        "weights": _fingerprint(prepared.model),
-        "data": prepared.data.fingerprint,
-        "threads": prepared.settings.scoring.threads or torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("torch", "numpy", "gymnasium", "stable-baselines3")},
-        **_training(prepared.settings),
-        **_table(prepared),
-    }
-
-
-def _table(prepared: PruningProblem) -> dict[str, Any]:
-    """Two predictions, which stand for the latency table that they are made from."""
-    problem = prepared.problem
-    ends = [0] * len(problem.grids), problem.most
-    return {cost.name: [cost(end) for end in ends] for cost in problem.costs if cost.name == "latency"}
-
-
-def _training(settings: Settings) -> dict[str, Any]:
-    """What evaluations depend on further where the weights that they begin with are trained within the run."""
-    found: dict[str, Any] = {}
-    if settings.trains_between or settings.short_term_steps:  # rates are fractions of it
-        found["original_lr"] = settings.original_lr
-    if settings.trains_between:
-        found |= {"training": asdict(settings.finetune), "regularization": repr(settings.regularization)}
-    if settings.stages:  # a stage begins with the best of the one before: more episodes may find another
-        found["stages"] = {
-            "shares": list(settings.stages),
-            "episodes": settings.episodes,
-            "finalists": asdict(settings.finalists),
-            "schedule": asdict(settings.schedule),
-        }
-    return found
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """Short SHA-256 of all weights."""
-    digest = hashlib.sha256()
-    for name, value in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]

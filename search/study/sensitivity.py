@@ -21,8 +21,9 @@ from search.output.plots import plot_sensitivity
 from search.output.progress import Progress
 from search.settings import SensitivitySettings, Settings
 from search.study.evaluation import make_evaluator, start_of
+from search.study.identity import score_identity
 from search.study.journal import Journal
-from search.study.pipeline import Context, header
+from search.study.pipeline import Context
 from search.study.problem import PruningProblem, announce
 from search.study.results import budget_figures, strategy_json, write_json
 
@@ -77,8 +78,8 @@ def run(
     # What is scored depends on no budget: the journal serves them all.
     free = replace(prepared, settings=replace(settings, budgets=()))
     start = start_of(prepared, ORIGINAL, prepared.builder)
-    head = {name: value for name, value in header(free, context).items() if name != "latency"}
-    with Journal(context.folder, head, free.problem, ordered=False) as journal:
+    with Journal(context.folder, score_identity(free), free.problem, ordered=False) as journal:
+        context.start()
         if journal.replayed:
             log.info("going on with %d evaluations of %s", journal.replayed, context.folder)
         evaluator = make_evaluator(free, journal, start)

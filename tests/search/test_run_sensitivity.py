@@ -138,7 +138,7 @@ def test_a_change_that_changes_scores_is_refused(amc_sensitivity: Command, tmp_p
     ended = amc_sensitivity(*QUICK, "repair=none")
     assert ended.code == 2
     assert ended.err.startswith("error: the run in")
-    assert "config.repair.name: least_squares then, none now" in ended.err
+    assert "repair.name: least_squares then, none now" in ended.err
 
 
 @pytest.mark.parametrize("granularity", ["fine_grained", "nm", "kernel", "vector"])
@@ -186,7 +186,7 @@ def test_a_scan_for_latency_serves_other_budgets_and_the_other_way_round(
     assert (made["batch"], made["threads"], made["runtime"]) == (2, 1, "eager")
     before = journal_of(tmp_path / "run")
     refused = amc_sensitivity(*QUICK, "budget.ratio=0.3")
-    assert "config.channel_multiple: 8 then, 2 now" in refused.err
+    assert "granularity.multiple: 8 then, 2 now" in refused.err
     assert amc_sensitivity(*QUICK, "budget.ratio=0.3", "channel_multiple=8").code == 0
     after = journal_of(tmp_path / "run")
     assert after[: len(before)] == before
@@ -255,8 +255,8 @@ def test_scanning_draws_nothing_from_the_search(amc_sensitivity: Command, tmp_pa
     """The journal names no agent: it is the network's, not a policy's."""
     assert amc_sensitivity(*QUICK).code == 0
     header = json.loads((tmp_path / "run" / "evaluations.jsonl").read_text().splitlines()[0])["header"]
-    assert not {"agent", "budget", "ratios", "threshold", "reward"} & set(header["config"])
-    assert header["config"]["search"] == {"images": 100}
+    assert not {"agent", "budgets", "reward", "episodes", "latency_ms"} & set(header)
+    assert header["data"]["search_images"] == 100
 
 
 # --------------------------------------------------------------------------------------------- the picture

@@ -36,13 +36,13 @@ class LatencyBudget(BudgetSettings):
     """
 
     cost: str = "latency"
-    table: str | None = None
+    table: str | None = field(default=None, metadata={"identity": False})
     elsewhere: bool = False
     vector_width: Count = 8
     tolerance: Positive = 0.05
     points: Natural = 1500
     repeats: Count = 30
-    kept: Path | None = field(default=None, repr=False, compare=False)
+    kept: Path | None = field(default=None, repr=False, compare=False, metadata={"identity": False})
 
     @property
     def channel_multiple(self) -> int:

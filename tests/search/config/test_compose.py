@@ -1,4 +1,4 @@
-"""From YAML to objects: what is checked before anything is built, and what the journal's header holds."""
+"""From YAML to objects: what is checked before anything is built."""
 
 from dataclasses import replace
 
@@ -91,19 +91,6 @@ def test_only_refusals_are_the_user_s_mistakes() -> None:
     with pytest.raises(ValueError, match="a bug") as error:
         wiring.built(OmegaConf.create({"x": {"_target_": f"{__name__}.broken"}}), "x")
     assert not isinstance(error.value, UserError)
-
-
-def test_the_header_holds_what_evaluations_depend_on_and_no_place() -> None:
-    places = ("model=resnet20", "data=cifar10", "model.weights=FILE", "data.path=DIR", "device=cpu")
-    header = wiring.header_config(config(*places, "hydra.run.dir=DIR"))
-    assert not {"hydra", "tracker", "finetune", "export", "latency"} & set(header)
-    assert "FILE" not in str(header)
-    assert "DIR" not in str(header)
-    assert wiring.header_config(config("finetune.epochs=0", "tracker=wandb")) == wiring.header_config(
-        config()
-    )
-    assert wiring.header_config(config("seed=2")) != wiring.header_config(config())
-    assert wiring.header_config(config("device=auto"))["device"] in ("cpu", "cuda")
 
 
 @pytest.mark.parametrize("name", ["ddpg", "random", "sensitivity", "uniform"])

@@ -130,7 +130,7 @@ def test_a_stopped_run_goes_on_and_another_strategy_is_refused(amc_apply: Comman
     (tmp_path / "first" / "strategy.json").write_text(json.dumps(other))
     refused = amc_apply(*QUICK, *given)
     assert refused.code == 2
-    assert "config.strategy: " in refused.err
+    assert "agent.decisions." in refused.err
 
 
 # ---------------------------------------------------------------------------------------------- mistakes
@@ -242,7 +242,7 @@ def given(folder: Path, **content: Any) -> Given:
     decisions = {"b": {"removed": 8, "total": 20}, "a": {"removed": 4, "total": 10}}
     file = folder / "strategy.json"
     file.write_text(json.dumps({"decisions": decisions} | content))
-    return Given(str(file))
+    return Given.read(str(file))
 
 
 def test_counts_come_in_the_problem_s_order_and_are_scored_once(tmp_path: Path) -> None:
