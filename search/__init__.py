@@ -6,8 +6,10 @@ several of them side by side, and `load_pruned` restores what a run left behind.
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 _OURS = ("amc_env", "agents", "conf")
 
@@ -32,7 +34,30 @@ def _check_neighbours() -> None:
 
 _check_neighbours()
 
-from search.api import Compressed, compress, make_env, make_vec_env  # noqa: E402 -- the check must come first
-from search.output.weights import load_pruned  # noqa: E402
+if TYPE_CHECKING:
+    from search.api import Compressed as Compressed
+    from search.api import compress as compress
+    from search.api import make_env as make_env
+    from search.api import make_vec_env as make_vec_env
+    from search.output.weights import load_pruned as load_pruned
+
+_HOMES = {
+    "Compressed": "search.api",
+    "compress": "search.api",
+    "make_env": "search.api",
+    "make_vec_env": "search.api",
+    "load_pruned": "search.output.weights",
+}
 
 __all__ = ["Compressed", "compress", "load_pruned", "make_env", "make_vec_env"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used (PEP 562): ``import search`` and ``--help`` need no PyTorch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

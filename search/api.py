@@ -23,10 +23,8 @@ from amc_env.env import EnvHandle
 from amc_env.errors import UserError, first_line
 from amc_env.graph.surgery import Keeps
 from amc_env.pruning.granularity import Channel
-from search.config.compose import default_agent
 from search.data.base import Data
 from search.data.loaders import from_loaders, seeded
-from search.output.report import write_report
 from search.output.run_result import RunResult
 from search.output.tracking import CsvTracker
 from search.settings import (
@@ -115,7 +113,7 @@ def compress(
     if settings is None:
         budget, agent = 0.5 if budget is None else budget, agent or "ddpg"
     given: dict[str, Any] = {
-        "agent": default_agent(agent) if isinstance(agent, str) else agent,
+        "agent": _agent(agent) if isinstance(agent, str) else agent,
         "budgets": None if budget is None else _budgets(budget),
         "episodes": episodes,
         "finetune": FinetuneSettings(epochs=finetune) if isinstance(finetune, int) else finetune,
@@ -129,6 +127,8 @@ def compress(
     data = _data(network, train_loader, val_loader, test_loader, base)
     place = _folder(folder)
     finished = run(network, data, base.in_folder(place), _context(place, type(module).__name__, base))
+    from search.output.report import write_report  # matplotlib takes a third of a second to import
+
     write_report(place)
     return Compressed(finished.model.cpu(), finished.result.strategy, finished.result, place, finished.keeps)
 
@@ -218,6 +218,12 @@ def _data(
         outputs = _outputs(network, val_loader)
     images = max(settings.repair.images, settings.repair.norm_images, settings.criterion.images)
     return from_loaders(train_loader, val_loader, test_loader, images, outputs)
+
+
+def _agent(name: str) -> Agent:
+    from search.config.compose import default_agent  # Hydra is needed for names alone
+
+    return default_agent(name)
 
 
 def _defaults(given: Mapping[str, Any]) -> Settings:

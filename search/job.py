@@ -14,7 +14,6 @@ from omegaconf import DictConfig
 from search.config import compose as wiring
 from search.config.command import command_line, run_folder
 from search.output.progress import final_table
-from search.output.report import write_report
 from search.output.run_result import RunResult
 from search.study.pipeline import Context, run
 from search.study.problem import check
@@ -64,6 +63,8 @@ def run_job(
                 begin=trackers,
             )
             finished = run(model, data, settings, context)
+            from search.output.report import write_report  # matplotlib, which a search does without
+
             report = write_report(folder)
             trackers().summary(_summary(finished.result))
     except KeyboardInterrupt:

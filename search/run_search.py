@@ -8,7 +8,6 @@ import hydra
 from omegaconf import DictConfig
 
 from search.config.command import application, run_command
-from search.job import run_job
 
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="search")
@@ -19,6 +18,8 @@ def main_job(cfg: DictConfig) -> float:
     Returns:
         The final accuracy in [0, 1], for Hydra's sweepers.
     """
+    from search.job import run_job  # PyTorch and all else, which --help does without
+
     return run_job(cfg, "amc-search")
 
 

@@ -1,6 +1,7 @@
-"""Who may import whom, and how long a function may be; read from the sources, nothing is imported."""
+"""Who may import whom, and how long a function may be; read from the sources; and what an import loads."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -133,3 +134,20 @@ def test_functions_are_short(path: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
     ]
     assert {f.name: length(f) for f in functions if length(f) > LONGEST} == {}
+
+
+@pytest.mark.parametrize(
+    ("code", "without"),
+    [
+        ("import search", ["torch", "hydra"]),
+        ("import search.run_search", ["torch", "pydantic"]),
+        (
+            "from search import compress, load_pruned, make_env",
+            ["matplotlib", "scipy.stats", "scipy.optimize", "stable_baselines3", "wandb", "hydra"],
+        ),
+    ],
+)
+def test_what_is_slow_to_import_is_imported_when_it_is_needed(code: str, without: list[str]) -> None:
+    found = f"import sys; print(*[name for name in {without!r} if name in sys.modules])"
+    ended = subprocess.run([sys.executable, "-c", f"{code}; {found}"], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout.split()) == (0, []), ended.stderr

@@ -16,7 +16,6 @@ from amc_env.costs.memory import Activations
 from amc_env.graph.layers import Layer
 from search import files
 from search.output.formatting import percent
-from search.output.plots import plot_latency_check
 from search.output.progress import Progress, print_table
 from search.study.latency_table import Subject, shown_on
 
@@ -218,6 +217,8 @@ def check_of(
         f"{percent(checked.median_share_error, 1)}), largest {percent(checked.largest_error, 1)}, "
         f"rank correlation {checked.rank_correlation:.3f}"
     )
+    from search.output.plots import plot_latency_check
+
     plot_latency_check(
         checked.predicted_ms, checked.measured, folder / CHECK_PLOT, said.replace("), ", "),\n")
     )

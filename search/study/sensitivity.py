@@ -17,7 +17,6 @@ from amc_env.space import Problem, Removed, Trial
 from search import files
 from search.data.base import Data
 from search.output.formatting import amount, budget_lines, cost_name, percent
-from search.output.plots import plot_sensitivity
 from search.output.progress import Progress
 from search.settings import SensitivitySettings, Settings
 from search.study.evaluation import make_evaluator, start_of
@@ -124,6 +123,8 @@ def _write(scanned: Scanned, prepared: PruningProblem, folder: Path) -> None:
     _write_csv(scanned, folder / CSV)
     picked = scanned.picked
     ratios = () if picked is None else picked.strategy.ratios
+    from search.output.plots import plot_sensitivity
+
     plot_sensitivity(scanned.curves, folder / PLOT, threshold=scanned.threshold, picked=ratios)
     if picked is not None:
         write_json(folder / STRATEGY, strategy_json(prepared, picked))

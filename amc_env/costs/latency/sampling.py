@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
-from scipy.optimize import lsq_linear
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from amc_env.costs.latency.cost import Latency
@@ -132,6 +130,8 @@ def fit_correction(parts: Sequence[tuple[float, float, float]], measured_ms: Seq
     weights[0] = np.sqrt(max(1, len(parts) - 1))
     system = columns / size * (weights / measured)[:, None]
     bounds = [0.0, 0.0, 0.0, -np.inf], np.inf
+    from scipy.optimize import lsq_linear  # half a second to import
+
     found = lsq_linear(system, weights, bounds=bounds, method="bvls").x / size
     return Correction(*(float(value) for value in np.where(columns.any(axis=0), found, 0.0)))
 
@@ -204,6 +204,8 @@ class Checked:
         columns = self.predicted_ms, [timing.median_ms for timing in self.measured]
         if any(len(set(column)) < 2 for column in columns):  # a busy machine can make a table flat
             return math.nan
+        from scipy.stats import spearmanr
+
         return float(spearmanr(*columns).statistic)
 
 
