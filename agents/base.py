@@ -1,7 +1,7 @@
 """What an agent is given, and what it must be.
 
 An agent sees a search in one of two ways: as Gymnasium environments that take one decision a step, or as a
-`Problem` whose whole strategies it has scored. Both end at the same evaluator, which counts, keeps the best
+`SearchSpace` whose whole strategies it has scored. Both end at the same evaluator, which counts, keeps the best
 and writes the journal; an agent only asks.
 """
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from gymnasium.vector import VectorEnv
 
 from amc_env.errors import UserError
-from amc_env.space import Problem, Removed, Trial
+from amc_env.space import Removed, SearchSpace, Trial
 
 
 def _stays(removed: Removed) -> None:
@@ -29,7 +29,7 @@ class SearchTask:
     """A search to be done.
 
     Attributes:
-        problem: The whole-strategy view.
+        space: The whole-strategy view.
         envs: The layer-by-layer view: so many environments side by side, whose episodes end together; the last step
             hands all their strategies to the same evaluator as ``score``.
         score: Scores whole strategies, in order.
@@ -41,7 +41,7 @@ class SearchTask:
             from then on; counts stay those of units removed from the original.
     """
 
-    problem: Problem
+    space: SearchSpace
     envs: Callable[[int], VectorEnv[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[Any]]]
     score: Callable[[Sequence[Removed]], list[Trial]]
     episodes: int
@@ -63,14 +63,14 @@ class Agent(ABC):
     steps: ClassVar[bool]
     tunes: ClassVar[bool] = False
 
-    def check(self, problem: Problem, episodes: int) -> None:  # noqa: B027 -- most can do any search
+    def check(self, space: SearchSpace, episodes: int) -> None:  # noqa: B027 -- most can do any search
         """Refuses a search that it cannot do, before anything is scored.
 
         Raises:
             UserError: It cannot.
         """
 
-    def planned(self, problem: Problem, episodes: int) -> int:
+    def planned(self, space: SearchSpace, episodes: int) -> int:
         """About how many evaluations or episodes a search of ``episodes`` takes, for a progress display."""
         return episodes
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from agents.base import Agent, SearchTask
 from amc_env.errors import UserError
-from amc_env.space import Problem, Removed
+from amc_env.space import Removed, SearchSpace
 from amc_env.validation import Count, FractionOrZero, settings
 
 log = logging.getLogger(__name__)
@@ -36,11 +36,11 @@ class Uniform(Agent):
         Raises:
             UserError: There is neither a budget nor a ratio.
         """
-        if self.ratio is None and not task.problem.budgets:
+        if self.ratio is None and not task.space.budgets:
             raise UserError(
                 "agent=uniform with budget=none has no ratio to use; set agent.ratio, like agent.ratio=0.5"
             )
-        task.score([task.problem.project([self.ratio or 0.0] * len(task.problem.names))])
+        task.score([task.space.project([self.ratio or 0.0] * len(task.space.names))])
 
 
 @settings
@@ -59,17 +59,17 @@ class Random(Agent):
 
     def search(self, task: SearchTask) -> None:
         """Scores ``task.episodes`` different strategies, or all that could be found."""
-        strategies = list(islice(self._draw(task.problem, np.random.default_rng(task.seed)), task.episodes))
+        strategies = list(islice(self._draw(task.space, np.random.default_rng(task.seed)), task.episodes))
         if len(strategies) < task.episodes:
             log.warning("only %d different strategies found of %d asked for", len(strategies), task.episodes)
         task.score(strategies)
 
-    def _draw(self, problem: Problem, rng: np.random.Generator) -> Iterator[Removed]:
+    def _draw(self, space: SearchSpace, rng: np.random.Generator) -> Iterator[Removed]:
         """Different strategies, without end unless repeats run into ``redraws``."""
         seen: set[Removed] = set()
         repeats = 0
         while repeats < self.redraws:
-            removed = problem.land(rng.uniform(0.0, problem.maxima))
+            removed = space.land(rng.uniform(0.0, space.maxima))
             repeats = repeats + 1 if removed in seen else 0
             if repeats == 0:
                 seen.add(removed)

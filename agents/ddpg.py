@@ -29,7 +29,7 @@ from agents.exploration import WARMUPS, TruncatedNormalNoise, Warmup, uniform_ra
 from agents.replay import EpisodeReplayBuffer
 from agents.vector import GymnasiumVecEnv
 from amc_env.errors import UserError
-from amc_env.space import Problem
+from amc_env.space import SearchSpace
 from amc_env.validation import Count, Listed, Natural, NotNegative, Positive, Share, ShareOrZero, settings
 
 log = logging.getLogger(__name__)
@@ -308,7 +308,7 @@ class DDPGAgent(Agent):
         """Episodes of the warm-up in whole rounds."""
         return math.ceil(self.warmup_episodes / self.n_envs) * self.n_envs
 
-    def check(self, problem: Problem, episodes: int) -> None:
+    def check(self, space: SearchSpace, episodes: int) -> None:
         """Refuses episodes that do not make whole rounds.
 
         Raises:
@@ -328,7 +328,7 @@ class DDPGAgent(Agent):
         Raises:
             UserError: They are no multiple of ``n_envs``.
         """
-        self.check(task.problem, task.episodes)
+        self.check(task.space, task.episodes)
         if task.episodes <= self.warmup_whole:
             log.warning(
                 "search.episodes=%d ends within the warm-up of %d (agent.warmup_episodes=%d): nothing is learnt",
@@ -336,7 +336,7 @@ class DDPGAgent(Agent):
                 self.warmup_whole,
                 self.warmup_episodes,
             )
-        steps = len(task.problem.names)
+        steps = len(task.space.names)
         with random_states_kept():
             self.learner(task).learn(task.episodes * steps, log_interval=None)  # type: ignore[arg-type]
 
@@ -346,12 +346,12 @@ class DDPGAgent(Agent):
         learner = AMCDDPG(
             GymnasiumVecEnv(task.envs(self.n_envs), self.infinite_reward),
             self,
-            steps=len(task.problem.names),
-            warmup=WARMUPS[self.warmup](task.problem, self.noise, warmup_rng),
+            steps=len(task.space.names),
+            warmup=WARMUPS[self.warmup](task.space, self.noise, warmup_rng),
             rng=noise_rng,
             seed=task.seed,
             on_update=task.on_update,
         )
         if self.warmup == "near_uniform":
-            learner.begin_at(float(np.median(uniform_ratios(task.problem))))
+            learner.begin_at(float(np.median(uniform_ratios(task.space))))
         return learner

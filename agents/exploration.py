@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch.special import ndtr, ndtri
 
-from amc_env.space import Problem, Removed
+from amc_env.space import Removed, SearchSpace
 
 Floats = npt.NDArray[np.float64]
 
@@ -52,46 +52,46 @@ Warmup = Callable[[], Floats]
 """Draws the actions [decisions] of one warm-up episode."""
 
 
-def uniform_ratios(problem: Problem) -> Floats:
+def uniform_ratios(space: SearchSpace) -> Floats:
     """The ratios [decisions] of the uniform strategy: one for all, the least that meets every budget."""
-    return _ratios(problem, problem.project([0.0] * len(problem.names)))
+    return _ratios(space, space.project([0.0] * len(space.names)))
 
 
-def _ratios(problem: Problem, removed: Removed) -> Floats:
-    return np.asarray(removed, dtype=np.float64) / np.asarray(problem.totals, dtype=np.float64)
+def _ratios(space: SearchSpace, removed: Removed) -> Floats:
+    return np.asarray(removed, dtype=np.float64) / np.asarray(space.totals, dtype=np.float64)
 
 
-def uniform_warmup(problem: Problem, noise: TruncatedNormalNoise, rng: np.random.Generator) -> Warmup:
+def uniform_warmup(space: SearchSpace, noise: TruncatedNormalNoise, rng: np.random.Generator) -> Warmup:
     """AMC's warm-up: every action uniform over the range that all decisions share.
 
     Under a bound that only raises actions most of these fall far below the budget: the median has 30% of
     the MACs left at a target of 50%.
     """
-    high = float(np.max(problem.maxima))
-    return lambda: rng.uniform(0.0, high, len(problem.names))
+    high = float(np.max(space.maxima))
+    return lambda: rng.uniform(0.0, high, len(space.names))
 
 
-def landing_warmup(problem: Problem, noise: TruncatedNormalNoise, rng: np.random.Generator) -> Warmup:
+def landing_warmup(space: SearchSpace, noise: TruncatedNormalNoise, rng: np.random.Generator) -> Warmup:
     """Strategies that land on the budget: uniform ratios, shifted together, fed to the environment as
     actions.
 
     The bound leaves them as they are, since each prefix of a strategy that meets the budgets can meet them.
     """
-    return lambda: _ratios(problem, problem.land(rng.uniform(0.0, problem.maxima)))
+    return lambda: _ratios(space, space.land(rng.uniform(0.0, space.maxima)))
 
 
-def near_uniform_warmup(problem: Problem, noise: TruncatedNormalNoise, rng: np.random.Generator) -> Warmup:
+def near_uniform_warmup(space: SearchSpace, noise: TruncatedNormalNoise, rng: np.random.Generator) -> Warmup:
     """The uniform strategy, then strategies around it: its ratios with the noise added, landed on the budget.
 
     Not in AMC. Where many decisions are cut deep, ratios drawn from their whole range are far worse than uniform
     ones, and so is the best of a few of them. Without a budget nothing removed takes the uniform strategy's place.
     """
-    uniform = uniform_ratios(problem)
-    draws = (noise.draw(mean, np.zeros(1), problem.maxima, 0, rng) for mean in repeat(uniform))
-    return chain([uniform], (_ratios(problem, problem.land(ratios)) for ratios in draws)).__next__
+    uniform = uniform_ratios(space)
+    draws = (noise.draw(mean, np.zeros(1), space.maxima, 0, rng) for mean in repeat(uniform))
+    return chain([uniform], (_ratios(space, space.land(ratios)) for ratios in draws)).__next__
 
 
-WARMUPS: dict[str, Callable[[Problem, TruncatedNormalNoise, np.random.Generator], Warmup]] = {
+WARMUPS: dict[str, Callable[[SearchSpace, TruncatedNormalNoise, np.random.Generator], Warmup]] = {
     "uniform": uniform_warmup,
     "landing": landing_warmup,
     "near_uniform": near_uniform_warmup,

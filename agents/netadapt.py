@@ -15,7 +15,7 @@ import numpy as np
 
 from agents.base import Agent, SearchTask
 from amc_env.errors import UserError
-from amc_env.space import Budget, Problem, Removed, Trial
+from amc_env.space import Budget, Removed, SearchSpace, Trial
 from amc_env.validation import Fraction, Share, settings
 
 log = logging.getLogger(__name__)
@@ -52,25 +52,25 @@ class NetAdapt(Agent):
     decay: Share = 0.96
     choice: Literal["accuracy", "exchange"] = "accuracy"
 
-    def check(self, problem: Problem, episodes: int) -> None:
-        """Refuses a problem without a budget.
+    def check(self, space: SearchSpace, episodes: int) -> None:
+        """Refuses a search space without a budget.
 
         Raises:
             UserError: There is none.
         """
-        if not problem.budgets:
+        if not space.budgets:
             raise UserError(
                 "agent=netadapt adapts a network to a budget, and there is none; set one, like budget=flops"
             )
 
-    def planned(self, problem: Problem, episodes: int) -> int:
+    def planned(self, space: SearchSpace, episodes: int) -> int:
         """Evaluations that the schedule takes, if every round saves what it aims at."""
-        ratio = min((budget.ratio for budget in problem.budgets), default=1.0)
+        ratio = min((budget.ratio for budget in space.budgets), default=1.0)
         left, rounds = 1.0, 0
         while left > ratio + 1e-9 and self._share(rounds + 1) > 1e-6:
             rounds += 1
             left -= self._share(rounds)
-        return 1 + rounds * (len(problem.names) + 1)
+        return 1 + rounds * (len(space.names) + 1)
 
     def _share(self, number: int) -> float:
         """What a round aims at, as a share of the original's resource."""
@@ -82,28 +82,28 @@ class NetAdapt(Agent):
         Raises:
             UserError: There is no budget.
         """
-        self.check(task.problem, task.episodes)
-        state = task.score([task.problem.snap(np.zeros(len(task.problem.names)))])[0]
+        self.check(task.space, task.episodes)
+        state = task.score([task.space.snap(np.zeros(len(task.space.names)))])[0]
         for number in count(1):
-            if task.problem.met(state.removed):
+            if task.space.met(state.removed):
                 return
-            budget = _furthest(task.problem.budgets, state.removed)
-            proposals = self._proposals(task.problem, budget, state.removed, number)
+            budget = _furthest(task.space.budgets, state.removed)
+            proposals = self._proposals(task.space, budget, state.removed, number)
             winner = self._winner(state, task.score(proposals), budget)
             task.adopt(winner.removed)
             state = task.score([winner.removed])[0]
 
-    def _proposals(self, problem: Problem, budget: Budget, removed: Removed, number: int) -> list[Removed]:
+    def _proposals(self, space: SearchSpace, budget: Budget, removed: Removed, number: int) -> list[Removed]:
         """Each decision cut alone by the least count that gives the round's reduction; those that can."""
         now, wanted = budget.cost(removed), self._share(number) * budget.cost([0] * len(removed))
         for halving in range(_HALVINGS):
             target = max(budget.limit, now - wanted / 2**halving)
-            found = [cut(problem, budget, removed, place, target) for place in range(len(removed))]
+            found = [cut(space, budget, removed, place, target) for place in range(len(removed))]
             proposals = [proposal for proposal in found if proposal is not None]
             if proposals:
                 return proposals
         log.info("round %d: no decision alone saves enough, so all are cut together", number)
-        return [cut_together(problem, budget, removed, max(budget.limit, now - wanted))]
+        return [cut_together(space, budget, removed, max(budget.limit, now - wanted))]
 
     def _winner(self, state: Trial, trials: Sequence[Trial], budget: Budget) -> Trial:
         now = budget.cost(state.removed)
@@ -122,11 +122,11 @@ def _furthest(budgets: Sequence[Budget], removed: Removed) -> Budget:
     return max(budgets, key=lambda budget: budget.cost(removed) / budget.limit)
 
 
-def cut(problem: Problem, budget: Budget, removed: Removed, place: int, target: float) -> Removed | None:
+def cut(space: SearchSpace, budget: Budget, removed: Removed, place: int, target: float) -> Removed | None:
     """The least further cut of one decision that takes a cost down to a target, found by bisection.
 
     Args:
-        problem: The decisions.
+        space: The decisions.
         budget: Has the cost, which never rises when more is removed.
         removed: What is gone already.
         place: The decision's.
@@ -139,7 +139,7 @@ def cut(problem: Problem, budget: Budget, removed: Removed, place: int, target: 
     def at(index: int) -> Removed:
         return (*removed[:place], grid.count(index), *removed[place + 1 :])
 
-    grid = problem.grids[place]
+    grid = space.grids[place]
     low, high = 0, grid.size - 1
     if grid.count(high) <= removed[place] or budget.cost(at(high)) > target * _SLACK:
         return None
@@ -152,19 +152,19 @@ def cut(problem: Problem, budget: Budget, removed: Removed, place: int, target: 
     return at(high)
 
 
-def cut_together(problem: Problem, budget: Budget, removed: Removed, target: float) -> Removed:
+def cut_together(space: SearchSpace, budget: Budget, removed: Removed, target: float) -> Removed:
     """The least common further cut of all decisions, in ratios, that takes a cost down to a target.
 
     Args:
-        problem: The decisions; with all at their most they are within every limit.
+        space: The decisions; with all at their most they are within every limit.
         budget: Has the cost.
         removed: What is gone already.
         target: The most that the cost may be, at least the limit.
     """
-    ratios = np.array(removed) / np.array(problem.totals)
+    ratios = np.array(removed) / np.array(space.totals)
 
     def shifted(shift: float) -> Removed:
-        counts = problem.snap(np.minimum(ratios + shift, problem.maxima))
+        counts = space.snap(np.minimum(ratios + shift, space.maxima))
         return tuple(max(pair) for pair in zip(counts, removed, strict=True))
 
     low, high = 0.0, 1.0

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from agents.base import Agent, SearchTask
 from amc_env.errors import UserError
-from amc_env.space import Problem, Removed
+from amc_env.space import Removed, SearchSpace
 from amc_env.validation import Fraction, FractionOrZero, Listed, settings
 
 log = logging.getLogger(__name__)
@@ -88,21 +88,21 @@ class Pick:
     threshold: float
 
 
-def plan(problem: Problem, ratios: Sequence[float]) -> list[list[Removed]]:
+def plan(space: SearchSpace, ratios: Sequence[float]) -> list[list[Removed]]:
     """Strategies that cut one decision alone: for every decision one a feasible count, ascending.
 
     Ratios that come to the same count, or to none at all, are taken once, or not at all.
     """
     plans = []
-    for place in range(len(problem.names)):
-        alone = np.zeros((len(ratios), len(problem.names)))
+    for place in range(len(space.names)):
+        alone = np.zeros((len(ratios), len(space.names)))
         alone[:, place] = sorted(ratios)
-        plans.append([removed for removed in dict.fromkeys(map(problem.snap, alone)) if removed[place]])
+        plans.append([removed for removed in dict.fromkeys(map(space.snap, alone)) if removed[place]])
     return plans
 
 
 def curves_of(
-    problem: Problem,
+    space: SearchSpace,
     plans: Sequence[Sequence[Removed]],
     original: float,
     accuracies: Sequence[Sequence[float]],
@@ -110,25 +110,25 @@ def curves_of(
     """The curve of every decision.
 
     Args:
-        problem: The decisions.
+        space: The decisions.
         plans: `plan`'s strategies.
         original: Accuracy of the uncut network.
         accuracies: Those of the strategies.
     """
     curves = []
     for place, (alone, scored) in enumerate(zip(plans, accuracies, strict=True)):
-        ratios = (removed[place] / problem.totals[place] for removed in alone)
-        curves.append(Curve(problem.names[place], (0.0, *ratios), (original, *scored)))
+        ratios = (removed[place] / space.totals[place] for removed in alone)
+        curves.append(Curve(space.names[place], (0.0, *ratios), (original, *scored)))
     return curves
 
 
-def pick(problem: Problem, curves: Sequence[Curve], drop: float | None = None) -> Pick:
+def pick(space: SearchSpace, curves: Sequence[Curve], drop: float | None = None) -> Pick:
     """Cuts every decision to where its curve crosses a common threshold, the highest that meets the budget.
 
     What snapping to feasible counts leaves of the budget is given back by the least common shift of all ratios.
 
     Args:
-        problem: The decisions and the budgets.
+        space: The decisions and the budgets.
         curves: One per decision.
         drop: The accuracy that may be given up at once, as a share of 1; the threshold goes below that only where the
             budget asks for it, and nothing is given back. Without it the threshold begins at the original's accuracy.
@@ -138,18 +138,18 @@ def pick(problem: Problem, curves: Sequence[Curve], drop: float | None = None) -
         return [curve.ratio_at(threshold) for curve in curves]
 
     met = high = curves[0].accuracies[0] - (drop or 0.0)
-    if not problem.met(problem.snap(cut_to(high))):
+    if not space.met(space.snap(cut_to(high))):
         met = min(
             min(curve.falling) for curve in curves
         )  # every curve's end; beyond it there is only the shift
         for _ in range(_BISECTIONS):
             middle = (met + high) / 2
-            if problem.met(problem.snap(cut_to(middle))):
+            if space.met(space.snap(cut_to(middle))):
                 met = middle
             else:
                 high = middle
     ratios = cut_to(met)
-    return Pick(problem.land(ratios) if drop is None else problem.project(ratios), met)
+    return Pick(space.land(ratios) if drop is None else space.project(ratios), met)
 
 
 @settings
@@ -172,13 +172,13 @@ class Sensitivity(Agent):
     ratios: Ratios = RATIOS
     threshold: FractionOrZero | None = None
 
-    def check(self, problem: Problem, episodes: int) -> None:
-        """Refuses a problem that gives nothing to prune to.
+    def check(self, space: SearchSpace, episodes: int) -> None:
+        """Refuses a search space that gives nothing to prune to.
 
         Raises:
             UserError: There is neither a budget nor a threshold.
         """
-        if self.threshold is None and not problem.budgets:
+        if self.threshold is None and not space.budgets:
             raise UserError(
                 "agent=sensitivity with budget=none has no threshold to prune to; set agent.threshold, "
                 "like agent.threshold=0.01"
@@ -190,23 +190,23 @@ class Sensitivity(Agent):
         Raises:
             UserError: There are too few episodes, or neither a budget nor a threshold.
         """
-        problem = task.problem
-        self.check(problem, task.episodes)
-        plans = self._fitting(problem, task.episodes)
-        whole = problem.snap(np.zeros(len(problem.names)))
+        space = task.space
+        self.check(space, task.episodes)
+        plans = self._fitting(space, task.episodes)
+        whole = space.snap(np.zeros(len(space.names)))
         trials = task.score([whole, *(removed for alone in plans for removed in alone)])
         scored = iter([trial.score for trial in trials])
         original = next(scored)
-        curves = curves_of(problem, plans, original, [[next(scored) for _ in alone] for alone in plans])
-        task.score([pick(problem, curves, self.threshold).removed])
+        curves = curves_of(space, plans, original, [[next(scored) for _ in alone] for alone in plans])
+        task.score([pick(space, curves, self.threshold).removed])
 
-    def _fitting(self, problem: Problem, episodes: int) -> list[list[Removed]]:
+    def _fitting(self, space: SearchSpace, episodes: int) -> list[list[Removed]]:
         """The plan for as many ratios as ``episodes`` allow, evenly out of the list."""
         ratios = sorted(set(self.ratios))
         needed = 0
         for count in range(len(ratios), 0, -1):
             chosen = [ratios[int((k + 0.5) * len(ratios) / count)] for k in range(count)]
-            plans = plan(problem, chosen)
+            plans = plan(space, chosen)
             needed = 2 + sum(map(len, plans))
             if needed <= episodes:
                 if count < len(ratios):
@@ -221,5 +221,5 @@ class Sensitivity(Agent):
                 return plans
         raise UserError(
             f"agent=sensitivity needs search.episodes={needed} at least for one ratio of each of "
-            f"{len(problem.names)} decisions, the original and the strategy picked; it is {episodes}"
+            f"{len(space.names)} decisions, the original and the strategy picked; it is {episodes}"
         )

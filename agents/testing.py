@@ -43,7 +43,7 @@ def check_agent(
         AssertionError: It breaks the contract; the message says where.
     """
     agent, before = factory(), _global_states()
-    agent.check(ToySearch().problem, episodes)
+    agent.check(ToySearch().space, episodes)
     first = ToySearch().run(agent, episodes, seed)
     assert _global_states() == before, f"{agent.name} changes the global random state"
     _check_budget(agent, first)
@@ -61,7 +61,7 @@ def check_agent(
 
 
 def _check_budget(agent: Agent, search: ToySearch) -> None:
-    met = [search.problem.met(removed) for removed in search.scored]
+    met = [search.space.met(removed) for removed in search.scored]
     assert met, f"{agent.name} scores nothing"
     assert all(met) if agent.steps else any(met), f"{agent.name} misses the budget: {search.scored}"
 
@@ -70,7 +70,7 @@ def _reached(agent: Agent, search: ToySearch) -> float:
     if agent.steps:
         return float(np.mean(search.rewards[-max(1, len(search.rewards) // 10) :]))
     pairs = zip(search.scored, search.rewards, strict=True)
-    return max(reward for removed, reward in pairs if search.problem.met(removed))
+    return max(reward for removed, reward in pairs if search.space.met(removed))
 
 
 def _check_repeats(agent: Agent, first: ToySearch, episodes: int, seed: int) -> None:

@@ -18,7 +18,7 @@ from agents.base import Agent, SearchTask
 from amc_env.encoding import DecisionDescription, Encoder
 from amc_env.env import EnvHandle, PruningVectorEnv
 from amc_env.rewards import Error, Reward
-from amc_env.space import Budget, Grid, Problem, Removed, Strategy, Trial
+from amc_env.space import Budget, Grid, Removed, SearchSpace, Strategy, Trial
 
 Accuracy = Callable[[npt.NDArray[np.float64]], float]
 WIDTH, LARGEST = 32, 28
@@ -68,7 +68,7 @@ class ToySearch:
     def __post_init__(self) -> None:
         grids = [Grid(f"layer{i}", WIDTH, 1, LARGEST) for i in range(self.decisions)]
         budgets = [Budget.of(ChainMacs(), len(grids), ratio=self.ratio)] if self.ratio else []
-        self.problem = Problem(grids, [ChainMacs()], budgets)
+        self.space = SearchSpace(grids, [ChainMacs()], budgets)
 
     def score_one(self, strategy: Strategy) -> Trial:
         """Scores one strategy and writes it down."""
@@ -76,7 +76,7 @@ class ToySearch:
             raise KeyboardInterrupt
         removed = strategy.removed
         score = self.accuracy(np.array(strategy.ratios))
-        costs, met = self.problem.cost(removed), self.problem.met(removed)
+        costs, met = self.space.cost(removed), self.space.met(removed)
         reward = self.reward(score, costs, met)
         self.scored.append(removed)
         self.rewards.append(reward)
@@ -84,7 +84,7 @@ class ToySearch:
 
     def score(self, batch: Sequence[Removed]) -> list[Trial]:
         """Scores proposals, in order."""
-        return [self.score_one(self.problem.strategy(removed)) for removed in batch]
+        return [self.score_one(self.space.strategy(removed)) for removed in batch]
 
     def score_all(self, strategies: Sequence[Strategy]) -> list[Trial]:
         """Scores the strategies of episodes that ended together."""
@@ -94,18 +94,18 @@ class ToySearch:
     def handle(self) -> EnvHandle:
         """What the toy's environments refer to."""
         described = [
-            DecisionDescription(name, WIDTH, WIDTH, 8, 8, stride=1, kernel=3) for name in self.problem.names
+            DecisionDescription(name, WIDTH, WIDTH, 8, 8, stride=1, kernel=3) for name in self.space.names
         ]
-        encoder = Encoder(described, self.problem)
+        encoder = Encoder(described, self.space)
         return EnvHandle(
-            self.problem, encoder, self.score_one, self.reward, self.bounded, score_all=self.score_all
+            self.space, encoder, self.score_one, self.reward, self.bounded, score_all=self.score_all
         )
 
     def task(self, episodes: int, seed: int = 1, **more: Any) -> SearchTask:
         """The search as an agent sees it; weights that an agent adopts change nothing."""
         envs = partial(PruningVectorEnv, self.handle())
         more = {"adopt": lambda removed: None} | more
-        return SearchTask(self.problem, envs, self.score, episodes, seed, **more)
+        return SearchTask(self.space, envs, self.score, episodes, seed, **more)
 
     def run(self, agent: Agent, episodes: int, seed: int = 1) -> ToySearch:
         """Lets an agent search."""

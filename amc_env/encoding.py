@@ -21,7 +21,7 @@ from amc_env.errors import UserError
 
 if TYPE_CHECKING:
     from amc_env.graph.layers import Layer, LayerGraph
-    from amc_env.space import Grid, Problem
+    from amc_env.space import Grid, SearchSpace
 
 FEATURES: Final = (
     "index",
@@ -130,21 +130,21 @@ class Encoder:
     removed).
     """
 
-    def __init__(self, descriptions: Sequence[DecisionDescription], problem: Problem) -> None:
+    def __init__(self, descriptions: Sequence[DecisionDescription], space: SearchSpace) -> None:
         """Computes what does not change during a search.
 
         Args:
-            descriptions: One for each decision of the problem, in its order.
-            problem: The search problem; its costs must include 'macs'.
+            descriptions: One for each decision of the search space, in its order.
+            space: The search space; its costs must include 'macs'.
 
         Raises:
-            UserError: The descriptions are not the problem's decisions, or it has no cost 'macs'.
+            UserError: The descriptions are not those of the search space, or it has no cost 'macs'.
         """
         names = tuple(description.name for description in descriptions)
-        if names != tuple(problem.names):
-            raise UserError(f"descriptions of {names} do not fit the decisions {tuple(problem.names)}")
-        self._macs = _macs_of(problem)
-        self._totals = tuple(problem.totals)
+        if names != tuple(space.names):
+            raise UserError(f"descriptions of {names} do not fit the decisions {tuple(space.names)}")
+        self._macs = _macs_of(space)
+        self._totals = tuple(space.totals)
         count = len(names)
         self._whole = self._macs((0,) * count)
         self._fixed = np.array([_sizes(t, d) for t, d in enumerate(descriptions)], dtype=np.float64)
@@ -172,11 +172,11 @@ def _sizes(t: int, d: DecisionDescription) -> list[float]:
     return [math.log1p(size) / math.log1p(most) for size, most in zip(sizes, LARGEST.values(), strict=True)]
 
 
-def _macs_of(problem: Problem) -> Callable[[Sequence[int]], float]:
-    """The problem's MACs as a function of removed counts, defined up to everything removed."""
-    for cost in problem.costs:
+def _macs_of(space: SearchSpace) -> Callable[[Sequence[int]], float]:
+    """The search space's MACs as a function of removed counts, defined up to everything removed."""
+    for cost in space.costs:
         if cost.name == "macs":
             return cost
     raise UserError(
-        f"the state needs the cost 'macs', the problem has {[cost.name for cost in problem.costs]}"
+        f"the state needs the cost 'macs', the search space has {[cost.name for cost in space.costs]}"
     )

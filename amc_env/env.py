@@ -18,7 +18,7 @@ from amc_env.errors import UserError
 from amc_env.rewards import RewardFunction
 
 if TYPE_CHECKING:
-    from amc_env.space import Problem, Strategy, Trial
+    from amc_env.space import SearchSpace, Strategy, Trial
 
 Observation = npt.NDArray[np.float32]
 Action = npt.NDArray[np.float32]
@@ -33,7 +33,7 @@ class EnvHandle:
     itself, so the network and the data behind ``score`` stay where they are.
 
     Attributes:
-        problem: The decisions, their costs and the budgets.
+        space: The decisions, their costs and the budgets.
         encoder: Makes the observations.
         score: Scores a whole strategy; called once an episode, at its last step.
         reward: Turns accuracy, costs and "budget met" into the reward.
@@ -44,7 +44,7 @@ class EnvHandle:
         score_all: Scores several strategies at once, in order, as ``score`` would; None: one after the other.
     """
 
-    problem: Problem
+    space: SearchSpace
     encoder: Encoder
     score: Callable[[Strategy], Trial]
     reward: RewardFunction
@@ -118,7 +118,7 @@ class PruningEnv(gymnasium.Env[Observation, Action]):
     | trial          | last step only: the `Trial`                                                       |
 
     ## Arguments
-    ``gymnasium.make("amc_env/Pruning-v0", handle=EnvHandle(problem, encoder, score, reward))``
+    ``gymnasium.make("amc_env/Pruning-v0", handle=EnvHandle(space, encoder, score, reward))``
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 -- declared so by gymnasium.Env
@@ -262,7 +262,7 @@ class _Episode:
     @property
     def over(self) -> bool:
         """Whether every decision is taken."""
-        return len(self._chosen) == len(self._handle.problem.names)
+        return len(self._chosen) == len(self._handle.space.names)
 
     @property
     def observation(self) -> Observation:
@@ -272,11 +272,11 @@ class _Episode:
     @property
     def strategy(self) -> Strategy:
         """The counts to score: those chosen, or all lowered together until a budget is used up."""
-        problem, counts = self._handle.problem, self._chosen
-        if not self._handle.fill_budget or not problem.met(counts):
-            return problem.strategy(counts)
-        return problem.strategy(
-            problem.land([count / total for count, total in zip(counts, problem.totals, strict=True)])
+        space, counts = self._handle.space, self._chosen
+        if not self._handle.fill_budget or not space.met(counts):
+            return space.strategy(counts)
+        return space.strategy(
+            space.land([count / total for count, total in zip(counts, space.totals, strict=True)])
         )
 
     def ratio(self, action: Action) -> float:
@@ -284,21 +284,21 @@ class _Episode:
         values = np.asarray(action, dtype=np.float64).reshape(-1)
         if values.shape != (1,) or not np.isfinite(values).all():
             raise ValueError(
-                f"decision {self._handle.problem.names[len(self._chosen)]!r} was given the action {action!r}; "
+                f"decision {self._handle.space.names[len(self._chosen)]!r} was given the action {action!r}; "
                 "one finite pruning ratio is needed"
             )
         return float(values[0])
 
     def decide(self, ratio: float) -> Info:
         """Carries out the next decision and describes it."""
-        problem, t = self._handle.problem, len(self._chosen)
-        least = problem.least(self._chosen) if self._handle.enforce_budget else 0
-        self._chosen.append(max(problem.grids[t].snap(ratio), least))
-        costs = problem.cost(self._chosen + [0] * (len(problem.names) - t - 1))
+        space, t = self._handle.space, len(self._chosen)
+        least = space.least(self._chosen) if self._handle.enforce_budget else 0
+        self._chosen.append(max(space.grids[t].snap(ratio), least))
+        costs = space.cost(self._chosen + [0] * (len(space.names) - t - 1))
         return {
-            "decision": problem.names[t],
-            "executed_ratio": self._chosen[-1] / problem.totals[t],
-            "bound": least / problem.totals[t],
+            "decision": space.names[t],
+            "executed_ratio": self._chosen[-1] / space.totals[t],
+            "bound": least / space.totals[t],
             "macs": costs["macs"],
         }
 
@@ -323,5 +323,5 @@ def _check_reward(handle: EnvHandle) -> None:
 
 def _spaces(handle: EnvHandle) -> tuple[spaces.Space[Observation], spaces.Space[Action]]:
     """Of the observations and the actions of one environment."""
-    most = float(np.max(handle.problem.maxima))
+    most = float(np.max(handle.space.maxima))
     return spaces.Box(0.0, 1.0, (len(FEATURES),), np.float32), spaces.Box(0.0, most, (1,), np.float32)

@@ -284,7 +284,7 @@ class Budget:
         return cls(cost, limit, limit / whole)
 
 
-class Problem:
+class SearchSpace:
     """Decisions, costs and budgets together: everything about a strategy but its accuracy.
 
     Args:

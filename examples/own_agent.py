@@ -26,12 +26,12 @@ class HillClimbing(Agent):
 
     def search(self, task: SearchTask) -> None:
         """Score ``task.episodes`` strategies, all of them on the budget."""
-        problem, rng = task.problem, np.random.default_rng(task.seed)
-        totals = np.array(problem.totals)
-        best = task.score([problem.project(np.zeros(len(totals)))])[0]
+        space, rng = task.space, np.random.default_rng(task.seed)
+        totals = np.array(space.totals)
+        best = task.score([space.project(np.zeros(len(totals)))])[0]
         for _ in range(task.episodes - 1):
             ratios = np.array(best.removed) / totals + rng.normal(0.0, self.step, len(totals))
-            result = task.score([problem.land(np.clip(ratios, 0.0, problem.maxima))])[0]
+            result = task.score([space.land(np.clip(ratios, 0.0, space.maxima))])[0]
             if result.reward >= best.reward:
                 best = result
 

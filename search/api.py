@@ -199,8 +199,8 @@ def _env_handle(
         settings or _defaults({"agent": Random(), "budgets": budgets}), agent=Random(), budgets=budgets
     )
     network = copy.deepcopy(module).cpu().eval()
-    prepared = PruningProblem.build(network, _data(network, train_loader, val_loader, None, base), base)
-    return env_handle(prepared, Study(make_evaluator(prepared)))
+    problem = PruningProblem.build(network, _data(network, train_loader, val_loader, None, base), base)
+    return env_handle(problem, Study(make_evaluator(problem)))
 
 
 def _data(

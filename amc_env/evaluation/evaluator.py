@@ -13,7 +13,7 @@ from amc_env.errors import UserError
 from amc_env.evaluation.pruner import BaseWeights, Pruned, Pruner
 from amc_env.pruning.candidate import Builder
 from amc_env.rewards import Error, RewardFunction
-from amc_env.space import Problem, Removed, Strategy, Trial
+from amc_env.space import Removed, SearchSpace, Strategy, Trial
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Evaluator:
 
     Args:
         weights: The weights that strategies are pruned from at first.
-        problem: Costs and budgets.
+        space: Costs and budgets.
         scorer: Score of a pruned network, in [0, 1].
         repair: Name of the repair that strategies are scored with by default.
         memory: Trials that are known already; a journal keeps them across runs.
@@ -54,7 +54,7 @@ class Evaluator:
     def __init__(
         self,
         weights: BaseWeights,
-        problem: Problem,
+        space: SearchSpace,
         scorer: Callable[[nn.Module], float],
         repair: str,
         memory: Memory | None = None,
@@ -62,7 +62,7 @@ class Evaluator:
         reward: RewardFunction | None = None,
         threads: int | None = None,
     ):
-        self.problem = problem
+        self.space = space
         self.repair = repair
         self.start = weights.name
         self.hits = 0
@@ -133,7 +133,7 @@ class Evaluator:
 
     def _scored(self, weights: BaseWeights, repair: str, strategy: Strategy) -> Trial:
         score, seconds = self._pruner.score(weights, repair, strategy.removed)
-        costs, met = self.problem.cost(strategy.removed), self.problem.met(strategy.removed)
+        costs, met = self.space.cost(strategy.removed), self.space.met(strategy.removed)
         reward = self._rewarded(score, costs, met)
         number = len(self._memory) + 1
         return Trial(number, strategy, weights.name, repair, score, costs, met, reward, seconds)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from agents.base import Agent, SearchTask
 from amc_env import space as budget
 from amc_env.errors import UserError
-from amc_env.space import Grid, Problem, Removed, Strategy
+from amc_env.space import Grid, Removed, SearchSpace, Strategy
 
 log = logging.getLogger(__name__)
 
@@ -74,16 +74,16 @@ class Given(Agent):
         content = read_strategy(strategy)
         return cls(strategy, content["decisions"], content)
 
-    def check(self, problem: Problem, episodes: int) -> None:
-        """Refuses a problem that the strategy does not fit, or whose budgets it does not meet.
+    def check(self, space: SearchSpace, episodes: int) -> None:
+        """Refuses a search space that the strategy does not fit, or whose budgets it does not meet.
 
         Raises:
-            UserError: Such a problem; with all that does not fit.
+            UserError: Such a search space; with all that does not fit.
         """
-        removed = self.counts(problem)
+        removed = self.counts(space)
         missed = [
             f"{b.cost.name}: {budget.figure(b.cost(removed))} {b.cost.unit}, at most {budget.figure(b.limit)} may remain"
-            for b in problem.budgets
+            for b in space.budgets
             if not b.met(removed)
         ]
         if missed:
@@ -100,15 +100,15 @@ class Given(Agent):
 
     def search(self, task: SearchTask) -> None:
         """Scores the strategy."""
-        task.score([self.counts(task.problem)])
+        task.score([self.counts(task.space)])
 
-    def counts(self, problem: Problem) -> Removed:
-        """The strategy's counts, in the order of the problem's decisions.
+    def counts(self, space: SearchSpace) -> Removed:
+        """The strategy's counts, in the order of the search space.
 
         Raises:
             UserError: It does not fit; with all reasons.
         """
-        grids = problem.grids
+        grids = space.grids
         problems = list(_infeasible(self.decisions, grids))
         try:
             strategy = Strategy.from_json(self.content, grids)

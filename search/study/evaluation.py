@@ -31,7 +31,7 @@ _CALIBRATION_BYTES = (
 
 
 def start_of(
-    prepared: PruningProblem,
+    problem: PruningProblem,
     name: str,
     candidates: Candidates | MaskedCandidates,
     removed: tuple[int, ...] = (),
@@ -39,31 +39,31 @@ def start_of(
     """A state of the weights that strategies are cut from, with its repairs.
 
     Args:
-        prepared: The run.
+        problem: The run.
         name: Of the start.
         candidates: Built from its weights.
         removed: What is gone from them, where a strategy that removes no more is not to be repaired.
     """
-    repairs = _repairs(prepared, candidates)
-    settings, base = prepared.settings, prepared.settings.repair.name
+    repairs = _repairs(problem, candidates)
+    settings, base = problem.settings, problem.settings.repair.name
 
     def short_term() -> Repair:
-        return ShortTerm(repairs[base](), candidates, prepared.data, settings, name)
+        return ShortTerm(repairs[base](), candidates, problem.data, settings, name)
 
     more = {SHORT_TERM: short_term} if settings.short_term_steps else {}
     return BaseWeights(name, candidates, {**repairs, **more}, removed)
 
 
 def _repairs(
-    prepared: PruningProblem, candidates: Candidates | MaskedCandidates
+    problem: PruningProblem, candidates: Candidates | MaskedCandidates
 ) -> dict[str, Callable[[], Repair]]:
     """How to make each repair; made when first asked for, since calibration takes time."""
-    settings: RepairSettings = prepared.settings.repair
-    train = prepared.data.train
-    images = _calibration_images(prepared.graph, settings.images)
+    settings: RepairSettings = problem.settings.repair
+    train = problem.data.train
+    images = _calibration_images(problem.graph, settings.images)
     makers: dict[str, Callable[..., Repair]]
     if isinstance(candidates, MaskedCandidates):
-        decided = [prepared.graph.layer(grid.name) for grid in prepared.grids]
+        decided = [problem.graph.layer(grid.name) for grid in problem.grids]
         ridge = settings.mask_ridge
         makers = {
             "least_squares": partial(MaskedLeastSquares, candidates.original, decided),
@@ -77,11 +77,11 @@ def _repairs(
         }
 
     def fitted(name: str) -> Repair:
-        options = {"per_image": settings.per_image, "seed": prepared.settings.seed, "ridge": ridge}
-        return makers[name](prepared.graph.topology, prepared.images(train, images), **options)
+        options = {"per_image": settings.per_image, "seed": problem.settings.seed, "ridge": ridge}
+        return makers[name](problem.graph.topology, problem.images(train, images), **options)
 
     def norms() -> Repair:
-        return BatchNorm(prepared.images(train, settings.norm_images))
+        return BatchNorm(problem.images(train, settings.norm_images))
 
     return {
         "none": NoRepair,
@@ -104,14 +104,14 @@ def _calibration_images(graph: LayerGraph, wanted: int) -> int:
     return min(room, wanted)
 
 
-def scorer_of(prepared: PruningProblem) -> PrefixScorer:
+def scorer_of(problem: PruningProblem) -> PrefixScorer:
     """Accuracy of cut networks on the search split."""
-    search, scoring = prepared.data.search, prepared.settings.scoring
+    search, scoring = problem.data.search, problem.settings.scoring
     return PrefixScorer(
-        prepared.model,
-        prepared.graph.topology,
-        prepared.images(search),
-        search.labels.to(prepared.settings.device),
+        problem.model,
+        problem.graph.topology,
+        problem.images(search),
+        search.labels.to(problem.settings.device),
         batch_size=scoring.batch_size,
         channels_last=scoring.channels_last,
         precision=scoring.precision,
@@ -119,38 +119,38 @@ def scorer_of(prepared: PruningProblem) -> PrefixScorer:
 
 
 def make_evaluator(
-    prepared: PruningProblem, memory: Journal | None = None, start: BaseWeights | None = None
+    problem: PruningProblem, memory: Journal | None = None, start: BaseWeights | None = None
 ) -> Evaluator:
     """The evaluator that judges every policy of this run.
 
     Args:
-        prepared: The run.
+        problem: The run.
         memory: Keeps trials across runs.
         start: The weights to begin with; by default the network's own.
     """
-    settings = prepared.settings
-    start = start or start_of(prepared, ORIGINAL, prepared.builder)
-    scorer = scorer_of(prepared)
+    settings = problem.settings
+    start = start or start_of(problem, ORIGINAL, problem.builder)
+    scorer = scorer_of(problem)
     original = scorer(start.candidates.original)
     precision = settings.scoring.precision
     log.info(
         "%s accuracy on the %d search images: %.2f%%%s",
         "the original's" if start.name == ORIGINAL else f"{start.name}: the starting",
-        len(prepared.data.search),
+        len(problem.data.search),
         100 * original,
         ""
         if precision == FLOAT32
-        else f" in {precision}, {100 * _in_float32(start, prepared):.2f}% in {FLOAT32}",
+        else f" in {precision}, {100 * _in_float32(start, problem):.2f}% in {FLOAT32}",
     )
-    if original < 2 / len(prepared.data.classes):
+    if original < 2 / len(problem.data.classes):
         log.warning("that is near chance: are the images scaled and normalised as in the network's training?")
     threads = settings.scoring.threads
     return Evaluator(
-        start, prepared.problem, scorer, settings.scored_by, memory, reward=settings.reward, threads=threads
+        start, problem.space, scorer, settings.scored_by, memory, reward=settings.reward, threads=threads
     )
 
 
-def _in_float32(start: BaseWeights, prepared: PruningProblem) -> float:
-    search = prepared.data.search
-    labels = search.labels.to(prepared.settings.device)
-    return accuracy(start.candidates.original, prepared.images(search), labels)
+def _in_float32(start: BaseWeights, problem: PruningProblem) -> float:
+    search = problem.data.search
+    labels = search.labels.to(problem.settings.device)
+    return accuracy(start.candidates.original, problem.images(search), labels)

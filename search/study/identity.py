@@ -92,7 +92,7 @@ def _name(thing: Any) -> str:
 
 def _predicted_latency(problem: PruningProblem) -> dict[str, Any]:
     """Two predictions, which stand for the latency table that they are made from."""
-    space = problem.problem
+    space = problem.space
     ends = [0] * len(space.grids), space.most
     predicted = [[cost(end) for end in ends] for cost in space.costs if cost.name == "latency"]
     return {"latency_ms": predicted[0]} if predicted else {}

@@ -18,7 +18,7 @@ from typing import IO, Any, Self
 
 from amc_env.errors import UserError
 from amc_env.evaluation.evaluator import Key
-from amc_env.space import Problem, Trial
+from amc_env.space import SearchSpace, Trial
 from search import files
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Journal:
     Args:
         folder: The run folder; created where it is missing.
         header: What evaluations depend on: configuration, fingerprints, threads, layout, versions.
-        problem: Reads strategies back.
+        space: Reads strategies back.
         may_grow: Dotted names of header entries that may be larger than they were.
         ordered: Whether evaluations will be asked for in the order of the file; if not, none is missed.
 
@@ -46,7 +46,7 @@ class Journal:
         self,
         folder: Path,
         header: Mapping[str, Any],
-        problem: Problem,
+        space: SearchSpace,
         *,
         may_grow: tuple[str, ...] = (),
         ordered: bool = True,
@@ -54,7 +54,7 @@ class Journal:
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(folder)
         self._path = folder / FILE
-        self._problem = problem
+        self._space = space
         self._known: dict[Key, Trial] = {}
         self._replay: list[Key] = []
         self._asked = 0
@@ -154,7 +154,7 @@ class Journal:
         reward = line["reward"]
         return Trial(
             number=line["number"],
-            strategy=self._problem.strategy(line["removed"]),
+            strategy=self._space.strategy(line["removed"]),
             start=line["start"],
             repair=line["repair"],
             score=line["score"],

@@ -82,19 +82,19 @@ def search(
     stage: Stage, start: BaseWeights, context: Context, progress: Progress, journal: Journal
 ) -> tuple[Trial, Study]:
     """Runs the agent; what earlier runs in the folder have scored is read back from the journal."""
-    prepared, settings = stage.prepared, stage.prepared.settings
+    problem, settings = stage.problem, stage.problem.settings
     latest: dict[str, float] = {}
-    evaluator = make_evaluator(prepared, journal, start)
+    evaluator = make_evaluator(problem, journal, start)
     before = (stage.number - 1) * settings.episodes
-    show = _watcher(prepared, context, progress, latest, before)
+    show = _watcher(problem, context, progress, latest, before)
     study = Study(
         evaluator,
         lambda trial: show(trial, study),
-        lambda trial, number: adopted(prepared, evaluator, trial, number, context.folder),
+        lambda trial, number: adopted(problem, evaluator, trial, number, context.folder),
     )
     task = SearchTask(
-        problem=prepared.problem,
-        envs=partial(PruningVectorEnv, env_handle(prepared, study)),
+        space=problem.space,
+        envs=partial(PruningVectorEnv, env_handle(problem, study)),
         score=study.score,
         episodes=settings.episodes,
         seed=settings.seed,
@@ -105,12 +105,12 @@ def search(
     return study.best(settings.rescored, settings.finalists.repair), study
 
 
-def env_handle(prepared: PruningProblem, study: Study) -> EnvHandle:
+def env_handle(problem: PruningProblem, study: Study) -> EnvHandle:
     """What the environments of a search refer to; their last step ends in ``study``."""
-    settings, problem = prepared.settings, prepared.problem
+    settings, space = problem.settings, problem.space
     return EnvHandle(
-        problem,
-        Encoder(describe(prepared.graph, problem.grids), problem),
+        space,
+        Encoder(describe(problem.graph, space.grids), space),
         study.score_one,
         settings.reward,
         enforce_budget=settings.enforce_budget,
@@ -120,20 +120,20 @@ def env_handle(prepared: PruningProblem, study: Study) -> EnvHandle:
 
 
 def _watcher(
-    prepared: PruningProblem, context: Context, progress: Progress, latest: Mapping[str, float], before: int
+    problem: PruningProblem, context: Context, progress: Progress, latest: Mapping[str, float], before: int
 ) -> Callable[[Trial, Study], None]:
     """What is shown and tracked of every episode.
 
     Args:
-        prepared: The run, with the stage's budget.
+        problem: The run, with the stage's budget.
         context: Tracks.
         progress: Shows.
         latest: The agent's own figures.
         before: Episodes of earlier stages.
     """
-    budgets = prepared.problem.budgets
+    budgets = problem.space.budgets
     cost = budgets[0].cost.name if budgets else "macs"
-    whole = prepared.problem.cost([0] * len(prepared.problem.grids))
+    whole = problem.space.cost([0] * len(problem.space.grids))
 
     def show(trial: Trial, study: Study) -> None:
         best, number = study.best_so_far, before + study.episodes
@@ -145,7 +145,7 @@ def _watcher(
                 best_reward=best.reward,
                 best_accuracy=best.score,
                 best_cost_ratio=best.costs[cost] / whole[cost],
-                cost=cost_name(cost, bool(prepared.masked)),
+                cost=cost_name(cost, bool(problem.masked)),
                 evaluations=study.evaluations,
                 cache_hits=study.cache_hits,
             )
@@ -174,50 +174,50 @@ def run(model: nn.Module, data: Data, settings: Settings, context: Context) -> F
     Returns:
         The small network, its strategy and the content of result.json. The folder then holds all the rest.
     """
-    prepared = PruningProblem.build(model, data, settings)
-    announce(prepared)
-    refuse_early(prepared)
+    problem = PruningProblem.build(model, data, settings)
+    announce(problem)
+    refuse_early(problem)
     # The journal's lock is held to the end: a second run in the folder would write over this one's files.
-    with Journal(context.folder, identity(prepared), prepared.problem, may_grow=MAY_GROW) as journal:
+    with Journal(context.folder, identity(problem), problem.space, may_grow=MAY_GROW) as journal:
         context.start()
-        return _run(prepared, context, journal)
+        return _run(problem, context, journal)
 
 
-def refuse_early(prepared: PruningProblem) -> None:
+def refuse_early(problem: PruningProblem) -> None:
     """Finds what cannot be done before anything is trained or scored.
 
     Raises:
         UserError: The agent cannot do the search, a stage is out of reach, or the criterion or the regulariser
             does not fit the network.
     """
-    settings = prepared.settings
-    settings.agent.check(prepared.problem, settings.episodes)
-    start = start_of(prepared, ORIGINAL, prepared.builder)
+    settings = problem.settings
+    settings.agent.check(problem.space, settings.episodes)
+    start = start_of(problem, ORIGINAL, problem.builder)
     if settings.stages:
-        stage_of(prepared, len(settings.stages), start)
+        stage_of(problem, len(settings.stages), start)
     if settings.regularization.before_epochs or settings.regularization.during:
-        penalty_of(prepared, prepared.model)
+        penalty_of(problem, problem.model)
 
 
-def _run(prepared: PruningProblem, context: Context, journal: Journal) -> Finished:
-    settings = prepared.settings
+def _run(problem: PruningProblem, context: Context, journal: Journal) -> Finished:
+    settings = problem.settings
     if journal.replayed:
         log.info("going on with %d evaluations of %s", journal.replayed, context.folder)
     else:
         forget(context.folder)
-    planned = settings.agent.planned(prepared.problem, settings.episodes) * max(1, len(settings.stages))
+    planned = settings.agent.planned(problem.space, settings.episodes) * max(1, len(settings.stages))
     with Progress(episodes=planned, epochs=settings.all_epochs) as progress:
-        tune = Tuner(prepared, _epoch_watcher(context, progress))
-        last, best, study = _searched(prepared, context, progress, journal, tune)
+        tune = Tuner(problem, _epoch_watcher(context, progress))
+        last, best, study = _searched(problem, context, progress, journal, tune)
         write_json(context.folder / "strategy.json", strategy_json(last, best))
         pruned = study.evaluator.network(best)
-        networks = {"base": prepared.model, "pruned": pruned.network}
+        networks = {"base": problem.model, "pruned": pruned.network}
         if settings.finetune.epochs:
             progress.start("fine-tune")
             pruned = finetuned(last, study.evaluator, best, tune)
             networks["finetuned"] = pruned.network
-    example = prepared.images(prepared.data.search, 4)
-    small = Small(pruned.network, example, pruned.keeps, context.model, prepared.model)
+    example = problem.images(problem.data.search, 4)
+    small = Small(pruned.network, example, pruned.keeps, context.model, problem.model)
     exports = export_all(small, context.folder, settings.export)
     result = replace(
         result_of(last, networks, best, study, exports),
@@ -230,18 +230,18 @@ def _run(prepared: PruningProblem, context: Context, journal: Journal) -> Finish
 
 
 def _searched(
-    prepared: PruningProblem, context: Context, progress: Progress, journal: Journal, tune: Tuner
+    problem: PruningProblem, context: Context, progress: Progress, journal: Journal, tune: Tuner
 ) -> tuple[PruningProblem, Trial, Study]:
     """All searches of a run; the last stage with its best strategy and the study that found it."""
-    start = first_start(prepared, context.folder, tune)
+    start = first_start(problem, context.folder, tune)
     for number in count(1):
-        stage = stage_of(prepared, number, start)
+        stage = stage_of(problem, number, start)
         progress.start("search")
         best, study = search(stage, start, context, progress, journal)
         if stage.last:
             break
         start = next_start(stage, study.evaluator, best, context.folder, tune)
-    return stage.prepared, best, study
+    return stage.problem, best, study
 
 
 def _epoch_watcher(context: Context, progress: Progress) -> Callable[[int, float, float], None]:

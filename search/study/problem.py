@@ -27,7 +27,7 @@ from amc_env.pruning.candidate import Candidates, MaskedCandidates
 from amc_env.pruning.criteria import ElementCriterion, Sample, rank
 from amc_env.pruning.criteria.base import rank_after
 from amc_env.pruning.granularity import Masked
-from amc_env.space import Budget, Cost, Grid, Problem, figure
+from amc_env.space import Budget, Cost, Grid, SearchSpace, figure
 from search.data.base import Data, Split
 from search.output.export import check_formats
 from search.settings import FinalistSettings, Settings
@@ -51,7 +51,7 @@ class PruningProblem:
         settings: The run's settings.
         graph: Its layers and coupled channels.
         grids: The decisions' feasible counts.
-        candidates: What builds pruned networks, where it is known already; else the units are problem on first use.
+        candidates: What builds pruned networks, where it is known already; else the units are ranked on first use.
     """
 
     model: nn.Module
@@ -88,11 +88,11 @@ class PruningProblem:
             raise UserError(f"nothing is left to decide: {reasons}", code="nothing_to_prune")
         settings = _with_possible_repairs(settings, graph.topology.reason)
         problem = cls(model, data, settings, graph, grids)
-        problem.problem  # noqa: B018 -- an unreachable budget is refused now
+        problem.space  # noqa: B018 -- an unreachable budget is refused now
         return problem
 
     @cached_property
-    def problem(self) -> Problem:
+    def space(self) -> SearchSpace:
         """Decisions, costs and budgets of the settings.
 
         Raises:
@@ -103,7 +103,7 @@ class PruningProblem:
             Budget.of(costs[b.cost], len(self.grids), ratio=None if b.limit else b.ratio, limit=b.limit)
             for b in self.settings.budgets
         ]
-        return Problem(self.grids, list(costs.values()), budgets)
+        return SearchSpace(self.grids, list(costs.values()), budgets)
 
     @cached_property
     def builder(self) -> Candidates | MaskedCandidates:
@@ -196,22 +196,22 @@ def check(settings: Settings) -> None:
         runtime(settings.latency.runtime, settings.latency.threads or 1).check()
 
 
-def announce(prepared: PruningProblem) -> None:
+def announce(problem: PruningProblem) -> None:
     """Says what will be decided, what stays whole and why, and what can be reached."""
-    problem = prepared.problem
+    space = problem.space
     log.info(
         "%d decisions over %d layers; skipped: %d",
-        len(problem.grids),
-        len(prepared.graph.layers),
-        len(prepared.graph.skipped),
+        len(space.grids),
+        len(problem.graph.layers),
+        len(problem.graph.skipped),
     )
-    for reason in dict.fromkeys(w.reason for w in prepared.graph.skipped):
-        names = [w.name for w in prepared.graph.skipped if w.reason == reason]
+    for reason in dict.fromkeys(w.reason for w in problem.graph.skipped):
+        names = [w.name for w in problem.graph.skipped if w.reason == reason]
         more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
         log.info("  %s%s: %s", ", ".join(names[:_NAMES_SHOWN]), more, reason)  # report.html lists them all
-    for cost in problem.costs:
-        whole = cost([0] * len(problem.grids))
-        log.info("%s: %s, least reachable %.1f%%", cost.name, figure(whole), 100 * problem.least_ratio(cost))
+    for cost in space.costs:
+        whole = cost([0] * len(space.grids))
+        log.info("%s: %s, least reachable %.1f%%", cost.name, figure(whole), 100 * space.least_ratio(cost))
 
 
 def _with_possible_repairs(settings: Settings, untraceable: str) -> Settings:

@@ -42,22 +42,22 @@ from search.study.study import Study
 log = logging.getLogger(__name__)
 
 
-def strategy_json(prepared: PruningProblem, trial: Trial) -> dict[str, Any]:
+def strategy_json(problem: PruningProblem, trial: Trial) -> dict[str, Any]:
     """The content of strategy.json: counts, granularity, criterion and, but for the original, the weights they were cut from.
 
     Those are named as the chain that led to them: ``["original", "stage 1 (0.5)"]``.
     """
-    settings = prepared.settings
+    settings = problem.settings
     made = {"granularity": settings.granularity.name, "criterion": settings.criterion.name}
-    return trial.strategy.to_json() | made | _start(prepared, trial)
+    return trial.strategy.to_json() | made | _start(problem, trial)
 
 
-def _start(prepared: PruningProblem, trial: Trial) -> dict[str, Any]:
-    return {"start": chain(prepared.settings, trial.start)} if trial.start != ORIGINAL else {}
+def _start(problem: PruningProblem, trial: Trial) -> dict[str, Any]:
+    return {"start": chain(problem.settings, trial.start)} if trial.start != ORIGINAL else {}
 
 
 def result_of(
-    prepared: PruningProblem,
+    problem: PruningProblem,
     networks: Mapping[str, nn.Module],
     best: Trial,
     study: Study,
@@ -66,25 +66,25 @@ def result_of(
     """The run's result; the test split is read here, once.
 
     Args:
-        prepared: The run's network, data and problem.
+        problem: The run's network, data and search space.
         networks: ``base``, ``pruned`` and, where there was fine-tuning, ``finetuned``.
         best: The strategy that is delivered.
         study: The search that found it.
         exports: What was exported.
     """
-    settings, strategy = prepared.settings, best.strategy
-    figures = _networks(prepared, networks, best)
+    settings, strategy = problem.settings, best.strategy
+    figures = _networks(problem, networks, best)
     return RunResult(
-        data=prepared.data.name,
+        data=problem.data.name,
         granularity=granularity_of(settings.granularity),
         base=figures["base"],
         pruned=figures["pruned"],
         finetuned=figures.get("finetuned"),
-        budgets=budget_figures(prepared, strategy.removed),
-        search=_search(prepared, best, study),
+        budgets=budget_figures(problem, strategy.removed),
+        search=_search(problem, best, study),
         strategy=dict(zip(strategy.names, strategy.ratios, strict=True)),
-        masked=masked_figures(prepared, networks.get("finetuned", networks["pruned"]), strategy),
-        skipped=tuple(SkippedLayer(layer.name, layer.reason) for layer in prepared.graph.skipped),
+        masked=masked_figures(problem, networks.get("finetuned", networks["pruned"]), strategy),
+        skipped=tuple(SkippedLayer(layer.name, layer.reason) for layer in problem.graph.skipped),
         exports=tuple(exports),
         latency_batch=settings.latency.batch,
         latency_runtime=settings.latency.runtime,
@@ -94,20 +94,20 @@ def result_of(
 
 
 def _networks(
-    prepared: PruningProblem, networks: Mapping[str, nn.Module], trial: Trial
+    problem: PruningProblem, networks: Mapping[str, nn.Module], trial: Trial
 ) -> dict[str, NetworkFigures]:
-    data = prepared.data
+    data = problem.data
     name, split = ("search", data.search) if data.test is None else ("test", data.test)
-    latency = _latency(prepared, networks)
-    original = prepared.problem.cost([0] * len(prepared.problem.grids))
-    dense = {f"dense_{cost}": round(original[cost]) for cost in ("macs", "params") if prepared.masked}
+    latency = _latency(problem, networks)
+    original = problem.space.cost([0] * len(problem.space.grids))
+    dense = {f"dense_{cost}": round(original[cost]) for cost in ("macs", "params") if problem.masked}
     figures = {}
     for stage, network in networks.items():
         costs = original if stage == "base" else trial.costs
         rounded = {c: round(v, 4) if c == "latency" else round(v) for c, v in costs.items()}
         timing = latency.get(stage)
         figures[stage] = NetworkFigures(
-            accuracy=_accuracy(prepared, network, split),
+            accuracy=_accuracy(problem, network, split),
             split=name,
             costs=rounded | dense,
             latency_ms=timing.median_ms if timing else None,
@@ -116,12 +116,12 @@ def _networks(
     return figures
 
 
-def _latency(prepared: PruningProblem, networks: Mapping[str, nn.Module]) -> dict[str, Timing]:
+def _latency(problem: PruningProblem, networks: Mapping[str, nn.Module]) -> dict[str, Timing]:
     """Empty where it is left out, or where the runtime cannot run such networks, which does not end the run."""
-    wanted = prepared.settings.latency
+    wanted = problem.settings.latency
     if not wanted.repeats:
         return {}
-    example = prepared.batch(wanted.batch)
+    example = problem.batch(wanted.batch)
     try:
         return measure(
             networks, example, runtime=wanted.runtime, threads=wanted.threads, repeats=wanted.repeats
@@ -131,20 +131,20 @@ def _latency(prepared: PruningProblem, networks: Mapping[str, nn.Module]) -> dic
         return {}
 
 
-def _accuracy(prepared: PruningProblem, network: nn.Module, split: Split) -> float:
+def _accuracy(problem: PruningProblem, network: nn.Module, split: Split) -> float:
     """Of a split that may be larger than the memory: its images are normalised batch by batch."""
-    device = prepared.settings.device
+    device = problem.settings.device
 
     def logits(pixels: Tensor) -> Tensor:
-        found: Tensor = network(prepared.data.normalise(pixels.to(device)))
+        found: Tensor = network(problem.data.normalise(pixels.to(device)))
         return found
 
     return accuracy(logits, split.images, split.labels.to(device))
 
 
-def budget_figures(prepared: PruningProblem, removed: Sequence[int]) -> tuple[BudgetFigures, ...]:
+def budget_figures(problem: PruningProblem, removed: Sequence[int]) -> tuple[BudgetFigures, ...]:
     """Every budget of the run, and what a strategy needs of it."""
-    formats = {b.cost: b.format for b in prepared.settings.budgets if isinstance(b, StorageBudget)}
+    formats = {b.cost: b.format for b in problem.settings.budgets if isinstance(b, StorageBudget)}
     return tuple(
         BudgetFigures(
             cost=budget.cost.name,
@@ -154,12 +154,12 @@ def budget_figures(prepared: PruningProblem, removed: Sequence[int]) -> tuple[Bu
             met=budget.met(removed),
             format=formats.get(budget.cost.name),
         )
-        for budget in prepared.problem.budgets
+        for budget in problem.space.budgets
     )
 
 
-def _search(prepared: PruningProblem, best: Trial, study: Study) -> SearchFigures:
-    settings, rounds = prepared.settings, prepared.settings.schedule.rounds
+def _search(problem: PruningProblem, best: Trial, study: Study) -> SearchFigures:
+    settings, rounds = problem.settings, problem.settings.schedule.rounds
     return SearchFigures(
         agent=settings.agent.name,
         episodes=study.episodes,
@@ -172,7 +172,7 @@ def _search(prepared: PruningProblem, best: Trial, study: Study) -> SearchFigure
         precision=settings.scoring.precision,
         repair=best.repair,
         warmup=getattr(settings.agent, "warmup_episodes", 0),
-        start=tuple(_start(prepared, best).get("start", ())),
+        start=tuple(_start(problem, best).get("start", ())),
         stages=tuple(settings.stages),
         stage_episodes=settings.episodes if settings.stages else None,
         schedule=settings.schedule.shape if rounds > 1 else None,

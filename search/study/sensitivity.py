@@ -13,7 +13,7 @@ from torch import nn
 from agents.sensitivity import Curve, curves_of, pick, plan
 from amc_env.evaluation.evaluator import Evaluator
 from amc_env.evaluation.pruner import ORIGINAL
-from amc_env.space import Problem, Removed, Trial
+from amc_env.space import Removed, SearchSpace, Trial
 from search import files
 from search.data.base import Data
 from search.output.formatting import amount, budget_lines, cost_name, percent
@@ -71,54 +71,54 @@ def run(
     Raises:
         UserError: What was asked cannot be done, as in `search.study.pipeline.run`.
     """
-    prepared = PruningProblem.build(model, data, settings)
-    announce(prepared)
-    problem = prepared.problem
+    problem = PruningProblem.build(model, data, settings)
+    announce(problem)
+    space = problem.space
     # What is scored depends on no budget: the journal serves them all.
-    free = replace(prepared, settings=replace(settings, budgets=()))
-    start = start_of(prepared, ORIGINAL, prepared.builder)
-    with Journal(context.folder, score_identity(free), free.problem, ordered=False) as journal:
+    free = replace(problem, settings=replace(settings, budgets=()))
+    start = start_of(problem, ORIGINAL, problem.builder)
+    with Journal(context.folder, score_identity(free), free.space, ordered=False) as journal:
         context.start()
         if journal.replayed:
             log.info("going on with %d evaluations of %s", journal.replayed, context.folder)
         evaluator = make_evaluator(free, journal, start)
-        scanned = _scan(evaluator, problem, scan.ratios)
-        if problem.budgets or scan.threshold is not None:
-            common = pick(problem, scanned.curves, scan.threshold)
-            (picked,) = _evaluated(evaluator, problem, [common.removed])
+        scanned = _scan(evaluator, space, scan.ratios)
+        if space.budgets or scan.threshold is not None:
+            common = pick(space, scanned.curves, scan.threshold)
+            (picked,) = _evaluated(evaluator, space, [common.removed])
             scanned = replace(scanned, threshold=common.threshold, picked=picked)
-        _write(scanned, prepared, context.folder)
-    _tell(scanned, prepared, context.folder)
+        _write(scanned, problem, context.folder)
+    _tell(scanned, problem, context.folder)
     return scanned
 
 
-def _scan(evaluator: Evaluator, problem: Problem, ratios: Sequence[float]) -> Scanned:
+def _scan(evaluator: Evaluator, space: SearchSpace, ratios: Sequence[float]) -> Scanned:
     """Scores every decision alone, front to back, so that candidates share what is before the cut."""
-    plans = plan(problem, ratios)
+    plans = plan(space, ratios)
     asked: list[tuple[str, Removed]] = [("the original", (0,) * len(plans))]
-    for place, (grid, alone) in enumerate(zip(problem.grids, plans, strict=True)):
+    for place, (grid, alone) in enumerate(zip(space.grids, plans, strict=True)):
         asked += [(f"{grid.name} without {percent(r[place] / grid.total, 0)}", r) for r in alone]
     scored = []
     with Progress() as progress:
         stage = progress.stage("scan", len(asked))
-        found = _evaluated(evaluator, problem, [removed for _, removed in asked])
+        found = _evaluated(evaluator, space, [removed for _, removed in asked])
         for (what, _), trial in zip(asked, found, strict=True):
             stage.advance(f"{what}: {percent(trial.score)}")
             scored.append(trial)
     original, rest = scored[0], iter(scored[1:])
     cut = [tuple(islice(rest, len(alone))) for alone in plans]
     accuracies = [[trial.score for trial in alone] for alone in cut]
-    curves = curves_of(problem, plans, original.score, accuracies)
+    curves = curves_of(space, plans, original.score, accuracies)
     return Scanned(tuple((original, *alone) for alone in cut), tuple(curves))
 
 
-def _evaluated(evaluator: Evaluator, problem: Problem, removed: Sequence[Removed]) -> Iterator[Trial]:
+def _evaluated(evaluator: Evaluator, space: SearchSpace, removed: Sequence[Removed]) -> Iterator[Trial]:
     """Outcomes with the costs of this run: those of the journal may have been scored for a budget on others."""
-    for trial in evaluator.trials([problem.strategy(counts) for counts in removed]):
-        yield replace(trial, costs=problem.cost(trial.removed))
+    for trial in evaluator.trials([space.strategy(counts) for counts in removed]):
+        yield replace(trial, costs=space.cost(trial.removed))
 
 
-def _write(scanned: Scanned, prepared: PruningProblem, folder: Path) -> None:
+def _write(scanned: Scanned, problem: PruningProblem, folder: Path) -> None:
     """sensitivity.csv, the plot and, where one was picked, strategy.json."""
     _write_csv(scanned, folder / CSV)
     picked = scanned.picked
@@ -127,7 +127,7 @@ def _write(scanned: Scanned, prepared: PruningProblem, folder: Path) -> None:
 
     plot_sensitivity(scanned.curves, folder / PLOT, threshold=scanned.threshold, picked=ratios)
     if picked is not None:
-        write_json(folder / STRATEGY, strategy_json(prepared, picked))
+        write_json(folder / STRATEGY, strategy_json(problem, picked))
 
 
 def _write_csv(scanned: Scanned, path: Path) -> None:
@@ -142,7 +142,7 @@ def _write_csv(scanned: Scanned, path: Path) -> None:
     files.write_csv(path, ("decision", "ratio", "removed", "total", "accuracy", *costs), rows)
 
 
-def _tell(scanned: Scanned, prepared: PruningProblem, folder: Path) -> None:
+def _tell(scanned: Scanned, problem: PruningProblem, folder: Path) -> None:
     """The most sensitive decisions, what was picked, and where to look further."""
     most = sorted(scanned.curves, key=lambda curve: -curve.drop)[:_SHOWN]
     width = max(len(curve.name) for curve in most)
@@ -154,12 +154,12 @@ def _tell(scanned: Scanned, prepared: PruningProblem, folder: Path) -> None:
             lost += f", {cut.removed:4d} of {cut.total} removed ({percent(cut.ratio, 1)})"
         log.info("  %-*s %s", width, curve.name, lost)
     if scanned.picked is not None:
-        _tell_picked(scanned.picked, scanned, prepared)
+        _tell_picked(scanned.picked, scanned, problem)
     written = [CSV, PLOT] if scanned.picked is None else [CSV, PLOT, STRATEGY]
     log.info("%s are in %s", " and ".join((", ".join(written[:-1]), written[-1])), folder)
 
 
-def _tell_picked(picked: Trial, scanned: Scanned, prepared: PruningProblem) -> None:
+def _tell_picked(picked: Trial, scanned: Scanned, problem: PruningProblem) -> None:
     whole = scanned.trials[0][0]
     costs = [
         f"{amount(name, value)} {cost_name(name)} ({percent(value / whole.costs[name], 1)})"
@@ -172,5 +172,5 @@ def _tell_picked(picked: Trial, scanned: Scanned, prepared: PruningProblem) -> N
         percent(whole.score),
         ", ".join(costs),
     )
-    for line, _ in budget_lines(budget_figures(prepared, picked.strategy.removed), whole.costs):
+    for line, _ in budget_lines(budget_figures(problem, picked.strategy.removed), whole.costs):
         log.info("budget: %s", line)

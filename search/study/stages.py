@@ -41,12 +41,12 @@ class Stage:
 
     Attributes:
         number: From 1.
-        prepared: The problem with this stage's budget.
+        problem: The run's problem with this stage's budget.
         last: Whether its strategy is what the run delivers.
     """
 
     number: int
-    prepared: PruningProblem
+    problem: PruningProblem
     last: bool
 
 
@@ -68,9 +68,9 @@ def chain(settings: Settings, start: str) -> list[str]:
     return names[: names.index(start) + 1]
 
 
-def stage_of(prepared: PruningProblem, number: int, start: BaseWeights) -> Stage:
+def stage_of(problem: PruningProblem, number: int, start: BaseWeights) -> Stage:
     """Build the problem of stage ``number`` (from 1): its budget and its initial weights."""
-    settings = prepared.settings
+    settings = problem.settings
     ratios = settings.stages
     budgets = settings.budgets
     if ratios:
@@ -78,37 +78,37 @@ def stage_of(prepared: PruningProblem, number: int, start: BaseWeights) -> Stage
     here = replace(settings, budgets=budgets)
     # a cost of stored weights is one of these weights
     problem = replace(
-        prepared, settings=here, candidates=cast(Candidates | MaskedCandidates, start.candidates)
+        problem, settings=here, candidates=cast(Candidates | MaskedCandidates, start.candidates)
     )
-    problem.problem  # noqa: B018 -- an unreachable budget is refused now
+    problem.space  # noqa: B018 -- an unreachable budget is refused now
     return Stage(number, problem, last=number >= len(ratios))
 
 
-def first_start(prepared: PruningProblem, folder: Path, tune: Tuner) -> BaseWeights:
+def first_start(problem: PruningProblem, folder: Path, tune: Tuner) -> BaseWeights:
     """The weights that the search begins with: the network's own, or those after sparse training."""
-    epochs = prepared.settings.regularization.before_epochs
+    epochs = problem.settings.regularization.before_epochs
     if not epochs:
-        return start_of(prepared, ORIGINAL, prepared.builder)
+        return start_of(problem, ORIGINAL, problem.builder)
     log.info("training with the regulariser for %d epochs before anything is cut", epochs)
 
     def trained() -> Weights:
-        return Weights(tune(copy.deepcopy(prepared.model), epochs, regularized=True))
+        return Weights(tune(copy.deepcopy(problem.model), epochs, regularized=True))
 
     path = folder / FOLDER / "regularised.safetensors"
-    return start_at(prepared, REGULARISED, kept(path, prepared.model, trained, partial(tune.skip, epochs)))
+    return start_at(problem, REGULARISED, kept(path, problem.model, trained, partial(tune.skip, epochs)))
 
 
 def next_start(stage: Stage, evaluator: Evaluator, best: Trial, folder: Path, tune: Tuner) -> BaseWeights:
     """The weights that the next stage begins with: this stage's best strategy, applied and fine-tuned."""
-    prepared, epochs = stage.prepared, stage.prepared.settings.finetune.epochs
+    problem, epochs = stage.problem, stage.problem.settings.finetune.epochs
 
     def trained() -> Weights:
-        return Weights.after(finetuned(prepared, evaluator, best, tune), prepared.model)
+        return Weights.after(finetuned(problem, evaluator, best, tune), problem.model)
 
     path = folder / FOLDER / f"stage-{stage.number}.safetensors"
-    weights = kept(path, prepared.model, trained, partial(tune.skip, epochs))
-    name = _name(stage.number, prepared.settings.stages[stage.number - 1])
-    return start_at(prepared, name, weights)
+    weights = kept(path, problem.model, trained, partial(tune.skip, epochs))
+    name = _name(stage.number, problem.settings.stages[stage.number - 1])
+    return start_at(problem, name, weights)
 
 
 FOLDER = "starts"
@@ -167,39 +167,39 @@ def _read(path: Path, model: nn.Module) -> Weights:
 
 
 def start_at(
-    prepared: PruningProblem, name: str, weights: Weights, removed: tuple[int, ...] = ()
+    problem: PruningProblem, name: str, weights: Weights, removed: tuple[int, ...] = ()
 ) -> BaseWeights:
     """A start with these weights; what is gone of them already goes first.
 
     Args:
-        prepared: The run.
+        problem: The run.
         name: Of the start.
         weights: Its weights.
         removed: The strategy that they were cut to, where it is not to be repaired again.
     """
-    return start_of(prepared, name, builder_of(prepared, weights.network, weights.units), removed)
+    return start_of(problem, name, builder_of(problem, weights.network, weights.units), removed)
 
 
 def adopted(
-    prepared: PruningProblem, evaluator: Evaluator, trial: Trial, number: int, folder: Path
+    problem: PruningProblem, evaluator: Evaluator, trial: Trial, number: int, folder: Path
 ) -> BaseWeights:
     """The start with the weights of an trial's network, as it was repaired and shortly fine-tuned.
 
     Args:
-        prepared: The run.
+        problem: The run.
         evaluator: The one that scored the trial.
         trial: Whose network.
         number: Of the round that it ends, from 1.
         folder: The run folder.
     """
-    repair = SHORT_TERM if prepared.settings.short_term_steps else trial.repair
+    repair = SHORT_TERM if problem.settings.short_term_steps else trial.repair
 
     def tuned() -> Weights:
         pruned = evaluator.apply(trial.strategy, start=trial.start, repair=repair)
-        return Weights.after(pruned, prepared.model)
+        return Weights.after(pruned, problem.model)
 
-    weights = kept(folder / FOLDER / f"round-{number}.safetensors", prepared.model, tuned)
-    return start_at(prepared, round_name(number), weights, trial.removed)
+    weights = kept(folder / FOLDER / f"round-{number}.safetensors", problem.model, tuned)
+    return start_at(problem, round_name(number), weights, trial.removed)
 
 
 def round_name(number: int) -> str:

@@ -55,7 +55,7 @@ class Study:
 
     def score(self, proposals: Sequence[Removed]) -> list[Trial]:
         """Score whole strategies, in order: one episode each."""
-        return self.score_all([self.evaluator.problem.strategy(removed) for removed in proposals])
+        return self.score_all([self.evaluator.space.strategy(removed) for removed in proposals])
 
     def score_one(self, strategy: Strategy) -> Trial:
         """Score an environment's strategy: one episode."""

@@ -23,12 +23,12 @@ class Tuner:
     """Fine-tunes networks of a run as its settings say, and counts the epochs of all of them.
 
     Args:
-        prepared: The run.
+        problem: The run.
         on_epoch: Called with (epoch of the whole run from 1, mean loss, learning rate).
     """
 
-    def __init__(self, prepared: PruningProblem, on_epoch: Callable[[int, float, float], None]):
-        self._prepared = prepared
+    def __init__(self, problem: PruningProblem, on_epoch: Callable[[int, float, float], None]):
+        self._problem = problem
         self._on_epoch = on_epoch
         self._done = 0
 
@@ -48,7 +48,7 @@ class Tuner:
             masks: Weights that stay, by layer; the others are held at zero.
             regularized: Whether the regulariser's loss term is added.
         """
-        settings, chosen = self._prepared.settings, self._prepared.settings.finetune
+        settings, chosen = self._problem.settings, self._problem.settings.finetune
         before = self._done
 
         def on_epoch(epoch: int, loss: float, lr: float, seconds: float) -> None:
@@ -58,7 +58,7 @@ class Tuner:
             finetune(
                 network,
                 training_batches(
-                    self._prepared.data, chosen.batch_size, settings.seed + before, settings.device
+                    self._problem.data, chosen.batch_size, settings.seed + before, settings.device
                 ),
                 epochs=epochs,
                 lr=chosen.lr_fraction * settings.original_lr,
@@ -67,8 +67,8 @@ class Tuner:
                 seed=settings.seed,
                 device=settings.device,
                 on_epoch=on_epoch,
-                penalty=penalty_of(self._prepared, network) if regularized else None,
-                teacher=self._prepared.model if chosen.distillation else None,
+                penalty=penalty_of(self._problem, network) if regularized else None,
+                teacher=self._problem.model if chosen.distillation else None,
                 distillation=chosen.distillation,
                 temperature=chosen.temperature,
                 masks=masks or None,
@@ -83,33 +83,33 @@ class Tuner:
         self._done += epochs
 
 
-def penalty_of(prepared: PruningProblem, network: nn.Module) -> LossTerm | None:
+def penalty_of(problem: PruningProblem, network: nn.Module) -> LossTerm | None:
     """The regulariser's loss term for a network of this run.
 
     Raises:
         UserError: The network has nothing that the term could be taken of.
     """
-    regularization = prepared.settings.regularization
+    regularization = problem.settings.regularization
     graph = None
     if isinstance(regularization, GroupLasso):  # a cut network has groups of its own sizes
-        graph = trace(network, prepared.images(prepared.data.search, 2))
+        graph = trace(network, problem.images(problem.data.search, 2))
     return regularization.penalty(network, graph)
 
 
-def finetuned(prepared: PruningProblem, evaluator: Evaluator, trial: Trial, tune: Tuner) -> Pruned:
+def finetuned(problem: PruningProblem, evaluator: Evaluator, trial: Trial, tune: Tuner) -> Pruned:
     """The strategy of an trial, applied and fine-tuned over the schedule's rounds.
 
     Args:
-        prepared: The run.
+        problem: The run.
         evaluator: The one that scored the trial.
         trial: What is to be reached.
         tune: Fine-tunes.
     """
-    settings = prepared.settings
+    settings = problem.settings
     shares = settings.schedule.shares
     start = trial.start
     for number, share in enumerate(shares, start=1):
-        strategy = part_of(prepared, trial.strategy, share)
+        strategy = part_of(problem, trial.strategy, share)
         pruned = evaluator.apply(strategy, start=start, repair=trial.repair)
         if settings.finetune.from_scratch:
             forget_weights(pruned.network, settings.seed)
@@ -118,14 +118,14 @@ def finetuned(prepared: PruningProblem, evaluator: Evaluator, trial: Trial, tune
         tune(pruned.network, epochs, pruned.masks, regularized=settings.regularization.during)
         if number < len(shares):
             start = f"{trial.start}, round {number}"
-            wide = widen(pruned.network, pruned.keeps, prepared.model)
-            evaluator.add(start_of(prepared, start, builder_of(prepared, wide, pruned.units)))
+            wide = widen(pruned.network, pruned.keeps, problem.model)
+            evaluator.add(start_of(problem, start, builder_of(problem, wide, pruned.units)))
     return pruned
 
 
-def part_of(prepared: PruningProblem, strategy: Strategy, share: float) -> Strategy:
+def part_of(problem: PruningProblem, strategy: Strategy, share: float) -> Strategy:
     """The strategy with this share of its pruning ratios, as feasible counts; all of it for 1."""
     if share == 1.0:
         return strategy
-    counts = prepared.problem.snap([share * ratio for ratio in strategy.ratios])
-    return prepared.problem.strategy([min(*pair) for pair in zip(counts, strategy.removed, strict=True)])
+    counts = problem.space.snap([share * ratio for ratio in strategy.ratios])
+    return problem.space.strategy([min(*pair) for pair in zip(counts, strategy.removed, strict=True)])

@@ -8,8 +8,8 @@ from amc_env.errors import UserError
 
 
 def share(search, removed) -> float:
-    whole = search.problem.cost([0] * search.decisions)["macs"]
-    return search.problem.cost(removed)["macs"] / whole
+    whole = search.space.cost([0] * search.decisions)["macs"]
+    return search.space.cost(removed)["macs"] / whole
 
 
 def test_uniform_is_the_least_single_ratio_that_meets_the_budget(toy) -> None:
@@ -17,8 +17,8 @@ def test_uniform_is_the_least_single_ratio_that_meets_the_budget(toy) -> None:
     (removed,) = search.scored
     assert len(set(removed)) == 1
     one_less = tuple(r - 1 for r in removed)
-    assert search.problem.met(removed)
-    assert not search.problem.met(one_less)
+    assert search.space.met(removed)
+    assert not search.space.met(one_less)
 
 
 def test_uniform_without_a_budget_takes_its_ratio_and_refuses_to_guess_one(toy) -> None:

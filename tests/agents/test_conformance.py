@@ -53,7 +53,7 @@ class Broken(Agent):
             rng = np.random.default_rng()
         if self.fault == "episodes":
             rng = np.random.default_rng(task.episodes)
-        make = task.problem.snap if self.fault == "budget" else task.problem.land
+        make = task.space.snap if self.fault == "budget" else task.space.land
         high = 0.1 if self.fault == "budget" else 0.5
         proposals = [make(rng.uniform(0.0, high, 4)) for _ in range(8)]
         try:

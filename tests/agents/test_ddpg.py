@@ -21,7 +21,7 @@ NEAR = {"hidden": (64, 64), "warmup": "near_uniform", "warmup_episodes": 10}
 def test_a_search_near_uniform_has_an_actor_that_begins_there(toy) -> None:
     search = toy()
     agent = DDPGAgent(**NEAR | {"warmup_episodes": 2}, sigma=0.0)
-    assert search.run(agent, episodes=3).scored == [search.problem.project([0.0] * 4)] * 3
+    assert search.run(agent, episodes=3).scored == [search.space.project([0.0] * 4)] * 3
 
 
 @pytest.mark.parametrize("ratio", [0.06, 1.0])

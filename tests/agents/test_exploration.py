@@ -60,26 +60,26 @@ def test_without_sigma_the_mean_is_the_action_and_the_generator_moves_on_all_the
 NOISE = TruncatedNormalNoise(0.1, 0.95, warmup=100)
 
 
-def warm_up(name: str, problem, noise: TruncatedNormalNoise = NOISE):
-    return WARMUPS[name](problem, noise, np.random.default_rng(0))
+def warm_up(name: str, space, noise: TruncatedNormalNoise = NOISE):
+    return WARMUPS[name](space, noise, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("name", ["landing", "near_uniform"])
 def test_a_warm_up_survives_the_bound_and_lands_on_the_budget(toy, name: str) -> None:
     search = toy()
-    env, warmup = PruningEnv(search.handle()), warm_up(name, search.problem)
+    env, warmup = PruningEnv(search.handle()), warm_up(name, search.space)
     for _ in range(20):
         actions = warmup()
         env.reset()
         for action in actions:
             info = env.step(np.array([action], np.float32))[-1]
             assert info["executed_ratio"] == pytest.approx(action)
-        share = info["macs"] / search.problem.cost([0] * 4)["macs"]
+        share = info["macs"] / search.space.cost([0] * 4)["macs"]
         assert 0.4 < share <= 0.5
 
 
 def test_uniform_warm_up_covers_the_action_range(toy) -> None:
-    warmup = warm_up("uniform", toy().problem)
+    warmup = warm_up("uniform", toy().space)
     sample = np.concatenate([warmup() for _ in range(500)])
     assert sample.mean() == pytest.approx(28 / 32 / 2, abs=0.02)
     assert 0 <= sample.min() < 0.01
@@ -88,8 +88,8 @@ def test_uniform_warm_up_covers_the_action_range(toy) -> None:
 
 def test_near_uniform_warm_up_begins_with_the_uniform_strategy(toy) -> None:
     """Four layers of 32 in a chain: 10 kept of each leave 10 * (32 + 10 + 10 + 10 + 32) = 940 of 5120 MACs."""
-    problem = toy(ratio=940 / 5120).problem
-    first, second = (episode() for episode in [warm_up("near_uniform", problem)] * 2)
+    space = toy(ratio=940 / 5120).space
+    first, second = (episode() for episode in [warm_up("near_uniform", space)] * 2)
     assert first.tolist() == [22 / 32] * 4
     assert second.tolist() != first.tolist()
 
@@ -97,8 +97,8 @@ def test_near_uniform_warm_up_begins_with_the_uniform_strategy(toy) -> None:
 @pytest.mark.parametrize("sigma", [0.05, 0.15])
 def test_near_uniform_warm_up_strays_as_far_as_sigma(toy, sigma: float) -> None:
     """The common shift that lands a draw takes one of its degrees of freedom."""
-    problem = toy(decisions=12).problem
-    warmup = warm_up("near_uniform", problem, TruncatedNormalNoise(sigma, 0.95, warmup=100))
+    space = toy(decisions=12).space
+    warmup = warm_up("near_uniform", space, TruncatedNormalNoise(sigma, 0.95, warmup=100))
     uniform = warmup()
     sample = np.stack([warmup() for _ in range(30)])
     spread = (sample - uniform).std(axis=1, ddof=1).mean()
@@ -107,5 +107,5 @@ def test_near_uniform_warm_up_strays_as_far_as_sigma(toy, sigma: float) -> None:
 
 
 def test_near_uniform_warm_up_without_noise_stays_where_it_is(toy) -> None:
-    warmup = warm_up("near_uniform", toy().problem, TruncatedNormalNoise(0.0, 0.95, warmup=100))
+    warmup = warm_up("near_uniform", toy().space, TruncatedNormalNoise(0.0, 0.95, warmup=100))
     assert len({tuple(warmup()) for _ in range(5)}) == 1

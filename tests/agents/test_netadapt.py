@@ -18,14 +18,14 @@ from amc_env.errors import UserError
 from amc_env.graph.layers import LayerGraph
 from amc_env.graph.tracing import trace
 from amc_env.pruning.granularity import Channel
-from amc_env.space import Budget, Grid, Problem, Removed, Trial
+from amc_env.space import Budget, Grid, Removed, SearchSpace, Trial
 
 
 class Rounds:
     """Scores proposals by a function of (round, removed), and writes down what was adopted."""
 
-    def __init__(self, problem: Problem, accuracy: Callable[[int, Removed], float]):
-        self.problem, self._accuracy = problem, accuracy
+    def __init__(self, space: SearchSpace, accuracy: Callable[[int, Removed], float]):
+        self.space, self._accuracy = space, accuracy
         self.adopted: list[Removed] = []
         self.scored: list[list[Removed]] = []
 
@@ -36,19 +36,19 @@ class Rounds:
         return [
             Trial(
                 1,
-                self.problem.strategy(removed),
+                self.space.strategy(removed),
                 "original",
                 "none",
                 score,
                 {},
-                self.problem.met(removed),
+                self.space.met(removed),
                 score - 1,
             )
             for removed, score in zip(proposals, accuracies, strict=True)
         ]
 
     def run(self, agent: NetAdapt) -> Rounds:
-        task = SearchTask(self.problem, None, self.score, 1, 0, adopt=self.adopted.append)  # type: ignore[arg-type]
+        task = SearchTask(self.space, None, self.score, 1, 0, adopt=self.adopted.append)  # type: ignore[arg-type]
         agent.search(task)
         return self
 
@@ -66,7 +66,7 @@ def test_the_worked_case_of_the_release() -> None:
     graph, grids = Channel(multiple=1).decisions(chain())
     macs, params = Macs(graph), Params(graph)
     assert (macs([0, 0, 0]), params([0, 0, 0])) == (29_933_568, 29_232)
-    problem = Problem(grids, [macs, params], [Budget.of(macs, 3, limit=26_809_344)])
+    space = SearchSpace(grids, [macs, params], [Budget.of(macs, 3, limit=26_809_344)])
     wins = {1: (2, 0.80), 2: (0, 0.85), 3: (1, 0.90)}
 
     def accuracy(number: int, removed: Removed) -> float:
@@ -74,7 +74,7 @@ def test_the_worked_case_of_the_release() -> None:
         before = rounds.adopted[-1] if rounds.adopted else (0, 0, 0)
         return value if removed[place] > before[place] else 0.5
 
-    rounds = Rounds(problem, accuracy)
+    rounds = Rounds(space, accuracy)
     rounds.run(NetAdapt(reduction=0.025, decay=1.0))
     kept = [tuple(t - r for t, r in zip((16, 32, 64), removed, strict=True)) for removed in rounds.adopted]
     assert kept == [(16, 32, 62), (13, 32, 62), (13, 30, 62)]
@@ -82,11 +82,11 @@ def test_the_worked_case_of_the_release() -> None:
     assert [macs(removed) for removed in rounds.adopted] == [29_159_424, 28_191_744, 26_809_344]
 
 
-def four_layers(ratio: float = 0.5, step: int = 1) -> Problem:
+def four_layers(ratio: float = 0.5, step: int = 1) -> SearchSpace:
     """Independent layers of 32 units, each unit worth as much."""
     grids = [Grid(f"layer{i}", 32, step, 28) for i in range(4)]
     cost = Units()
-    return Problem(grids, [cost], [Budget.of(cost, 4, ratio=ratio)])
+    return SearchSpace(grids, [cost], [Budget.of(cost, 4, ratio=ratio)])
 
 
 class Units:
@@ -131,8 +131,8 @@ def test_the_reduction_decays() -> None:
 def test_equal_accuracies_go_to_the_one_that_saves_most() -> None:
     grids = [Grid("fine", 32, 1, 28), Grid("coarse", 32, 8, 24)]
     cost = Pair()
-    problem = Problem(grids, [cost], [Budget.of(cost, 2, ratio=0.9)])
-    rounds = Rounds(problem, lambda number, removed: 0.9).run(NetAdapt(reduction=0.05))
+    space = SearchSpace(grids, [cost], [Budget.of(cost, 2, ratio=0.9)])
+    rounds = Rounds(space, lambda number, removed: 0.9).run(NetAdapt(reduction=0.05))
     assert rounds.scored[1] == [(4, 0), (0, 8)]
     assert rounds.adopted == [(0, 8)]
 
@@ -153,10 +153,10 @@ def test_the_paper_takes_the_highest_accuracy_and_the_release_the_best_exchange(
     """0.2 points for 4 units against 0.3 points for 8: 0.05 and 0.0375 a unit."""
     grids = [Grid("fine", 32, 1, 28), Grid("coarse", 32, 8, 24)]
     cost = Pair()
-    problem = Problem(grids, [cost], [Budget.of(cost, 2, ratio=0.94)])
+    space = SearchSpace(grids, [cost], [Budget.of(cost, 2, ratio=0.94)])
     worth = {(0, 0): 0.9, (4, 0): 0.898, (0, 8): 0.897}
     agent = NetAdapt(reduction=0.05, choice=choice)
-    rounds = Rounds(problem, lambda number, removed: worth[removed]).run(agent)
+    rounds = Rounds(space, lambda number, removed: worth[removed]).run(agent)
     assert rounds.adopted == [adopted]
 
 
@@ -170,8 +170,8 @@ def test_of_two_budgets_the_one_furthest_from_its_limit_is_cut() -> None:
     grids = [Grid(f"layer{i}", 32, 1, 28) for i in range(4)]
     costs = Units(), First()
     budgets = [Budget.of(costs[0], 4, ratio=0.9), Budget.of(costs[1], 4, ratio=0.7)]
-    problem = Problem(grids, costs, budgets)
-    rounds = Rounds(problem, fragile_second).run(NetAdapt(reduction=0.1, decay=1.0))
+    space = SearchSpace(grids, costs, budgets)
+    rounds = Rounds(space, fragile_second).run(NetAdapt(reduction=0.1, decay=1.0))
     assert all(sum(p) == sum(p[:2]) for p in rounds.scored[1])  # layers 2 and 3 do not lower it
     assert all(budget.met(rounds.adopted[-1]) for budget in budgets)
 
@@ -192,22 +192,22 @@ def test_where_no_single_cut_lowers_the_cost_all_are_cut_by_the_least_common_rat
 
     cost = Both()
     grids = [Grid(f"layer{i}", 32, 1, 28) for i in range(4)]
-    problem = Problem(grids, [cost], [Budget.of(cost, 4, ratio=0.5)])
-    rounds = Rounds(problem, fragile_second).run(NetAdapt(reduction=0.1, decay=1.0))
+    space = SearchSpace(grids, [cost], [Budget.of(cost, 4, ratio=0.5)])
+    rounds = Rounds(space, fragile_second).run(NetAdapt(reduction=0.1, decay=1.0))
     # 12.8 of 128 a round are 3.2 units of each, so 4, then 16 in the fourth: the limit is 64, of 16 units of each
     assert rounds.adopted == [(4,) * 4, (8,) * 4, (12,) * 4, (16,) * 4]
 
 
 def test_bisection_finds_the_least_count() -> None:
-    problem = four_layers(step=4)
-    budget = problem.budgets[0]
-    grid = problem.grids[1]
+    space = four_layers(step=4)
+    budget = space.budgets[0]
+    grid = space.grids[1]
     for target in range(90, 128, 3):
         counts = [grid.count(i) for i in range(grid.size)]
         enough = [c for c in counts if c > 4 and 128 - 4 - c + 4 - 3 <= target]  # 3 gone elsewhere
-        found = cut(problem, budget, (3, 4, 0, 0), 1, target)
+        found = cut(space, budget, (3, 4, 0, 0), 1, target)
         assert found == ((3, min(enough), 0, 0) if enough else None), target
-    assert cut(problem, budget, (0, 28, 0, 0), 1, 128) is None  # nothing is left to cut
+    assert cut(space, budget, (0, 28, 0, 0), 1, 128) is None  # nothing is left to cut
 
 
 def test_planned_counts_rounds_of_the_schedule() -> None:
@@ -221,6 +221,6 @@ def test_bad_settings_are_refused_together() -> None:
 
 
 def test_a_problem_without_a_budget_is_refused() -> None:
-    problem = Problem([Grid("a", 8, 1, 4)], [Units()], [])
+    space = SearchSpace([Grid("a", 8, 1, 4)], [Units()], [])
     with pytest.raises(UserError, match="there is none; set one, like budget=flops"):
-        NetAdapt().check(problem, 1)
+        NetAdapt().check(space, 1)

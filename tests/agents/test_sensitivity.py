@@ -8,7 +8,7 @@ from refusals import refused
 
 from agents.sensitivity import Curve, Sensitivity, curves_of, pick, plan
 from amc_env.errors import UserError
-from amc_env.space import Grid, Problem
+from amc_env.space import Grid, SearchSpace
 
 SLOPES = np.array([0.05, 0.1, 0.2, 0.4])
 
@@ -19,8 +19,8 @@ def straight(ratios: np.ndarray) -> float:
 
 
 def share(search, removed) -> float:
-    whole = search.problem.cost([0] * search.decisions)["macs"]
-    return search.problem.cost(removed)["macs"] / whole
+    whole = search.space.cost([0] * search.decisions)["macs"]
+    return search.space.cost(removed)["macs"] / whole
 
 
 def test_a_curve_is_left_where_it_first_falls_below_the_threshold() -> None:
@@ -42,12 +42,12 @@ def test_the_drop_of_a_curve_is_the_area_over_it() -> None:
 
 
 def test_every_decision_is_cut_alone_and_no_count_twice() -> None:
-    problem = Problem([Grid("a", 8, 2, 6), Grid("b", 32, 1, 28)], [], [])
-    plans = plan(problem, [0.5, 0.1, 0.2, 0.3, 0.99])
+    space = SearchSpace([Grid("a", 8, 2, 6), Grid("b", 32, 1, 28)], [], [])
+    plans = plan(space, [0.5, 0.1, 0.2, 0.3, 0.99])
     # Of 8 units: 0.1 comes to none (0.8 lies nearer to 0 than to 2), 0.2 and 0.3 to 2, 0.5 to 4, 0.99 to 6.
     assert plans[0] == [(2, 0), (4, 0), (6, 0)]
     assert plans[1] == [(0, 3), (0, 6), (0, 10), (0, 16), (0, 28)]
-    curves = curves_of(problem, plans, 0.9, [[0.8, 0.7, 0.6], [0.8, 0.7, 0.6, 0.5, 0.4]])
+    curves = curves_of(space, plans, 0.9, [[0.8, 0.7, 0.6], [0.8, 0.7, 0.6, 0.5, 0.4]])
     assert curves[0] == Curve("a", (0.0, 0.25, 0.5, 0.75), (0.9, 0.8, 0.7, 0.6))
     assert curves[1].ratios[-1] == 28 / 32
 
@@ -61,7 +61,7 @@ def test_the_threshold_is_the_highest_that_meets_the_budget(toy) -> None:
     assert len(free) >= 2
     assert np.ptp(drops) < SLOPES[-1] / 32  # one unit of the most sensitive
     lighter = [max(0, r - 1) for r in picked]
-    assert not search.problem.met(lighter)
+    assert not search.space.met(lighter)
 
 
 def test_what_bears_no_cut_is_left_whole(toy) -> None:
@@ -79,13 +79,13 @@ def test_a_drop_is_spent_whether_the_budget_asks_for_it_or_not(toy) -> None:
     search = toy(straight, ratio=0.9).run(Sensitivity(threshold=0.05), episodes=100)
     assert search.scored[-1] == (28, 16, 8, 4)
     search = toy(straight, ratio=0.2).run(Sensitivity(threshold=0.05), episodes=100)
-    assert search.problem.met(search.scored[-1])
+    assert search.space.met(search.scored[-1])
     assert search.scored[-1] > (28, 16, 8, 4)
 
 
 def test_a_budget_beyond_every_curve_is_met_by_a_common_shift(toy) -> None:
     search = toy(straight, ratio=0.1).run(Sensitivity(ratios=(0.1, 0.2)), episodes=100)
-    assert search.problem.met(search.scored[-1])
+    assert search.space.met(search.scored[-1])
     assert len(set(search.scored[-1])) == 1  # all curves end at 0.2
 
 
@@ -123,10 +123,10 @@ def test_settings_that_make_no_sense_are_refused(toy) -> None:
 
 
 def test_a_pick_says_its_threshold(toy) -> None:
-    problem = toy(straight).problem
-    plans = plan(problem, [0.25, 0.5, 0.75])
+    space = toy(straight).space
+    plans = plan(space, [0.25, 0.5, 0.75])
     accuracies = [[straight(np.array(removed) / 32) for removed in alone] for alone in plans]
-    found = pick(problem, curves_of(problem, plans, 1.0, accuracies))
+    found = pick(space, curves_of(space, plans, 1.0, accuracies))
     free = [t for t in range(4) if 0 < found.removed[t] < 24]
     for t in free:
         assert 1.0 - SLOPES[t] * found.removed[t] / 32 == pytest.approx(found.threshold, abs=SLOPES[t] / 32)

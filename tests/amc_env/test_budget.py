@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from masking import SUITABLE, masked
-from networks import prepared
+from networks import problem
 
 from amc_env.costs.counts import Macs, Params
 from amc_env.errors import UserError
-from amc_env.space import Budget, Grid, Problem
+from amc_env.space import Budget, Grid, SearchSpace
 
 
 class Product:
@@ -36,9 +36,9 @@ GRIDS = (Grid("a", 8, 2, 6), Grid("b", 12, 4, 8), Grid("c", 10, 3, 9))
 RATIOS = (0.3, 0.5, 0.8, 1.0)
 
 
-def problem(*limits: tuple[object, float]) -> Problem:
+def space(*limits: tuple[object, float]) -> SearchSpace:
     budgets = [Budget.of(cost, 3, ratio=ratio) for cost, ratio in limits]
-    return Problem(GRIDS, [Product(), Linear()], budgets)
+    return SearchSpace(GRIDS, [Product(), Linear()], budgets)
 
 
 def counts(grid: Grid) -> list[int]:
@@ -47,7 +47,7 @@ def counts(grid: Grid) -> list[int]:
 
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_least_is_brute_forces(ratio: float) -> None:
-    task = problem((Product(), ratio))
+    task = space((Product(), ratio))
     for length in range(3):
         for chosen in itertools.product(*map(counts, GRIDS[:length])):
             later = [list(map(counts, GRIDS[length + 1 :]))]
@@ -63,15 +63,15 @@ def test_least_is_brute_forces(ratio: float) -> None:
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.8])
 @pytest.mark.parametrize("name", ["residual", "selection", "concat", "grouped", "flatten", "mlp"])
 def test_any_bounded_sequence_meets_the_budget(name: str, ratio: float, multiple: int) -> None:
-    candidates, grids = prepared(name, multiple)
+    candidates, grids = problem(name, multiple)
     macs, params = Macs(candidates.graph), Params(candidates.graph)
     most = [grid.count(grid.size - 1) for grid in grids]
     budget = Budget.of(macs, len(grids), ratio=ratio)
     if macs(most) > budget.limit:
         with pytest.raises(UserError, match="cannot be reached: the least is"):
-            Problem(grids, [macs, params], [budget])
+            SearchSpace(grids, [macs, params], [budget])
         return
-    task = Problem(grids, [macs, params], [budget])
+    task = SearchSpace(grids, [macs, params], [budget])
     generator = np.random.default_rng(0)
     for _ in range(60):
         chosen: list[int] = []
@@ -90,9 +90,9 @@ def test_masked_strategies_meet_the_budget(name: str, granularity: str, ratio: f
     budget = Budget.of(cost, len(grids), ratio=ratio)
     if cost([grid.count(grid.size - 1) for grid in grids]) > budget.limit:
         with pytest.raises(UserError, match="cannot be reached: the least is"):
-            Problem(grids, [cost], [budget])
+            SearchSpace(grids, [cost], [budget])
         return
-    task = Problem(grids, [cost], [budget])
+    task = SearchSpace(grids, [cost], [budget])
     generator = np.random.default_rng(0)
     for _ in range(5):
         chosen: list[int] = []
@@ -114,9 +114,9 @@ def test_masked_strategies_meet_the_budget(name: str, granularity: str, ratio: f
 
 @pytest.mark.parametrize("ratio", [0.3, 0.5, 0.8])
 def test_nothing_but_least_is_as_little_as_can_be(ratio: float) -> None:
-    candidates, grids = prepared("residual")
+    candidates, grids = problem("residual")
     macs = Macs(candidates.graph)
-    task = Problem(grids, [macs], [Budget.of(macs, len(grids), ratio=ratio)])
+    task = SearchSpace(grids, [macs], [Budget.of(macs, len(grids), ratio=ratio)])
     chosen: list[int] = []
     for _ in grids:
         chosen.append(task.least(chosen))
@@ -124,13 +124,13 @@ def test_nothing_but_least_is_as_little_as_can_be(ratio: float) -> None:
     assert last == 0 or not task.met([*chosen[:-1], grids[-1].count(last - 1)])
 
 
-def shifted(task: Problem, values: np.ndarray, shift: float) -> tuple[int, ...]:
+def shifted(task: SearchSpace, values: np.ndarray, shift: float) -> tuple[int, ...]:
     return tuple(
         grid.snap(min(grid.max_ratio, value + shift)) for grid, value in zip(task.grids, values, strict=True)
     )
 
 
-def shifts(task: Problem, values: np.ndarray, least: float) -> list[float]:
+def shifts(task: SearchSpace, values: np.ndarray, least: float) -> list[float]:
     """A point between every two shifts at which any snapped count changes, ascending."""
     edges = {least}
     for grid, value in zip(task.grids, values, strict=True):
@@ -143,7 +143,7 @@ def shifts(task: Problem, values: np.ndarray, least: float) -> list[float]:
 @pytest.mark.parametrize("limits", [[("m", 0.3)], [("m", 0.5)], [("m", 0.8)], [("m", 0.6), ("p", 0.6)]])
 @pytest.mark.parametrize("seed", range(10))
 def test_project_and_land_are_their_definitions(limits: list[tuple[str, float]], seed: int) -> None:
-    task = problem(*((Product() if kind == "m" else Linear(), ratio) for kind, ratio in limits))
+    task = space(*((Product() if kind == "m" else Linear(), ratio) for kind, ratio in limits))
     values = np.random.default_rng(seed).uniform(0, 1, 3)
     for found, least in ((task.project(values), 0.0), (task.land(values), -1.0)):
         tried = (shifted(task, values, shift) for shift in shifts(task, values, least))
@@ -151,7 +151,7 @@ def test_project_and_land_are_their_definitions(limits: list[tuple[str, float]],
         assert task.met(found)
 
 
-def plainly_shifted(task: Problem, values: np.ndarray, least: float) -> tuple[int, ...]:
+def plainly_shifted(task: SearchSpace, values: np.ndarray, least: float) -> tuple[int, ...]:
     """The least shift by all of its 48 halvings, decision by decision."""
     low, high = least, max(least, float((task.maxima - values).max()))
     best = shifted(task, values, low)
@@ -168,7 +168,7 @@ def plainly_shifted(task: Problem, values: np.ndarray, least: float) -> tuple[in
     return best
 
 
-def plainly_least(task: Problem, chosen: Sequence[int]) -> int:
+def plainly_least(task: SearchSpace, chosen: Sequence[int]) -> int:
     grid, later = task.grids[len(chosen)], task.most[len(chosen) + 1 :]
     met = (count for count in counts(grid) if task.met((*chosen, count, *later)))
     return next(met, counts(grid)[-1])
@@ -178,14 +178,14 @@ def plainly_least(task: Problem, chosen: Sequence[int]) -> int:
 @pytest.mark.parametrize("ratio", [0.4, 0.5, 0.8, 1.0])
 @pytest.mark.parametrize("name", ["residual", "selection", "concat", "grouped", "flatten", "mlp"])
 def test_the_quick_ways_find_what_the_plain_ones_do(name: str, ratio: float, multiple: int) -> None:
-    candidates, grids = prepared(name, multiple)
+    candidates, grids = problem(name, multiple)
     macs, params = Macs(candidates.graph), Params(candidates.graph)
-    least = Problem(grids, [macs, params])
+    least = SearchSpace(grids, [macs, params])
     ratios = (max(ratio, 1.01 * least.least_ratio(macs)), max(ratio / 2, 1.01 * least.least_ratio(params)))
     budgets = [
         Budget.of(c, len(grids), ratio=min(1.0, r)) for c, r in zip((macs, params), ratios, strict=True)
     ]
-    task = Problem(grids, [macs, params], budgets)
+    task = SearchSpace(grids, [macs, params], budgets)
     generator = np.random.default_rng(0)
     drawn = [generator.uniform(-0.2, 1.2, len(grids)) ** power for power in (1, 3, 1, 3)]
     coarse = [np.round(values, 1) for values in drawn]  # several decisions change at one shift
@@ -200,7 +200,7 @@ def test_the_quick_ways_find_what_the_plain_ones_do(name: str, ratio: float, mul
 
 
 def test_project_leaves_what_meets_the_budget_alone_and_land_does_not() -> None:
-    task = problem((Product(), 0.8))
+    task = space((Product(), 0.8))
     generous = [0.75, 0.6, 0.8]
     assert task.project(generous) == task.snap(generous) == (6, 8, 7)
     assert task.cost(task.land(generous))["macs"] > task.cost((6, 8, 7))["macs"]
@@ -209,10 +209,10 @@ def test_project_leaves_what_meets_the_budget_alone_and_land_does_not() -> None:
 
 @pytest.mark.parametrize("values", [[-3.0, -3.0, -3.0], [-2.0, 0.5, 1.0], [5.0, 5.0, 5.0], [0.0, 0.0, 4.0]])
 def test_ratios_out_of_range_still_meet_the_budget(values: list[float]) -> None:
-    task = problem((Product(), 0.3))
+    task = space((Product(), 0.3))
     assert task.met(task.project(values))
     assert task.met(task.land(values))
-    assert Problem(GRIDS, [Product()], [Budget.of(Product(), 3, ratio=1.0)]).land([5.0, 5.0, 5.0]) == (
+    assert SearchSpace(GRIDS, [Product()], [Budget.of(Product(), 3, ratio=1.0)]).land([5.0, 5.0, 5.0]) == (
         0,
         0,
         0,
@@ -220,7 +220,7 @@ def test_ratios_out_of_range_still_meet_the_budget(values: list[float]) -> None:
 
 
 def test_two_budgets_hold_at_once() -> None:
-    task = problem((Product(), 0.9), (Linear(), 0.5))
+    task = space((Product(), 0.9), (Linear(), 0.5))
     generator = np.random.default_rng(0)
     for _ in range(100):
         chosen: list[int] = []
@@ -231,7 +231,7 @@ def test_two_budgets_hold_at_once() -> None:
 
 
 def test_without_budgets_everything_goes() -> None:
-    task = Problem(GRIDS, [Product(), Linear()])
+    task = SearchSpace(GRIDS, [Product(), Linear()])
     assert task.least([]) == task.least([0, 0]) == 0
     assert task.project([0, 0, 0]) == task.land([0, 0, 0]) == (0, 0, 0)
     assert task.cost((0, 0, 0)) == {"macs": 370.0, "params": 40.0}
@@ -240,7 +240,7 @@ def test_without_budgets_everything_goes() -> None:
 
 def test_a_budget_out_of_reach_is_refused_with_the_least() -> None:
     with pytest.raises(UserError) as caught:
-        problem((Product(), 0.05), (Linear(), 0.1))
+        space((Product(), 0.05), (Linear(), 0.1))
     message = str(caught.value)
     assert "budget macs <= 18.5 (0.05 of the original) cannot be reached: the least is 41 (0.111)" in message
     assert "budget params <= 4 (0.1 of the original) cannot be reached: the least is 14 (0.35)" in message
@@ -248,7 +248,7 @@ def test_a_budget_out_of_reach_is_refused_with_the_least() -> None:
 
 def test_the_least_itself_can_be_reached() -> None:
     least = Product()((6, 8, 7)) / Product()((0, 0, 0))
-    assert problem((Product(), least)).project([0, 0, 0]) == (6, 8, 7)
+    assert space((Product(), least)).project([0, 0, 0]) == (6, 8, 7)
 
 
 @pytest.mark.parametrize("ratio", [0.0, -0.5, 1.01, float("nan")])
@@ -276,4 +276,4 @@ def test_limit_and_ratio_say_the_same() -> None:
 
 def test_nothing_to_decide() -> None:
     with pytest.raises(UserError, match="nothing to decide"):
-        Problem([], [Product()])
+        SearchSpace([], [Product()])

@@ -11,7 +11,7 @@ from masking import masked
 from amc_env.costs.counts import Macs
 from amc_env.encoding import FEATURES, DecisionDescription, Encoder, describe
 from amc_env.errors import UserError
-from amc_env.space import Grid, Problem
+from amc_env.space import Grid, SearchSpace
 
 
 class ChainMacs:
@@ -35,7 +35,7 @@ WHOLE = 4 + 24 + 60 + 50
 
 @pytest.fixture
 def encoder() -> Encoder:
-    return Encoder(DESCRIPTIONS, Problem(GRIDS, [ChainMacs()]))
+    return Encoder(DESCRIPTIONS, SearchSpace(GRIDS, [ChainMacs()]))
 
 
 def test_the_first_decision_by_hand(encoder: Encoder) -> None:
@@ -78,21 +78,21 @@ def test_every_observation_is_in_the_unit_box(encoder: Encoder) -> None:
 
 def test_sizes_beyond_the_scale_are_cut_off() -> None:
     huge = (DecisionDescription("a", 10**6, 10**6, 10**6, 10**6, 100, 100), *DESCRIPTIONS[1:])
-    assert Encoder(huge, Problem(GRIDS, [ChainMacs()]))(())[1:7].tolist() == [1.0] * 6
+    assert Encoder(huge, SearchSpace(GRIDS, [ChainMacs()]))(())[1:7].tolist() == [1.0] * 6
 
 
 def test_the_scale_does_not_depend_on_the_network() -> None:
     """The same decision in a larger network has the same size features."""
     wide = (DESCRIPTIONS[0], DecisionDescription("b", 512, 512, 224, 224, 2, 7), DESCRIPTIONS[2])
-    small, large = (Encoder(d, Problem(GRIDS, [ChainMacs()]))(()) for d in (DESCRIPTIONS, wide))
+    small, large = (Encoder(d, SearchSpace(GRIDS, [ChainMacs()]))(()) for d in (DESCRIPTIONS, wide))
     assert small.tolist() == large.tolist()
 
 
 def test_descriptions_of_other_decisions_and_a_missing_cost_are_refused() -> None:
     with pytest.raises(UserError, match="do not fit the decisions"):
-        Encoder(DESCRIPTIONS[:2], Problem(GRIDS, [ChainMacs()]))
+        Encoder(DESCRIPTIONS[:2], SearchSpace(GRIDS, [ChainMacs()]))
     with pytest.raises(UserError, match="needs the cost 'macs'"):
-        Encoder(DESCRIPTIONS, Problem(GRIDS, []))
+        Encoder(DESCRIPTIONS, SearchSpace(GRIDS, []))
 
 
 def layer(name: str, index: int, **more: object) -> SimpleNamespace:
@@ -134,7 +134,7 @@ def test_a_masked_decision_is_described_by_its_own_layer() -> None:
 def test_costs_of_masked_decisions_by_hand() -> None:
     """mlp has 3840, 320 and 64 weights and 40 biases; half of each layer can go, and the encoder asks for all."""
     _, graph, grids = masked("mlp", "2:4")
-    encoder = Encoder(describe(graph, grids), Problem(grids, [Macs(graph, grids)]))
+    encoder = Encoder(describe(graph, grids), SearchSpace(grids, [Macs(graph, grids)]))
     first, second = (dict(zip(FEATURES, encoder(taken), strict=True)) for taken in ((), (2,)))
     assert first["macs"] == pytest.approx(3840 / 4264)
     assert first["rest"] == pytest.approx((320 + 64) / 4264)

@@ -24,7 +24,7 @@ from amc_env.encoding import DecisionDescription, Encoder, describe
 from amc_env.env import EnvHandle, PruningEnv, PruningVectorEnv
 from amc_env.errors import UserError
 from amc_env.rewards import Error, ErrorFlops, Infinity
-from amc_env.space import Budget, Grid, Problem, Strategy, Trial
+from amc_env.space import Budget, Grid, SearchSpace, Strategy, Trial
 
 
 class ChainMacs:
@@ -40,24 +40,24 @@ class ChainMacs:
 class Score:
     """Scores by a formula and remembers what it was asked; holds a tensor, as an evaluator does."""
 
-    def __init__(self, problem: Problem, accuracy: float | None = None):
-        self.problem, self.accuracy, self.weights = problem, accuracy, torch.zeros(3)
+    def __init__(self, space: SearchSpace, accuracy: float | None = None):
+        self.space, self.accuracy, self.weights = space, accuracy, torch.zeros(3)
         self.asked: list[Strategy] = []
 
     def __call__(self, strategy: Strategy) -> Trial:
         self.asked.append(strategy)
         accuracy = 1.0 - 0.5 * float(np.mean(strategy.ratios)) if self.accuracy is None else self.accuracy
         removed = strategy.removed
-        costs, met = self.problem.cost(removed), self.problem.met(removed)
+        costs, met = self.space.cost(removed), self.space.met(removed)
         return Trial(len(self.asked), strategy, "original", "none", accuracy, costs, met, accuracy - 1)
 
 
 def handle(ratio: float | None = 0.5, accuracy: float | None = None, **more) -> EnvHandle:
     grids = [Grid("a", 10, 2, 8), Grid("b", 10, 2, 6)]
     macs = ChainMacs()
-    problem = Problem(grids, [macs], [Budget.of(macs, 2, ratio=ratio)] if ratio else [])
-    encoder = Encoder([DecisionDescription(g.name, 10, 10, 8, 8, 1, 3) for g in grids], problem)
-    return EnvHandle(problem, encoder, Score(problem, accuracy), **{"reward": Error(), **more})
+    space = SearchSpace(grids, [macs], [Budget.of(macs, 2, ratio=ratio)] if ratio else [])
+    encoder = Encoder([DecisionDescription(g.name, 10, 10, 8, 8, 1, 3) for g in grids], space)
+    return EnvHandle(space, encoder, Score(space, accuracy), **{"reward": Error(), **more})
 
 
 def act(env: gymnasium.Env, *ratios: float) -> list[tuple]:
@@ -93,8 +93,8 @@ def masked_handle(granularity: str, ratio: float = 0.7) -> EnvHandle:
     """Masks over a small network, with a budget on its parameters; scored by a formula."""
     _, graph, grids = masked("residual", granularity)
     params = Params(graph, grids)
-    problem = Problem(grids, [Macs(graph, grids), params], [Budget.of(params, len(grids), ratio=ratio)])
-    return EnvHandle(problem, Encoder(describe(graph, grids), problem), Score(problem), Error())
+    space = SearchSpace(grids, [Macs(graph, grids), params], [Budget.of(params, len(grids), ratio=ratio)])
+    return EnvHandle(space, Encoder(describe(graph, grids), space), Score(space), Error())
 
 
 @pytest.mark.parametrize("granularity", ["fine_grained", "row", "kernel", "2:4"])
@@ -108,12 +108,12 @@ def test_checkers_and_bound_over_masks(granularity: str) -> None:
     made = masked_handle(granularity)
     env = PruningEnv(made)
     for _ in range(10):
-        info = act(env, *rng.uniform(0, 1, len(made.problem.grids)) ** 3)[-1][4]
+        info = act(env, *rng.uniform(0, 1, len(made.space.grids)) ** 3)[-1][4]
         assert info["met"]
-        for grid, count in zip(made.problem.grids, info["strategy"].removed, strict=True):
+        for grid, count in zip(made.space.grids, info["strategy"].removed, strict=True):
             assert grid.count(grid.index(count)) == count
         assert info["strategy"].removed == env.unwrapped.handle.score.asked[-1].removed
-        assert made.problem.cost(info["strategy"].removed)["params"] <= made.problem.budgets[0].limit + 1e-6
+        assert made.space.cost(info["strategy"].removed)["params"] <= made.space.budgets[0].limit + 1e-6
 
 
 def test_the_bound_by_hand() -> None:

@@ -5,13 +5,13 @@ from typing import ClassVar
 
 import pytest
 import torch
-from networks import images, prepared, traced
+from networks import images, problem, traced
 
 from amc_env.pruning.criteria import Norm, Sample
 from amc_env.pruning.granularity import Channel, FineGrained
 from amc_env.testing import check_cost, check_criterion, check_granularity
 
-GRIDS = prepared("concat")[1]
+GRIDS = problem("concat")[1]
 NOTHING = Sample(images(2), torch.tensor([0, 1]))
 
 

@@ -138,12 +138,12 @@ def test_without_settings_channels_go_in_the_vectors_of_a_latency_budget(
 ) -> None:
     seen: list[Settings] = []
 
-    def prepared(model: nn.Module, data: Data, settings: Settings, *more: object) -> None:
+    def problem(model: nn.Module, data: Data, settings: Settings, *more: object) -> None:
         seen.append(settings)
         raise UserError("seen")
 
-    monkeypatch.setattr("search.api.PruningProblem.build", prepared)
-    monkeypatch.setattr("search.api.run", prepared)
+    monkeypatch.setattr("search.api.PruningProblem.build", problem)
+    monkeypatch.setattr("search.api.run", problem)
     for budget in (0.5, {"latency": 0.9}, LatencyBudget(vector_width=4)):
         with pytest.raises(UserError, match="seen"):
             make_env(own(), loader(64, 1), loader(32, 2), budget=budget)

@@ -214,7 +214,7 @@ def traced(name: str) -> tuple[nn.Module, LayerGraph]:
     return model, trace(model, images())
 
 
-def prepared(name: str, multiple: int = 2, max_ratio: float = 0.9) -> tuple[Candidates, tuple[Grid, ...]]:
+def problem(name: str, multiple: int = 2, max_ratio: float = 0.9) -> tuple[Candidates, tuple[Grid, ...]]:
     """Candidates of a network, and the grids of its decisions."""
     model, graph = traced(name)
     graph, grids = Channel(multiple, max_ratio).decisions(graph)

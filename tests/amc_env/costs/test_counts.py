@@ -11,7 +11,7 @@ from networks import (
     ImageNetMobileNetV2,
     images,
     network,
-    prepared,
+    problem,
     random_removed,
     traced,
 )
@@ -93,7 +93,7 @@ def hooked_macs(model: nn.Module, inputs: Tensor) -> int:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", NETWORKS)
 def test_costs_are_those_of_the_cut_network(name: str, seed: int) -> None:
-    candidates, grids = prepared(name)
+    candidates, grids = problem(name)
     removed = random_removed(grids, seed)
     small = candidates.cut(removed)
     assert Params(candidates.graph)(removed) == sum(p.numel() for p in small.parameters())
@@ -133,7 +133,7 @@ def test_masked_costs_keep_the_contract_of_costs(name: str, granularity: str, co
 @pytest.mark.parametrize("cost", [Macs, Params])
 @pytest.mark.parametrize("name", SMALL)
 def test_costs_keep_the_contract_of_costs(name: str, cost: type[Cost]) -> None:
-    candidates, grids = prepared(name, multiple=1)
+    candidates, grids = problem(name, multiple=1)
     check_cost(cost(candidates.graph), grids, falls=True)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from networks import NETWORKS, SMALL, Chain, images, prepared, random_removed, traced
+from networks import NETWORKS, SMALL, Chain, images, problem, random_removed, traced
 
 from amc_env.costs.counts import Macs, kept_channels
 from amc_env.costs.cycles import Cycles
@@ -54,7 +54,7 @@ def test_kept_channels() -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_cycles_are_those_of_the_cut_network(name: str) -> None:
-    candidates, grids = prepared(name)
+    candidates, grids = problem(name)
     removed = random_removed(grids, 0)
     small = tuple(_layers(candidates.cut(removed).eval(), images()).values())
     parallel = 3, 5, 7
@@ -73,7 +73,7 @@ def test_one_multiplier_takes_a_cycle_for_each_mac(name: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_cycles_keep_the_contract_of_costs(name: str) -> None:
-    candidates, grids = prepared(name, multiple=1)
+    candidates, grids = problem(name, multiple=1)
     check_cost(Cycles(candidates.graph, 4, 4, 8), grids)
 
 

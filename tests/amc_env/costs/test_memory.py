@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from networks import NETWORKS, SMALL, Chain, images, prepared, random_removed, with_state
+from networks import NETWORKS, SMALL, Chain, images, problem, random_removed, with_state
 from torch import Tensor, fx, nn
 
 from amc_env.costs.memory import Activations, Memory
@@ -121,7 +121,7 @@ def test_a_shortcut_lives_until_it_is_added() -> None:
 
 
 def test_a_concatenation_lives_with_its_parts() -> None:
-    candidates, grids = prepared("concat", multiple=1)
+    candidates, grids = problem("concat", multiple=1)
     found = Activations(candidates.original, candidates.graph, grids, images())
     memory = Memory(found)
     parts = {"left": 3 + 8, "right": 3 + 8 + 6, "cat": 8 + 6 + 14, "norm": 14 + 14}
@@ -181,7 +181,7 @@ class Counting(fx.Interpreter):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_they_are_those_of_the_cut_network(name: str) -> None:
-    candidates, grids = prepared(name)
+    candidates, grids = problem(name)
     found = Activations(candidates.original, candidates.graph, grids, images())
     memory = Memory(found)
     most = [grid.count(grid.size - 1) for grid in grids]
@@ -194,7 +194,7 @@ def test_they_are_those_of_the_cut_network(name: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_memory_keeps_the_contract_of_costs(name: str) -> None:
-    candidates, grids = prepared(name, multiple=1)
+    candidates, grids = problem(name, multiple=1)
     check_cost(Memory(Activations(candidates.original, candidates.graph, grids, images())), grids)
 
 

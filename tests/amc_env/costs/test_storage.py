@@ -11,7 +11,7 @@ from torch import Tensor
 from amc_env.costs.storage import Storage, eie_entries, params_beside_weights
 from amc_env.errors import UserError
 from amc_env.graph.layers import Layer
-from amc_env.space import Budget, Grid, Problem
+from amc_env.space import Budget, Grid, SearchSpace
 from amc_env.testing import check_cost
 
 EXAMPLE = [0, 0, 1, 2, *[0] * 18, 3]
@@ -150,10 +150,10 @@ def test_a_budget_on_it_is_met_by_bisection() -> None:
     grids = [Grid(name, 4608, 1, 4500) for name in names]
     cost = Storage([layer(name, *shape) for name in names], grids, places, 128)
     check_cost(cost, grids, original=128 * 4 + 2 * (64 + 4608 // 2), seeds=1)
-    problem = Problem(grids, [cost], [Budget.of(cost, 2, ratio=0.6)])
-    removed = problem.project([0.0, 0.0])
-    assert problem.met(removed)
-    assert not problem.met([count - 20 for count in removed])
+    space = SearchSpace(grids, [cost], [Budget.of(cost, 2, ratio=0.6)])
+    removed = space.project([0.0, 0.0])
+    assert space.met(removed)
+    assert not space.met([count - 20 for count in removed])
 
 
 @pytest.mark.parametrize("name", NETWORKS)

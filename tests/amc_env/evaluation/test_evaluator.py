@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from networks import images, network, prepared, random_removed
+from networks import images, network, problem, random_removed
 from torch import Tensor, nn
 
 from amc_env.costs.counts import Macs, Params
@@ -23,7 +23,7 @@ from amc_env.pruning.candidate import Candidates
 from amc_env.pruning.repair.base import BatchNorm, Both, NoRepair, Repair
 from amc_env.pruning.repair.least_squares import LeastSquares
 from amc_env.pruning.repair.sequential import Sequential
-from amc_env.space import Budget, Problem, Trial
+from amc_env.space import Budget, SearchSpace, Trial
 from amc_env.system import using_threads
 
 LABELS = torch.arange(60) % 4
@@ -34,9 +34,9 @@ REPAIRS = ("none", "least_squares", "batch_norm", "both", "sequential")
 def evaluator(
     name: str = "residual", repair: str = "least_squares", ratio: float = 0.5, memo=None
 ) -> Evaluator:
-    candidates, grids = prepared(name)
+    candidates, grids = problem(name)
     macs, params = Macs(candidates.graph), Params(candidates.graph)
-    problem = Problem(grids, [macs, params], [Budget.of(macs, len(grids), ratio=ratio)])
+    space = SearchSpace(grids, [macs, params], [Budget.of(macs, len(grids), ratio=ratio)])
     calibration = images(40, seed=1)
 
     def least_squares() -> Repair:
@@ -50,11 +50,11 @@ def evaluator(
         "sequential": lambda: Sequential(candidates, Topology.of(candidates.original), calibration),
     }
     scorer = Scorer(candidates.original, candidates.graph.topology, images(60), LABELS, batch_size=25)
-    return Evaluator(BaseWeights(ORIGINAL, candidates, makers), problem, scorer, repair, memo)
+    return Evaluator(BaseWeights(ORIGINAL, candidates, makers), space, scorer, repair, memo)
 
 
 def some(judge: Evaluator, count: int = 3):
-    return [judge.problem.strategy(random_removed(judge.problem.grids, seed)) for seed in range(count)]
+    return [judge.space.strategy(random_removed(judge.space.grids, seed)) for seed in range(count)]
 
 
 class Fixed(nn.Module):
@@ -79,7 +79,7 @@ def test_logits_that_are_not_numbers_are_refused() -> None:
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("name", ["residual", "depthwise", "flatten", "mlp"])
 def test_scorer_is_plain_accuracy(name: str, channels_last: bool) -> None:
-    candidates, grids = prepared(name)
+    candidates, grids = problem(name)
     scorer = Scorer(
         candidates.original,
         candidates.graph.topology,
@@ -114,7 +114,7 @@ COARSE = [
 def test_coarse_arithmetic_scores_nearly_what_float32_does(
     precision: str, name: str, dtype: torch.dtype, kind: type[Scorer]
 ) -> None:
-    candidates, grids = prepared(name)
+    candidates, grids = problem(name)
     labels = candidates.original(images(60)).argmax(1)
     exact = kind(candidates.original, candidates.graph.topology, images(60), labels)
     coarse = kind(candidates.original, candidates.graph.topology, images(60), labels, precision=precision)
@@ -129,7 +129,7 @@ def test_coarse_arithmetic_scores_nearly_what_float32_does(
 
 @pytest.mark.skipif(bool(NO_BYTES), reason=f"no convolutions in eight bits here: {NO_BYTES}")
 def test_ranges_are_of_images_from_all_over() -> None:
-    model = prepared("residual")[0].original
+    model = problem("residual")[0].original
     scorer = Scorer(model, Topology.of(model), images(60), LABELS, precision=INT8)
     assert torch.equal(scorer.folder._images, images(60)[::4])
 
@@ -177,7 +177,7 @@ def test_the_same_strategy_is_never_scored_twice() -> None:
 
 def test_a_calibration_takes_the_room_of_what_is_kept_between_candidates() -> None:
     judge = evaluator()
-    candidates, _ = prepared("residual")
+    candidates, _ = problem("residual")
     scorer = PrefixScorer(candidates.original, candidates.graph.topology, images(60), LABELS)
     forgot: list[str] = []
     scorer.forget = lambda: forgot.append("forgot")  # type: ignore[method-assign]
@@ -206,12 +206,12 @@ def test_a_memo_from_before_is_believed() -> None:
 
 def test_outcome_states_costs_budget_and_repair() -> None:
     judge = evaluator()
-    whole = judge.problem.strategy([0] * len(judge.problem.grids))
-    half = judge.problem.strategy(judge.problem.project([0.0] * len(judge.problem.grids)))
+    whole = judge.space.strategy([0] * len(judge.space.grids))
+    half = judge.space.strategy(judge.space.project([0.0] * len(judge.space.grids)))
     outcomes = judge.evaluate([whole, half])
     assert [outcome.met for outcome in outcomes] == [False, True]
     assert outcomes[0].score == accuracy(network("residual"), images(60), LABELS)
-    assert outcomes[1].costs == judge.problem.cost(half.removed)
+    assert outcomes[1].costs == judge.space.cost(half.removed)
     assert outcomes[1].costs["macs"] <= 0.5 * outcomes[0].costs["macs"]
     assert {(o.repair, o.start) for o in outcomes} == {("least_squares", "original")}
 
@@ -237,7 +237,7 @@ def test_what_was_scored_is_what_is_delivered(repair: str) -> None:
         assert not model.training
         assert keeps["linear"]["in"].numel() == model.linear.in_features
     first = judge.network(outcomes[0]).network
-    judge.evaluate([judge.problem.strategy(random_removed(judge.problem.grids, 9))])
+    judge.evaluate([judge.space.strategy(random_removed(judge.space.grids, 9))])
     # A network of its own: later candidates leave it alone.
     assert all(torch.equal(scored[0][key], value) for key, value in first.state_dict().items())
 
@@ -278,7 +278,7 @@ def test_a_candidate_with_broken_weights_is_refused() -> None:
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_an_image_that_is_no_number_is_refused(value: str) -> None:
-    candidates, _ = prepared("residual")
+    candidates, _ = problem("residual")
     broken = images(8)
     broken[3, 0, 0, 0] = float(value)
     with pytest.raises(UserError, match="search images hold values that are infinite or not numbers"):
@@ -287,7 +287,7 @@ def test_an_image_that_is_no_number_is_refused(value: str) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_batches_side_by_side_give_the_accuracy_of_one_after_another(threads: int) -> None:
-    candidates, _ = prepared("residual")
+    candidates, _ = problem("residual")
     labels = torch.arange(len(images())) % 4
     scorer = Scorer(candidates.original, candidates.graph.topology, images(), labels, batch_size=3)
     with using_threads(threads):
@@ -320,8 +320,8 @@ def test_a_network_that_cannot_be_traced_is_run_one_batch_at_a_time() -> None:
 
 def test_starts_are_scored_and_remembered_apart() -> None:
     judge = evaluator(repair="none")
-    strategy = judge.problem.strategy(judge.problem.most)
-    candidates, _ = prepared("residual")
+    strategy = judge.space.strategy(judge.space.most)
+    candidates, _ = problem("residual")
     tuned = copy.deepcopy(candidates.original)
     with torch.no_grad():
         for parameter in tuned.parameters():
@@ -343,7 +343,7 @@ def test_unknown_and_repeated_starts_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown start 'nowhere'; there are original"):
         judge.evaluate(some(judge), start="nowhere")
     with pytest.raises(ValueError, match="known already"):
-        judge.add(BaseWeights(ORIGINAL, prepared("residual")[0], {}))
+        judge.add(BaseWeights(ORIGINAL, problem("residual")[0], {}))
 
 
 def test_candidates_have_their_own_number_of_threads() -> None:
@@ -358,7 +358,7 @@ def test_candidates_have_their_own_number_of_threads() -> None:
 
 def test_repairs_are_calibrated_once_for_a_start_until_the_next_one() -> None:
     judge = evaluator(repair="mend")
-    candidates, _ = prepared("residual")
+    candidates, _ = problem("residual")
     made: list[str] = []
 
     def start(name: str) -> BaseWeights:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import NETWORKS, images, network, prepared, random_removed, same_state, settled
+from networks import NETWORKS, images, network, problem, random_removed, same_state, settled
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -13,7 +13,7 @@ from amc_env.graph.topology import Topology
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_folded_outputs_are_the_unfolded_ones(name: str, channels_last: bool) -> None:
-    candidates, grids = prepared(name)
+    candidates, grids = problem(name)
     folder = Folder(
         candidates.original, Topology.of(candidates.original), images(2), channels_last=channels_last
     )

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import NETWORKS, images, network, prepared, random_removed, settled
+from networks import NETWORKS, images, network, problem, random_removed, settled
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
@@ -38,7 +38,7 @@ def distance(got: Tensor, want: Tensor) -> float:
 @pytest.mark.parametrize("name", CONVOLUTIONAL)
 @torch.no_grad()
 def test_candidates_give_nearly_what_they_give_in_floats(name: str) -> None:
-    candidates, grids = prepared(name)
+    candidates, grids = problem(name)
     folder = folder_of(candidates.original)
     for seed in range(3):
         small = candidates.cut(random_removed(grids, seed))

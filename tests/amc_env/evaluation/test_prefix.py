@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import NETWORKS, images, prepared, random_removed
+from networks import NETWORKS, images, problem, random_removed
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -112,7 +112,7 @@ def logits(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 def test_logits_are_those_of_plain_scoring_to_the_bit_in_any_order(
     name: str, channels_last: bool, logits: list[Tensor]
 ) -> None:
-    candidates, grids = prepared(name)
+    candidates, grids = problem(name)
     plain = scorer(candidates.original, Scorer, channels_last=channels_last)
     shared = scorer(candidates.original, channels_last=channels_last)
     strategies = scan(grids)
@@ -127,7 +127,7 @@ def test_logits_are_those_of_plain_scoring_to_the_bit_in_any_order(
 @EIGHT_BITS
 @pytest.mark.parametrize("name", ["residual", "selection", "concat", "gated"])
 def test_logits_in_eight_bits_are_those_of_plain_scoring_too(name: str, logits: list[Tensor]) -> None:
-    candidates, grids = prepared(name)
+    candidates, grids = problem(name)
     plain, shared = (scorer(candidates.original, kind, precision=INT8) for kind in (Scorer, PrefixScorer))
     strategies = scan(grids)
     for removed in [*strategies, random_removed(grids, 0), *strategies[::-3]]:
@@ -139,7 +139,7 @@ def test_logits_in_eight_bits_are_those_of_plain_scoring_too(name: str, logits: 
 
 @EIGHT_BITS
 def test_bytes_that_are_kept_are_not_for_a_candidate_that_is_computed_in_floats(logits: list[Tensor]) -> None:
-    candidates, grids = prepared("residual")
+    candidates, grids = problem("residual")
     plain, shared = (scorer(candidates.original, kind, precision=INT8) for kind in (Scorer, PrefixScorer))
     for broken in (False, False, True, False):  # kept by the first two
         for judge in (plain, shared):
@@ -155,7 +155,7 @@ def test_bytes_that_are_kept_are_not_for_a_candidate_that_is_computed_in_floats(
 
 @pytest.mark.parametrize("name", ["residual", "selection", "flatten", "mlp"])
 def test_accuracies_are_those_of_plain_scoring(name: str) -> None:
-    candidates, grids = prepared(name)
+    candidates, grids = problem(name)
     labels = candidates.original(images(60)).argmax(1)
     plain, shared = (
         kind(candidates.original, candidates.graph.topology, images(60), labels, batch_size=25)
@@ -169,7 +169,7 @@ def test_accuracies_are_those_of_plain_scoring(name: str) -> None:
 
 @ONE_LANE_TOO
 def test_candidates_that_are_cut_short_leave_the_others_as_they_are() -> None:
-    candidates, grids = prepared("residual")
+    candidates, grids = problem("residual")
     plain, shared = scorer(candidates.original, Scorer), scorer(candidates.original)
     strategies = scan(grids)
     for number, removed in enumerate([*strategies, *strategies[::-1], *strategies]):
@@ -186,7 +186,7 @@ def test_candidates_that_are_cut_short_leave_the_others_as_they_are() -> None:
 @pytest.mark.parametrize("repair", ["none", "least_squares", "batch_norm", "sequential"])
 @pytest.mark.parametrize("name", ["residual", "concat", "gated"])
 def test_repairs_change_what_they_like(name: str, repair: str, logits: list[Tensor]) -> None:
-    candidates, grids = prepared(name)
+    candidates, grids = problem(name)
     fix = repairs(candidates)[repair]()
     plain, shared = scorer(candidates.original, Scorer), scorer(candidates.original)
     for removed in scan(grids):
@@ -198,7 +198,7 @@ def test_repairs_change_what_they_like(name: str, repair: str, logits: list[Tens
 
 @pytest.mark.parametrize("repair", ["none", "least_squares", "sequential"])
 def test_what_is_before_the_cut_is_run_once_in_a_scan(repair: str) -> None:
-    candidates, grids = prepared("residual")
+    candidates, grids = problem("residual")
     fix = repairs(candidates)[repair]()
     judge = scorer(candidates.original)
     first, middle, last = (
@@ -214,7 +214,7 @@ def test_what_is_before_the_cut_is_run_once_in_a_scan(repair: str) -> None:
 
 
 def test_batch_norms_that_are_all_re_estimated_are_shared_by_the_candidates_of_one_cut() -> None:
-    candidates, grids = prepared("residual")
+    candidates, grids = problem("residual")
     fix = repairs(candidates)["batch_norm"]()
     plain, judge = scorer(candidates.original, Scorer), scorer(candidates.original)
     runs = count_runs(judge, candidates, "conv1")
@@ -236,7 +236,7 @@ def of_a_policy(grids: tuple[Grid, ...]) -> list[tuple[int, ...]]:
 
 
 def test_a_way_is_gone_on_from_where_any_earlier_candidate_left_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    candidates, grids = prepared("residual")
+    candidates, grids = problem("residual")
     plain, judge = scorer(candidates.original, Scorer), scorer(candidates.original)
     runs = count_runs(judge, candidates, "layer1.0.conv1")
     counted = []
@@ -258,7 +258,7 @@ def test_a_way_is_gone_on_from_where_any_earlier_candidate_left_it(monkeypatch: 
 def test_what_is_forgotten_bit_by_bit_changes_nothing(
     remembered: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    candidates, grids = prepared("residual")
+    candidates, grids = problem("residual")
     plain, judge = scorer(candidates.original, Scorer), scorer(candidates.original)
     assert judge._shared is not None
     monkeypatch.setattr("amc_env.evaluation.prefix._SEEN", remembered * len(judge._shared._nodes))
@@ -283,7 +283,7 @@ def test_what_can_have_no_room_drives_nothing_out() -> None:
 
 
 def test_what_spares_little_for_its_size_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    candidates, grids = prepared("residual")
+    candidates, grids = problem("residual")
     a, _, again, *_ = of_a_policy(grids)
     # For an image, as uncut: all before the last decision is 3 x 9 x 1024 multiply-accumulates, 16 x 9 x 2 x 1024 and so on
     # for what is 32 x 4 x 4 numbers of the stream and 64 x 2 x 2 of the layer beside it.
@@ -298,7 +298,7 @@ def test_what_spares_little_for_its_size_is_not_kept(monkeypatch: pytest.MonkeyP
 
 
 def test_the_longest_unused_goes_first_where_there_is_no_room_for_two() -> None:
-    candidates, grids = prepared("residual")
+    candidates, grids = problem("residual")
     plain = scorer(candidates.original, Scorer)
     way = (32 * 4 * 4 + 62 * 2 * 2) * 4 * 60  # bytes that the last decision's layers read, of all images
     judge = scorer(candidates.original, room=way + way // 2)
@@ -313,7 +313,7 @@ def test_the_longest_unused_goes_first_where_there_is_no_room_for_two() -> None:
 
 def test_what_has_no_room_is_run_again(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    candidates, grids = prepared("residual")
+    candidates, grids = problem("residual")
     plain = scorer(candidates.original, Scorer)
     values = 16 * 8 * 8 * 4 * 25  # bytes of the front before layer1: one batch of 25 images
     runs = {}
@@ -331,7 +331,7 @@ def test_what_has_no_room_is_run_again(caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_weights_changed_in_place_are_seen() -> None:
-    candidates, _ = prepared("residual")
+    candidates, _ = problem("residual")
     model = copy.deepcopy(candidates.original)
     judge = scorer(model)
     before = judge(model)
@@ -345,7 +345,7 @@ def test_weights_changed_in_place_are_seen() -> None:
 
 
 def test_outputs_that_are_not_numbers_are_refused() -> None:
-    candidates, grids = prepared("residual")
+    candidates, grids = problem("residual")
     judge = scorer(candidates.original)
     model = candidates.cut(single(grids, len(grids) - 1)[0])
     with torch.no_grad():

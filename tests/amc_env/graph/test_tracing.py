@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from networks import NETWORKS, SMALL, images, network, prepared, random_removed, same_state, settled, traced
+from networks import NETWORKS, SMALL, images, network, problem, random_removed, same_state, settled, traced
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -96,7 +96,7 @@ def test_units_before_a_flattening_take_whole_maps() -> None:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", NETWORKS)
 def test_cut_network_computes_what_the_masked_one_does(name: str, seed: int) -> None:
-    candidates, grids = prepared(name)
+    candidates, grids = problem(name)
     removed = random_removed(grids, seed)
     masked = network(name)
     modules = dict(masked.named_modules())

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch_pruning as tp
 from masking import SUITABLE, masked, weight
-from networks import NETWORKS, SMALL, images, network, prepared, random_removed, same_state, with_state
+from networks import NETWORKS, SMALL, images, network, problem, random_removed, same_state, with_state
 from torch import nn
 
 from amc_env.graph.tracing import trace_layers
@@ -31,7 +31,7 @@ def pruned_by_the_library(model: nn.Module, candidates: Candidates, removed: tup
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"selection"}))
 def test_the_same_state_dict_as_torch_pruning(name: str, seed: int) -> None:
-    candidates, grids = prepared(name)
+    candidates, grids = problem(name)
     removed = random_removed(grids, seed)
     theirs = pruned_by_the_library(network(name), candidates, removed)
     assert any(removed)
@@ -41,7 +41,7 @@ def test_the_same_state_dict_as_torch_pruning(name: str, seed: int) -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_one_skeleton_serves_all(name: str) -> None:
-    candidates, grids = prepared(name)
+    candidates, grids = problem(name)
     first, second = random_removed(grids, 0), random_removed(grids, 1)
     before = with_state(candidates.cut(first))
     sizes = str(candidates.skeleton)
@@ -55,7 +55,7 @@ def test_one_skeleton_serves_all(name: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_a_candidate_shares_no_memory_with_the_original(name: str) -> None:
-    candidates, grids = prepared(name)
+    candidates, grids = problem(name)
     for removed in ((0,) * len(grids), random_removed(grids, 2)):
         with torch.no_grad():
             for tensor in candidates.cut(removed).state_dict().values():
@@ -65,7 +65,7 @@ def test_a_candidate_shares_no_memory_with_the_original(name: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_what_stays_is_nested_and_ascending(name: str) -> None:
-    candidates, grids = prepared(name)
+    candidates, grids = problem(name)
     for removed in (random_removed(grids, 0), random_removed(grids, 1)):
         little = candidates.keeps([count // 2 for count in removed])
         for module, sides in candidates.keeps(removed).items():
@@ -75,7 +75,7 @@ def test_what_stays_is_nested_and_ascending(name: str) -> None:
 
 
 def test_a_depthwise_layer_comes_back_from_a_single_channel() -> None:
-    candidates, grids = prepared("gated", multiple=1, max_ratio=0.99)
+    candidates, grids = problem("gated", multiple=1, max_ratio=0.99)
     candidates.cut([grid.count(grid.size - 1) for grid in grids])
     depthwise = candidates.skeleton.get_submodule("blocks.0.conv.1.0")
     assert depthwise.groups == depthwise.in_channels == 1
@@ -94,7 +94,7 @@ def test_selection_and_pad_are_the_same_network() -> None:
 
 
 def test_frozen_parameters_stay_frozen() -> None:
-    candidates, grids = prepared("concat")
+    candidates, grids = problem("concat")
     model = network("concat")
     model.left.weight.requires_grad_(False)
     frozen = Candidates(model, candidates.graph, candidates.orders).cut(random_removed(grids, 0))

@@ -22,7 +22,7 @@ def random_scores(graph: LayerGraph, seed: int) -> tuple[Tensor, ...]:
     return tuple(torch.rand(group.total, generator=generator, dtype=torch.float64) for group in graph.groups)
 
 
-def prepared(name: str, seed: int = 0) -> tuple[Candidates, tuple[Grid, ...]]:
+def problem(name: str, seed: int = 0) -> tuple[Candidates, tuple[Grid, ...]]:
     """Candidates of a network, its units in random order."""
     model, graph = traced(name)
     graph, grids = Channel(1, 0.9).decisions(graph)
@@ -51,7 +51,7 @@ def tuned(model: nn.Module, seed: int = 5) -> nn.Module:
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", NAMES)
 def test_widened_is_slim_in_other_shapes(name: str, seed: int) -> None:
-    candidates, grids = prepared(name, seed)
+    candidates, grids = problem(name, seed)
     removed = random_removed(grids, seed)
     assert any(removed)
     keeps = candidates.keeps(removed)
@@ -79,7 +79,7 @@ def test_widened_is_slim_in_other_shapes(name: str, seed: int) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_removing_fewer_or_more_from_there(name: str) -> None:
-    candidates, grids = prepared(name)
+    candidates, grids = problem(name)
     removed = tuple(grid.total // 2 for grid in grids)
     slim = tuned(candidates.cut(removed))
     wide = widen(slim, candidates.keeps(removed), candidates.original)
@@ -122,7 +122,7 @@ def test_what_was_removed_is_silent_by_hand() -> None:
 
 
 def test_nothing_is_shared_and_frozen_stays_frozen() -> None:
-    candidates, grids = prepared("concat")
+    candidates, grids = problem("concat")
     removed = random_removed(grids, 1)
     slim = copy.deepcopy(candidates.cut(removed))
     slim.left.weight.requires_grad_(False)
@@ -142,7 +142,7 @@ def test_an_uncut_network_is_copied() -> None:
 
 
 def test_a_network_that_was_cut_otherwise_is_refused() -> None:
-    candidates, grids = prepared("residual")
+    candidates, grids = problem("residual")
     slim = copy.deepcopy(candidates.cut(tuple(1 for _ in grids)))
     other = candidates.keeps(tuple(2 for _ in grids))
     with pytest.raises(ValueError, match=r"conv1\.weight has shape .* cut to what stays it has"):

@@ -498,13 +498,13 @@ def test_weights_that_do_not_fit(saved: Path) -> None:
     save_file(weights, saved / "model.safetensors")
     with pytest.raises(UserError, match=r"model\.safetensors does not fit Mlp") as caught:
         load_pruned(Mlp(), saved)
-    for problem in (
+    for space in (
         "stray is not in the network",
         "head.bias is not in the file",
         "first.bias is [8] float32 in the network, [3] float32 in the file",
         "head.weight is [5, 6] float32 in the network, [5, 6] float16 in the file",
     ):
-        assert problem in str(caught.value)
+        assert space in str(caught.value)
 
 
 def test_damaged_weights_file(saved: Path) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from agents.base import SearchTask
 from amc_env.errors import UserError
-from amc_env.space import Budget, Grid, Problem, Removed
+from amc_env.space import Budget, Grid, Removed, SearchSpace
 from search import run_apply
 from search.models.resnet import ResNet
 from search.study.apply import Given
@@ -232,10 +232,10 @@ class Kept:
         return float(30 - sum(removed))
 
 
-def problem(limit: float | None = None) -> Problem:
+def space(limit: float | None = None) -> SearchSpace:
     grids = (Grid("a", 10, 2, 8), Grid("b", 20, 4, 16))
     budgets = [] if limit is None else [Budget.of(Kept(), 2, limit=limit)]
-    return Problem(grids, [Kept()], budgets)
+    return SearchSpace(grids, [Kept()], budgets)
 
 
 def given(folder: Path, **content: Any) -> Given:
@@ -252,14 +252,14 @@ def test_counts_come_in_the_problem_s_order_and_are_scored_once(tmp_path: Path) 
         asked.extend(proposals)
         return []
 
-    given(tmp_path).search(SearchTask(problem(), pytest.fail, score, episodes=7, seed=0))  # no environment
+    given(tmp_path).search(SearchTask(space(), pytest.fail, score, episodes=7, seed=0))  # no environment
     assert asked == [(4, 8)]
 
 
 def test_a_budget_that_is_missed_is_said_with_its_figures(tmp_path: Path) -> None:
-    given(tmp_path).check(problem(limit=18), 1)
+    given(tmp_path).check(space(limit=18), 1)
     with pytest.raises(UserError, match=r"units: 18 units, at most 17 may remain; .*budget=none"):
-        given(tmp_path).check(problem(limit=17), 1)
+        given(tmp_path).check(space(limit=17), 1)
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_all_that_does_not_fit_is_in_one_message(
     tmp_path: Path, decisions: dict[str, Any], says: list[str]
 ) -> None:
     with pytest.raises(UserError) as error:
-        given(tmp_path, decisions=decisions).check(problem(), 1)
+        given(tmp_path, decisions=decisions).check(space(), 1)
     for text in says:
         assert text in str(error.value)
 
@@ -287,9 +287,9 @@ def test_all_that_does_not_fit_is_in_one_message(
 def test_a_strategy_found_on_tuned_weights_is_applied_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    given(tmp_path).check(problem(), 1)
+    given(tmp_path).check(space(), 1)
     assert not caplog.records
-    given(tmp_path, start=["original", "stage 1 (0.5)"]).check(problem(), 1)
+    given(tmp_path, start=["original", "stage 1 (0.5)"]).check(space(), 1)
     assert "original → stage 1 (0.5)" in caplog.text
 
 

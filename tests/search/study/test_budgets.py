@@ -61,34 +61,34 @@ def posed(folder: Path, data: Data, **more: Any) -> PruningProblem:
 def test_a_table_is_built_for_the_run_and_read_when_it_goes_on(
     small_data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problem = posed(tmp_path, small_data).problem
-    cost = next(cost for cost in problem.costs if cost.name == "latency")
+    space = posed(tmp_path, small_data).space
+    cost = next(cost for cost in space.costs if cost.name == "latency")
     assert isinstance(cost, Latency)
-    assert problem.budgets[0].cost is cost
+    assert space.budgets[0].cost is cost
     assert (tmp_path / "latency.json").exists()
     monkeypatch.setattr(
         "search.study.latency_table.build_table", lambda *args, **more: pytest.fail("built again")
     )
-    again = posed(tmp_path, small_data).problem
-    assert again.cost([0] * 3) == problem.cost([0] * 3)
+    again = posed(tmp_path, small_data).space
+    assert again.cost([0] * 3) == space.cost([0] * 3)
     assert again.cost(again.most)["latency"] <= again.cost([0] * 3)["latency"]
 
 
 def test_a_table_s_limit_is_what_the_search_keeps_to(small_data: Data, tmp_path: Path) -> None:
     posed(tmp_path, small_data)
     stretched(tmp_path, 1.0)  # without a correction, whose constant is noise at this size
-    problem = posed(tmp_path, small_data).problem
-    ratio = (1 + problem.least_ratio(problem.budgets[0].cost)) / 2
+    space = posed(tmp_path, small_data).space
+    ratio = (1 + space.least_ratio(space.budgets[0].cost)) / 2
     settings = limited(tmp_path, ratio)
     finished = go(tmp_path, small_data, settings)
     budget = finished.result.budget
     assert (budget.cost, budget.met) == ("latency", True)
-    assert budget.value <= budget.limit == pytest.approx(ratio * problem.cost([0] * 3)["latency"])
+    assert budget.value <= budget.limit == pytest.approx(ratio * space.cost([0] * 3)["latency"])
     lines = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     assert all(line["costs"]["latency"] <= budget.limit * (1 + 1e-12) for line in lines[1:])
     assert lines[0]["header"]["latency_ms"] == [
-        problem.cost([0] * 3)["latency"],
-        problem.cost(problem.most)["latency"],
+        space.cost([0] * 3)["latency"],
+        space.cost(space.most)["latency"],
     ]
 
 
@@ -108,8 +108,8 @@ def test_a_table_of_other_conditions_is_refused_unless_it_is_wanted(small_data: 
     phone.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"machine a phone there.*budget\.elsewhere=true"):
         posed(tmp_path, small_data, table=str(phone))
-    taken = posed(tmp_path, small_data, table=str(phone), elsewhere=True).problem
-    assert taken.cost([0] * 3) == posed(tmp_path, small_data).problem.cost([0] * 3)
+    taken = posed(tmp_path, small_data, table=str(phone), elsewhere=True).space
+    assert taken.cost([0] * 3) == posed(tmp_path, small_data).space.cost([0] * 3)
 
 
 def test_a_table_of_another_network_and_a_missing_one_are_refused(small_data: Data, tmp_path: Path) -> None:

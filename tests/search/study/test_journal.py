@@ -11,7 +11,7 @@ import pytest
 from amc_env.errors import UserError
 from amc_env.evaluation.evaluator import Key
 from amc_env.evaluation.pruner import ORIGINAL
-from amc_env.space import Grid, Problem, Trial
+from amc_env.space import Grid, SearchSpace, Trial
 from search.study.journal import FILE, Journal
 
 HEADER: Mapping[str, Any] = {"config": {"seed": 1, "search": {"episodes": 10}}, "weights": "abc"}
@@ -28,61 +28,61 @@ class Kept:
 
 
 @pytest.fixture
-def problem() -> Problem:
-    return Problem([Grid("a", 8, 1, 7), Grid("b", 4, 1, 3)], [Kept()], [])
+def space() -> SearchSpace:
+    return SearchSpace([Grid("a", 8, 1, 7), Grid("b", 4, 1, 3)], [Kept()], [])
 
 
-def trial(problem: Problem, removed: tuple[int, ...], repair: str = "none", number: int = 1) -> Trial:
+def trial(space: SearchSpace, removed: tuple[int, ...], repair: str = "none", number: int = 1) -> Trial:
     accuracy = 1.0 - 0.1 * sum(removed) / 3
-    strategy, costs = problem.strategy(removed), problem.cost(removed)
+    strategy, costs = space.strategy(removed), space.cost(removed)
     return Trial(number, strategy, ORIGINAL, repair, accuracy, costs, True, accuracy - 1)
 
 
-def fill(journal: Journal, problem: Problem, *strategies: tuple[int, ...], repair: str = "none") -> None:
+def fill(journal: Journal, space: SearchSpace, *strategies: tuple[int, ...], repair: str = "none") -> None:
     for removed in strategies:
         key = Key(ORIGINAL, repair, removed)
         if journal.get(key) is None:
-            journal[key] = trial(problem, removed, repair, len(journal) + 1)
+            journal[key] = trial(space, removed, repair, len(journal) + 1)
 
 
-def open_(folder: Path, problem: Problem, **changes: Any) -> Journal:
-    return Journal(folder, {**HEADER, **changes}, problem, may_grow=("config.search.episodes",))
+def open_(folder: Path, space: SearchSpace, **changes: Any) -> Journal:
+    return Journal(folder, {**HEADER, **changes}, space, may_grow=("config.search.episodes",))
 
 
-def test_lines_are_on_disk_at_once_and_read_back_equal(tmp_path: Path, problem: Problem) -> None:
-    with open_(tmp_path, problem) as journal:
+def test_lines_are_on_disk_at_once_and_read_back_equal(tmp_path: Path, space: SearchSpace) -> None:
+    with open_(tmp_path, space) as journal:
         assert journal.get(Key(ORIGINAL, "none", (1, 2))) is None
-        fill(journal, problem, (1, 2), (3, 0))
+        fill(journal, space, (1, 2), (3, 0))
         lines = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
         assert [line.get("removed") for line in lines] == [None, [1, 2], [3, 0]]
         assert [line.get("number") for line in lines] == [None, 1, 2]
     before = (tmp_path / FILE).read_bytes()
-    with open_(tmp_path, problem) as journal:
+    with open_(tmp_path, space) as journal:
         assert (journal.replayed, len(journal)) == (2, 2)
-        assert journal.get(Key(ORIGINAL, "none", (1, 2))) == trial(problem, (1, 2))
+        assert journal.get(Key(ORIGINAL, "none", (1, 2))) == trial(space, (1, 2))
         assert journal.get(Key(ORIGINAL, "other", (1, 2))) is None
     assert (tmp_path / FILE).read_bytes() == before
 
 
 @pytest.mark.parametrize("torn", ['{"number": 2, "st', "x", '{"number": 2}'])
-def test_a_torn_last_line_is_dropped(tmp_path: Path, problem: Problem, torn: str) -> None:
-    with open_(tmp_path, problem) as journal:
-        fill(journal, problem, (1, 2), (3, 0))
+def test_a_torn_last_line_is_dropped(tmp_path: Path, space: SearchSpace, torn: str) -> None:
+    with open_(tmp_path, space) as journal:
+        fill(journal, space, (1, 2), (3, 0))
     before = (tmp_path / FILE).read_text()
     (tmp_path / FILE).write_text(before + torn)
-    with open_(tmp_path, problem) as journal:
+    with open_(tmp_path, space) as journal:
         assert journal.replayed == 2
     assert (tmp_path / FILE).read_text() == before
 
 
-def test_damage_elsewhere_is_refused_and_left_as_it_is(tmp_path: Path, problem: Problem) -> None:
-    with open_(tmp_path, problem) as journal:
-        fill(journal, problem, (1, 2))
+def test_damage_elsewhere_is_refused_and_left_as_it_is(tmp_path: Path, space: SearchSpace) -> None:
+    with open_(tmp_path, space) as journal:
+        fill(journal, space, (1, 2))
     damaged = (tmp_path / FILE).read_text().replace('"removed"', '"rem')
     (tmp_path / FILE).write_text(damaged)
     for _ in range(2):  # the refusal lets go of the folder
         with pytest.raises(UserError, match="is damaged"):
-            open_(tmp_path, problem)
+            open_(tmp_path, space)
     assert (tmp_path / FILE).read_text() == damaged
 
 
@@ -91,31 +91,31 @@ def test_damage_elsewhere_is_refused_and_left_as_it_is(tmp_path: Path, problem: 
     ['{"index": 0}', "[1]", '{"start": "original", "repair": "none", "removed": [1, 2, 3]}'],
     ids=["keys", "no object", "another network"],
 )
-def test_a_line_that_is_no_evaluation_is_damage_too(tmp_path: Path, problem: Problem, line: str) -> None:
-    with open_(tmp_path, problem):
+def test_a_line_that_is_no_evaluation_is_damage_too(tmp_path: Path, space: SearchSpace, line: str) -> None:
+    with open_(tmp_path, space):
         pass
     with (tmp_path / FILE).open("a") as file:
         file.write(line + "\n")
     with pytest.raises(UserError, match="is damaged"):
-        open_(tmp_path, problem)
+        open_(tmp_path, space)
 
 
-def test_a_second_run_is_kept_out_until_the_first_is_done(tmp_path: Path, problem: Problem) -> None:
+def test_a_second_run_is_kept_out_until_the_first_is_done(tmp_path: Path, space: SearchSpace) -> None:
     with (
-        open_(tmp_path, problem),
+        open_(tmp_path, space),
         pytest.raises(UserError, match=r"another run is at work in .*hydra\.run\.dir"),
     ):
-        open_(tmp_path, problem)
-    with open_(tmp_path, problem) as journal:
+        open_(tmp_path, space)
+    with open_(tmp_path, space) as journal:
         assert len(journal) == 0
 
 
-def test_every_difference_is_named_and_nothing_is_written(tmp_path: Path, problem: Problem) -> None:
-    open_(tmp_path, problem).close()
+def test_every_difference_is_named_and_nothing_is_written(tmp_path: Path, space: SearchSpace) -> None:
+    open_(tmp_path, space).close()
     before = (tmp_path / FILE).read_bytes()
     changed = {"config": {"seed": 2, "search": {"episodes": 10}, "new": True}, "weights": "xyz"}
     with pytest.raises(UserError) as error:
-        open_(tmp_path, problem, **changed)
+        open_(tmp_path, space, **changed)
     for part in (
         "config.seed: 1 then, 2 now",
         "config.new: None then, True now",
@@ -125,11 +125,11 @@ def test_every_difference_is_named_and_nothing_is_written(tmp_path: Path, proble
     assert (tmp_path / FILE).read_bytes() == before
 
 
-def test_episodes_may_grow_and_not_shrink(tmp_path: Path, problem: Problem) -> None:
-    open_(tmp_path, problem).close()
-    open_(tmp_path, problem, config={"seed": 1, "search": {"episodes": 20}}).close()
+def test_episodes_may_grow_and_not_shrink(tmp_path: Path, space: SearchSpace) -> None:
+    open_(tmp_path, space).close()
+    open_(tmp_path, space, config={"seed": 1, "search": {"episodes": 20}}).close()
     with pytest.raises(UserError, match=r"config.search.episodes: 20 then, 10 now \(may only grow\)"):
-        open_(tmp_path, problem)
+        open_(tmp_path, space)
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -137,24 +137,24 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def test_a_replay_that_takes_another_way_says_so_once_and_goes_on(
-    tmp_path: Path, problem: Problem, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, space: SearchSpace, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with open_(tmp_path, problem) as journal:
-        fill(journal, problem, (1, 0), (2, 0), (3, 0))
-    with open_(tmp_path, problem) as journal:
-        fill(journal, problem, (1, 0), (1, 1), (1, 2))
+    with open_(tmp_path, space) as journal:
+        fill(journal, space, (1, 0), (2, 0), (3, 0))
+    with open_(tmp_path, space) as journal:
+        fill(journal, space, (1, 0), (1, 1), (1, 2))
         assert len(journal) == 5
     (message,) = warnings(caplog)
     assert "after 1 of 3 evaluations" in message
 
 
 def test_more_episodes_after_the_finalists_are_no_other_way(
-    tmp_path: Path, problem: Problem, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, space: SearchSpace, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with open_(tmp_path, problem) as journal:
-        fill(journal, problem, (1, 0), (2, 0))
-        fill(journal, problem, (2, 0), (1, 0), repair="dear")
-    with open_(tmp_path, problem) as journal:
-        fill(journal, problem, (1, 0), (2, 0), (1, 0), (3, 0))
-        fill(journal, problem, (3, 0), repair="dear")
+    with open_(tmp_path, space) as journal:
+        fill(journal, space, (1, 0), (2, 0))
+        fill(journal, space, (2, 0), (1, 0), repair="dear")
+    with open_(tmp_path, space) as journal:
+        fill(journal, space, (1, 0), (2, 0), (1, 0), (3, 0))
+        fill(journal, space, (3, 0), repair="dear")
     assert warnings(caplog) == []

@@ -34,11 +34,11 @@ SEVEN = FinetuneSettings(epochs=7, batch_size=16)
 class Recorded(Tuner):
     """Remembers what it tuned, and what came out."""
 
-    def __init__(self, prepared: PruningProblem):
+    def __init__(self, problem: PruningProblem):
         self.epochs: list[int] = []
         self.masks: list[Mapping[str, Tensor]] = []
         self.states: list[dict[str, Tensor]] = []
-        super().__init__(prepared, lambda epoch, loss, lr: self.epochs.append(epoch))
+        super().__init__(problem, lambda epoch, loss, lr: self.epochs.append(epoch))
 
     def __call__(self, network: nn.Module, epochs: int, masks: Any = None, *, regularized: bool) -> nn.Module:
         super().__call__(network, epochs, masks, regularized=regularized)
@@ -51,25 +51,25 @@ def tuned(
     data: Data, granularity: str, name: str = "concat", **more: Any
 ) -> tuple[PruningProblem, Trial, Recorded, Pruned]:
     """A strategy at 40% of the parameters, tuned."""
-    prepared = PruningProblem.build(network(name), data, small(granularity, finetune=SEVEN, **more))
-    evaluator, problem = make_evaluator(prepared), prepared.problem
-    outcome = evaluator.evaluate([problem.strategy(problem.project([0.4] * len(problem.grids)))])[0]
-    record = Recorded(prepared)
-    return prepared, outcome, record, finetuned(prepared, evaluator, outcome, record)
+    problem = PruningProblem.build(network(name), data, small(granularity, finetune=SEVEN, **more))
+    evaluator, space = make_evaluator(problem), problem.space
+    outcome = evaluator.evaluate([space.strategy(space.project([0.4] * len(space.grids)))])[0]
+    record = Recorded(problem)
+    return problem, outcome, record, finetuned(problem, evaluator, outcome, record)
 
 
-def numbers(prepared: PruningProblem, strategy: Strategy) -> list[tuple[int, ...]]:
+def numbers(problem: PruningProblem, strategy: Strategy) -> list[tuple[int, ...]]:
     """Counts after each round of the cubic schedule: 19/27, 26/27 and all of the ratios, never more than those."""
     snapped = [[s * r for r in strategy.ratios] for s in (19 / 27, 26 / 27, 1.0)]
-    counts = [prepared.problem.snap(ratios) for ratios in snapped]
+    counts = [problem.space.snap(ratios) for ratios in snapped]
     return [tuple(map(min, count, strategy.removed)) for count in counts]
 
 
 def test_masks_grow_by_the_schedule_and_end_at_the_strategy(small_data: Data) -> None:
-    prepared, outcome, record, pruned = tuned(small_data, "fine_grained", schedule=CUBIC)
+    problem, outcome, record, pruned = tuned(small_data, "fine_grained", schedule=CUBIC)
     assert record.epochs == [1, 2, 3, 4, 5, 6, 7]
     found = [[int((~masks[name]).sum()) for name in outcome.strategy.names] for masks in record.masks]
-    assert [tuple(counts) for counts in found] == numbers(prepared, outcome.strategy)
+    assert [tuple(counts) for counts in found] == numbers(problem, outcome.strategy)
     assert found[0] < found[1] < found[2] == [*outcome.strategy.removed]
     for (before, after), state in zip(pairwise(record.masks), record.states[1:], strict=True):
         for name in after:  # what is gone stays gone, through every training
@@ -78,21 +78,21 @@ def test_masks_grow_by_the_schedule_and_end_at_the_strategy(small_data: Data) ->
     for name, mask in pruned.masks.items():
         assert torch.equal(weight(pruned.network, name) != 0, mask)
     left = sum(int(parameter.count_nonzero()) for parameter in pruned.network.parameters())
-    assert left == Params(prepared.graph, prepared.grids)(outcome.strategy.removed)
+    assert left == Params(problem.graph, problem.grids)(outcome.strategy.removed)
 
 
 def test_channels_go_by_the_schedule_and_what_is_left_is_nested(small_data: Data) -> None:
-    prepared, outcome, record, pruned = tuned(small_data, "channel", schedule=CUBIC)
-    counts = numbers(prepared, outcome.strategy)
+    problem, outcome, record, pruned = tuned(small_data, "channel", schedule=CUBIC)
+    counts = numbers(problem, outcome.strategy)
     assert counts[0] < counts[1] <= counts[2] == outcome.strategy.removed
     for state, removed in zip(record.states, counts, strict=True):
         parameters = sum(v.numel() for k, v in state.items() if k.endswith(("weight", "bias")))
-        assert parameters == Params(prepared.graph)(removed)
+        assert parameters == Params(problem.graph)(removed)
     shapes = {
-        key: value.shape for key, value in prepared.builder.cut(outcome.strategy.removed).state_dict().items()
+        key: value.shape for key, value in problem.builder.cut(outcome.strategy.removed).state_dict().items()
     }
     assert {key: value.shape for key, value in pruned.network.state_dict().items()} == shapes
-    assert pruned.keeps.keys() == prepared.builder.keeps(outcome.strategy.removed).keys()
+    assert pruned.keeps.keys() == problem.builder.keeps(outcome.strategy.removed).keys()
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,11 @@ def test_epochs_are_shared_out_and_none_is_lost(small_data: Data, rounds: int) -
 
 @pytest.mark.parametrize("granularity", ["channel", "fine_grained", "kernel"])
 def test_one_round_is_pruning_and_plain_fine_tuning_to_the_bit(small_data: Data, granularity: str) -> None:
-    prepared, outcome, record, pruned = tuned(small_data, granularity)
-    plain = make_evaluator(prepared).network(outcome)
+    problem, outcome, record, pruned = tuned(small_data, granularity)
+    plain = make_evaluator(problem).network(outcome)
     finetune(
         plain.network,
-        training_batches(prepared.data, 16, 0, "cpu"),
+        training_batches(problem.data, 16, 0, "cpu"),
         epochs=7,
         lr=0.1 * 0.1,
         momentum=0.9,
@@ -155,20 +155,20 @@ def test_one_round_is_pruning_and_plain_fine_tuning_to_the_bit(small_data: Data,
 
 def test_a_part_of_a_strategy_by_hand(small_data: Data) -> None:
     """Ratios times the share, at the nearest feasible count, never above the strategy's own."""
-    prepared = PruningProblem.build(network("mlp"), small_data, small("nm"))
-    whole = prepared.problem.strategy((2, 0, 2))
-    assert part_of(prepared, whole, 1.0) is whole
-    assert part_of(prepared, whole, 0.5).removed == (0, 0, 0)  # a tie goes to the smaller
-    assert part_of(prepared, whole, 0.51).removed == (2, 0, 2)
-    prepared = PruningProblem.build(
+    problem = PruningProblem.build(network("mlp"), small_data, small("nm"))
+    whole = problem.space.strategy((2, 0, 2))
+    assert part_of(problem, whole, 1.0) is whole
+    assert part_of(problem, whole, 0.5).removed == (0, 0, 0)  # a tie goes to the smaller
+    assert part_of(problem, whole, 0.51).removed == (2, 0, 2)
+    problem = PruningProblem.build(
         network("mlp"), small_data, small("fine_grained")
     )  # 3840, 320 and 64 weights
-    part = part_of(prepared, prepared.problem.strategy((3000, 1, 10)), 0.26)
+    part = part_of(problem, problem.space.strategy((3000, 1, 10)), 0.26)
     assert part.removed == (780, 0, 3)
-    prepared = PruningProblem.build(
+    problem = PruningProblem.build(
         network("mlp"), small_data, replace(small(), granularity=Channel(multiple=8))
     )
-    assert [grid.count(1) for grid in prepared.grids] == [4, 8]  # of 20 and 16
+    assert [grid.count(1) for grid in problem.grids] == [4, 8]  # of 20 and 16
     # 12 of 20 at 0.6 is 7.2 of 20, nearer to 4 than to 12; a count that is off the grid is never exceeded.
-    assert part_of(prepared, prepared.problem.strategy((12, 8)), 0.6).removed == (4, 8)
-    assert part_of(prepared, prepared.problem.strategy((12, 6)), 0.99).removed == (12, 6)
+    assert part_of(problem, problem.space.strategy((12, 8)), 0.6).removed == (4, 8)
+    assert part_of(problem, problem.space.strategy((12, 6)), 0.99).removed == (12, 6)

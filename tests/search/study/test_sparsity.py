@@ -18,7 +18,7 @@ from search.study.problem import PruningProblem
 from search.study.results import granularity_of, masked_figures, stored_sizes
 
 
-def prepared(granularity: Granularity, inputs: int = 48, hidden: int = 4) -> PruningProblem:
+def problem(granularity: Granularity, inputs: int = 48, hidden: int = 4) -> PruningProblem:
     """Two linear layers: ``hidden`` x ``inputs`` weights, then 4 x ``hidden``."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Flatten(), nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, 4))
@@ -33,11 +33,11 @@ def weights_of(network: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def strategy(ranked: PruningProblem, *removed: int) -> Strategy:
-    return ranked.problem.strategy(removed)
+    return ranked.space.strategy(removed)
 
 
 def test_sizes_by_hand() -> None:
-    ranked = prepared(FineGrained())
+    ranked = problem(FineGrained())
     network = ranked.builder.cut((184, 0))  # 8 of 192 weights stay, and all 16
     sizes = stored_sizes(ranked, weights_of(network), (184, 0))
     biases = 4 * (4 + 4)
@@ -52,8 +52,8 @@ def test_sizes_by_hand() -> None:
 
 @pytest.mark.parametrize("granularity", [FineGrained(), NM(2, 4)], ids=["fine_grained", "nm"])
 def test_sizes_are_those_that_a_budget_counts(granularity: Granularity) -> None:
-    ranked = prepared(granularity)
-    removed = ranked.problem.snap([0.5, 0.5])
+    ranked = problem(granularity)
+    removed = ranked.space.snap([0.5, 0.5])
     sizes = stored_sizes(ranked, weights_of(ranked.builder.cut(removed)), removed)
     formats = ["csr", "eie", *(["nm"] if isinstance(granularity, NM) else [])]
     assert {name: sizes[name] for name in formats} == {
@@ -63,14 +63,14 @@ def test_sizes_are_those_that_a_budget_counts(granularity: Granularity) -> None:
 
 
 def test_two_of_four_in_32_bits_take_half_and_two_bits_a_value() -> None:
-    ranked = prepared(NM(2, 4))
+    ranked = problem(NM(2, 4))
     sizes = stored_sizes(ranked, weights_of(ranked.builder.cut((2, 0))), (2, 0))
     assert sizes["nm"] == 96 * 34 // 8 + 4 * 16 + 4 * 8
 
 
 def test_zeros_are_counted_where_they_lie_and_not_where_the_search_began() -> None:
     """All zeros at the ends of the columns take no entry in EIE, whatever the ranking of the first weights was."""
-    ranked = prepared(FineGrained(), inputs=4, hidden=64)
+    ranked = problem(FineGrained(), inputs=4, hidden=64)
     weights = {name: torch.ones_like(weight) for name, weight in weights_of(ranked.model).items()}
     weights["1"][8:] = 0.0
     removed = (4 * 56, 0)
@@ -82,7 +82,7 @@ def test_zeros_are_counted_where_they_lie_and_not_where_the_search_began() -> No
 
 
 def test_non_zeros_of_every_layer_are_stated() -> None:
-    ranked = prepared(FineGrained())
+    ranked = problem(FineGrained())
     chosen = strategy(ranked, 100, 4)
     found = masked_figures(ranked, ranked.builder.cut(chosen.removed), chosen)
     assert found is not None
@@ -91,7 +91,7 @@ def test_non_zeros_of_every_layer_are_stated() -> None:
 
 
 def test_a_pattern_is_found_and_its_loss_too() -> None:
-    ranked = prepared(NM(2, 4))
+    ranked = problem(NM(2, 4))
     chosen = strategy(ranked, 2, 0)
     network = ranked.builder.cut(chosen.removed)
 
@@ -106,7 +106,7 @@ def test_a_pattern_is_found_and_its_loss_too() -> None:
 
 
 def test_channels_have_no_zeros_to_speak_of() -> None:
-    ranked = prepared(Channel())
+    ranked = problem(Channel())
     chosen = strategy(ranked, 2)
     assert masked_figures(ranked, ranked.builder.cut(chosen.removed), chosen) is None
 

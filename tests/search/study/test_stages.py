@@ -108,11 +108,11 @@ def scored_anew(
     data: Data, settings: Settings, folder: Path, file: str, lines: list[dict[str, Any]]
 ) -> list[float]:
     """Accuracies of evaluations on the weights of a file."""
-    prepared = PruningProblem.build(network("concat"), data, settings)
+    problem = PruningProblem.build(network("concat"), data, settings)
     weights = network("concat")
     weights.load_state_dict(load_file(folder / "starts" / file))
-    evaluator = make_evaluator(prepared, start=start_of(prepared, "again", builder_of(prepared, weights)))
-    strategies = [prepared.problem.strategy(line["removed"]) for line in lines]
+    evaluator = make_evaluator(problem, start=start_of(problem, "again", builder_of(problem, weights)))
+    strategies = [problem.space.strategy(line["removed"]) for line in lines]
     return [outcome.score for outcome in evaluator.evaluate(strategies)]
 
 
@@ -124,9 +124,9 @@ def test_networks_of_the_second_stage_are_cut_from_what_the_first_left(
     lines = journal(tmp_path)[5:]
     accuracies = [line["score"] for line in lines]
     assert scored_anew(small_data, settings, tmp_path, "stage-1.safetensors", lines) == accuracies
-    prepared = PruningProblem.build(network("concat"), small_data, settings)
-    strategies = [prepared.problem.strategy(line["removed"]) for line in lines]
-    assert [outcome.score for outcome in make_evaluator(prepared).evaluate(strategies)] != accuracies
+    problem = PruningProblem.build(network("concat"), small_data, settings)
+    strategies = [problem.space.strategy(line["removed"]) for line in lines]
+    assert [outcome.score for outcome in make_evaluator(problem).evaluate(strategies)] != accuracies
 
 
 SPARSE = {"regularization": BNScale(weight=1.0, before_epochs=1), "criterion": BatchNormScale()}

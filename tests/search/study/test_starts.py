@@ -128,14 +128,14 @@ def test_the_winner_alone_is_tuned(small_data: Data, tmp_path: Path) -> None:
     lines = journal(tmp_path)
     assert {line["repair"] for line in lines} == {"batch_norm"}
     first = [line for line in lines if line["start"] == "original"]
-    prepared = PruningProblem.build(network("concat"), small_data, small("channel"))
-    strategies = [prepared.problem.strategy(line["removed"]) for line in first]
-    repaired = make_evaluator(prepared).evaluate(strategies)
+    problem = PruningProblem.build(network("concat"), small_data, small("channel"))
+    strategies = [problem.space.strategy(line["removed"]) for line in first]
+    repaired = make_evaluator(problem).evaluate(strategies)
     assert [outcome.score for outcome in repaired] == [line["score"] for line in first]
     started = load_file(tmp_path / "starts" / "round-1.safetensors")
     winner = next(line for line in lines if line["start"] == "round 1")["removed"]
-    pruned = make_evaluator(prepared).apply(prepared.problem.strategy(winner))
-    untuned = Weights.after(pruned, prepared.model).network.state_dict()
+    pruned = make_evaluator(problem).apply(problem.space.strategy(winner))
+    untuned = Weights.after(pruned, problem.model).network.state_dict()
     changed = [key for key in started if not torch.equal(started[key], untuned[key])]
     assert any(key.endswith("weight") for key in changed)  # it was trained
 
@@ -183,12 +183,12 @@ def test_weights_and_units_come_back_from_their_file(tmp_path: Path) -> None:
 
 
 def test_a_start_s_own_strategy_is_not_repaired(small_data: Data) -> None:
-    prepared = PruningProblem.build(network("concat"), small_data, small("channel"))
-    evaluator = make_evaluator(prepared)
-    strategy = prepared.problem.strategy(prepared.problem.project([0.3] * len(prepared.grids)))
+    problem = PruningProblem.build(network("concat"), small_data, small("channel"))
+    evaluator = make_evaluator(problem)
+    strategy = problem.space.strategy(problem.space.project([0.3] * len(problem.grids)))
     pruned: Pruned = evaluator.apply(strategy)
-    weights = Weights.after(pruned, prepared.model)
-    evaluator.move(start_at(prepared, "moved", weights, strategy.removed))
+    weights = Weights.after(pruned, problem.model)
+    evaluator.move(start_at(problem, "moved", weights, strategy.removed))
     assert same_state(evaluator.apply(strategy).network, pruned.network)
     assert evaluator.evaluate([strategy])[0].start == "moved"
     with pytest.raises(ValueError, match="unknown start 'original'; there are moved"):

@@ -8,7 +8,7 @@ import pytest
 
 from amc_env.errors import UserError
 from amc_env.rewards import Error, Infinity
-from amc_env.space import Grid, Problem, Strategy, Trial
+from amc_env.space import Grid, SearchSpace, Strategy, Trial
 from search.study.study import Study
 
 
@@ -29,7 +29,7 @@ class Table:
     staged = False
 
     def __init__(self, cheap: Sequence[float], dear: Sequence[float] = (), least_met: int = 0) -> None:
-        self.problem = Problem([Grid("a", 8, 1, 7)], [Kept()], [])
+        self.space = SearchSpace([Grid("a", 8, 1, 7)], [Kept()], [])
         self.asked: list[tuple[str, int]] = []
         self._accuracies = {"cheap": cheap, "dear": dear}
         self._least_met = least_met
@@ -43,7 +43,7 @@ class Table:
             (count,) = strategy.removed
             self.asked.append((name, count))
             met = count >= self._least_met
-            costs = self.problem.cost(strategy.removed)
+            costs = self.space.cost(strategy.removed)
             score = self._accuracies[name][count]
             reward = self._reward(score, costs, met)
             yield Trial(len(self.asked), strategy, "original", name, score, costs, met, reward)
@@ -60,7 +60,7 @@ def test_strategies_of_several_environments_are_asked_for_at_once() -> None:
     trials = table.trials
     table.trials = lambda strategies, **_: rounds.append(len(strategies)) or trials(strategies)  # type: ignore[method-assign,misc]
     searching = loop(table)
-    strategies = [table.problem.strategy([count]) for count in (3, 1, 3)]
+    strategies = [table.space.strategy([count]) for count in (3, 1, 3)]
     given = searching.score_all(strategies)
     assert [trial.strategy for trial in given] == strategies
     assert [trial.score for trial in given] == [0.8, 0.5, 0.8]
@@ -90,7 +90,7 @@ def test_episodes_are_shown_as_they_come() -> None:
 def test_one_strategy_of_an_environment_is_one_episode() -> None:
     table = Table([0.9, 0.5])
     searching = loop(table)
-    assert searching.score_one(table.problem.strategy((1,))).score == 0.5
+    assert searching.score_one(table.space.strategy((1,))).score == 0.5
     assert (searching.episodes, searching.evaluations, searching.cache_hits) == (1, 1, 0)
 
 

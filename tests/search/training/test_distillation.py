@@ -63,6 +63,6 @@ def test_settings_out_of_range_are_named() -> None:
     teacher = nn.Identity()
     assert distillation_problems(0.5, 4.0, teacher) == distillation_problems(0.0, 4.0, None) == []
     for share, of in ((1.5, teacher), (math.nan, teacher), (0.5, None)):
-        assert [problem.field for problem in distillation_problems(share, 4.0, of)] == ["distillation"]
+        assert [space.field for space in distillation_problems(share, 4.0, of)] == ["distillation"]
     both = distillation_problems(-1.0, 0.0, teacher)
-    assert [problem.field for problem in both] == ["distillation", "temperature"]
+    assert [space.field for space in both] == ["distillation", "temperature"]

@@ -32,25 +32,25 @@ def ready(data: Data, **more: object) -> PruningProblem:
     return PruningProblem.build(network("concat"), replace(data, loader=loader(data, **more)), settings)
 
 
-def tuned(prepared: PruningProblem, removed: tuple[int, ...], name: str = ORIGINAL) -> nn.Module:
+def tuned(problem: PruningProblem, removed: tuple[int, ...], name: str = ORIGINAL) -> nn.Module:
     """A candidate, repaired and trained."""
-    start = start_of(prepared, name, prepared.builder)
+    start = start_of(problem, name, problem.builder)
     model = start.candidates.build(removed)
     start.repairs[SHORT_TERM]()(model, removed, start.candidates.keeps(removed))
     return model
 
 
 def test_a_candidate_does_not_depend_on_those_before_it(small_data: Data) -> None:
-    prepared = ready(small_data)
-    removed, other = (random_removed(prepared.grids, seed) for seed in range(2))
-    generator = prepared.data.loader.generator
+    problem = ready(small_data)
+    removed, other = (random_removed(problem.grids, seed) for seed in range(2))
+    generator = problem.data.loader.generator
     before = generator.get_state()
-    first = tuned(prepared, removed)
-    tuned(prepared, other)
+    first = tuned(problem, removed)
+    tuned(problem, other)
     assert torch.equal(generator.get_state(), before)
     torch.rand((), generator=generator)  # as in another process, where it has another state
-    assert same_state(tuned(prepared, removed), first)
-    assert not same_state(tuned(prepared, removed, "round 1"), first)
+    assert same_state(tuned(problem, removed), first)
+    assert not same_state(tuned(problem, removed, "round 1"), first)
 
 
 def test_a_loader_whose_workers_keep_their_random_numbers_is_refused(small_data: Data) -> None:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from networks import SMALL, images, prepared, random_removed
+from networks import SMALL, images, problem, random_removed
 from test_table import HERE
 
 from amc_env.costs.latency.cost import Latency
@@ -16,7 +16,7 @@ from amc_env.testing import check_cost
 
 def table_of(name: str, correction: Correction | None = None, least: int = 1) -> LatencyTable:
     """A table of a network in which a unit takes (inputs + 2 * outputs) microseconds."""
-    candidates, _ = prepared(name)
+    candidates, _ = problem(name)
     units = {}
     for unit in units_of(candidates.original, candidates.graph).values():
         inputs, outputs = ([1] if unit.depthwise else [least, 256]), [least, 256]
@@ -26,12 +26,12 @@ def table_of(name: str, correction: Correction | None = None, least: int = 1) ->
 
 
 def activations(name: str) -> Activations:
-    candidates, grids = prepared(name)
+    candidates, grids = problem(name)
     return Activations(candidates.original, candidates.graph, grids, images(1))
 
 
 def test_a_perceptron_by_hand() -> None:
-    candidates, _ = prepared("mlp")  # 192 - 20 - 16 - 4: the two hidden widths are decided
+    candidates, _ = problem("mlp")  # 192 - 20 - 16 - 4: the two hidden widths are decided
     latency = Latency(candidates.original, candidates.graph, table_of("mlp"))
     assert latency([0, 0]) == pytest.approx(0.192 + 0.04 + 0.02 + 0.032 + 0.016 + 0.008)
     assert latency([4, 6]) == pytest.approx(0.192 + 0.032 + 0.016 + 0.02 + 0.010 + 0.008)
@@ -39,7 +39,7 @@ def test_a_perceptron_by_hand() -> None:
 
 
 def test_the_correction_is_of_the_sum_of_elements_outside_of_units_and_of_weights() -> None:
-    candidates, grids = prepared("residual")
+    candidates, grids = problem("residual")
     model, graph = candidates.original, candidates.graph
     plain = Latency(model, graph, table_of("residual"))
     corrected = Latency(
@@ -57,26 +57,26 @@ def test_the_correction_is_of_the_sum_of_elements_outside_of_units_and_of_weight
 
 @pytest.mark.parametrize("name", SMALL)
 def test_latency_keeps_the_contract_of_costs(name: str) -> None:
-    candidates, grids = prepared(name)
+    candidates, grids = problem(name)
     table = table_of(name, Correction(1.2, 1e-5, 1e-6, 0.1))
     check_cost(Latency(candidates.original, candidates.graph, table, activations(name)), grids)
 
 
 def test_another_networks_table_is_refused() -> None:
-    candidates, _ = prepared("residual")
+    candidates, _ = problem("residual")
     with pytest.raises(UserError, match=r"no times for 9 layers, like conv1 .* another network's"):
         Latency(candidates.original, candidates.graph, table_of("mlp"))
 
 
 def test_a_table_that_does_not_reach_is_refused_where_it_is_asked() -> None:
-    candidates, _ = prepared("mlp")
+    candidates, _ = problem("mlp")
     latency = Latency(candidates.original, candidates.graph, table_of("mlp", least=10))
     with pytest.raises(UserError, match="does not reach 5 with 16 inputs .* and 4 outputs"):
         latency([0, 0])
 
 
 def test_a_correction_for_elements_needs_them() -> None:
-    candidates, _ = prepared("mlp")
+    candidates, _ = problem("mlp")
     table = table_of("mlp", Correction(1.0, 1e-6, 0.0))
     with pytest.raises(UserError, match="cannot be counted"):
         Latency(candidates.original, candidates.graph, table)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from networks import images, prepared
+from networks import images, problem
 from torch import Tensor, nn
 
 from amc_env.costs.latency import Timing, runtime, sampling
@@ -78,7 +78,7 @@ EACH = 5 + 3 * 2
 def built(
     name: str, known: Known, multiple: int = 2, **options: object
 ) -> tuple[LatencyTable, Candidates, tuple[Grid, ...]]:
-    candidates, grids = prepared(name, multiple)
+    candidates, grids = problem(name, multiple)
     activations = Activations(candidates.original, candidates.graph, grids, images(1))
     table = build_table(
         candidates,
@@ -228,7 +228,7 @@ def test_equal_networks_are_measured_once() -> None:
 
 
 def test_a_real_runtime() -> None:
-    candidates, grids = prepared("mlp")
+    candidates, grids = problem("mlp")
     threads = torch.get_num_threads()
     eager = runtime("eager", 1)
     table = build_table(candidates, grids, images(1), runtime=eager, threads=1, repeats=5, networks=4)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import SMALL, images, network, prepared, random_removed, settled, with_state
+from networks import SMALL, images, network, problem, random_removed, settled, with_state
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -98,7 +98,7 @@ def test_redundant_inputs_of_a_grouped_convolution(repair: str) -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_least_squares_is_the_direct_solution(name: str, seed: int) -> None:
     """From one factor a layer, or from the sub-Gram (concat): the same as solving anew on the samples."""
-    candidates, grids = prepared(name)
+    candidates, grids = problem(name)
     topology = Topology.of(candidates.original)
     calibration = images(200, seed=3)
     fix = LeastSquares(candidates, topology, calibration, per_image=8, ridge=1e-10)
@@ -181,7 +181,7 @@ def test_dead_constant_and_duplicate_channels_do_not_break_it(kind: str, repair:
 
 
 def test_batch_norm_statistics_by_hand() -> None:
-    candidates, grids = prepared("concat")
+    candidates, grids = problem("concat")
     removed = random_removed(grids, 0)
     model = candidates.build(removed)
     before = with_state(model)
@@ -200,7 +200,7 @@ def test_batch_norm_statistics_by_hand() -> None:
 
 
 def test_batch_norm_repair_of_a_network_without_any() -> None:
-    candidates, grids = prepared("mlp")
+    candidates, grids = problem("mlp")
     model = candidates.build(random_removed(grids, 0))
     before = with_state(model)
     BatchNorm(images(4))(model, (), {})
@@ -209,7 +209,7 @@ def test_batch_norm_repair_of_a_network_without_any() -> None:
 
 
 def test_both_is_one_after_the_other() -> None:
-    candidates, grids = prepared("residual")
+    candidates, grids = problem("residual")
     removed, calibration = random_removed(grids, 1), images(60, seed=5)
     keeps = candidates.keeps(removed)
     parts = LeastSquares(candidates, Topology.of(candidates.original), calibration), BatchNorm(calibration)
@@ -226,7 +226,7 @@ def test_both_is_one_after_the_other() -> None:
 @pytest.mark.parametrize("repair", REPAIRS)
 @pytest.mark.parametrize("name", SMALL)
 def test_repair_helps_and_is_a_function_of_the_strategy(name: str, repair: str) -> None:
-    candidates, grids = prepared(name)
+    candidates, grids = problem(name)
     removed = tuple(grid.snap(0.4) for grid in grids)
     calibration = images(300, seed=6)
     state = torch.get_rng_state()
@@ -249,7 +249,7 @@ def error(model: nn.Module, original: nn.Module) -> float:
 
 @pytest.mark.parametrize("name", ["residual", "selection", "pad"])
 def test_sequential_repairs_more_than_least_squares(name: str) -> None:
-    candidates, grids = prepared(name)
+    candidates, grids = problem(name)
     removed = tuple(grid.snap(0.5) for grid in grids)
     calibration = images(500, seed=7)
     errors = {
@@ -295,13 +295,13 @@ def test_the_shortcuts_error_is_repaired() -> None:
 
 
 def test_sequential_needs_a_traced_network() -> None:
-    candidates, _ = prepared("mlp")
+    candidates, _ = problem("mlp")
     with pytest.raises(UserError, match=r"repair=sequential .*: no graph; use repair=least_squares"):
         Sequential(candidates, Topology(None, "no graph"), images(4))
 
 
 def test_least_squares_works_without_a_trace() -> None:
-    candidates, grids = prepared("residual")
+    candidates, grids = problem("residual")
     removed = tuple(grid.snap(0.4) for grid in grids)
     fixed = candidates.build(removed)
     fix = LeastSquares(candidates, Topology(None, "no graph"), images(300, seed=6))
@@ -354,7 +354,7 @@ def test_a_batch_norm_over_tokens_takes_no_intercept(repair: str) -> None:
 
 
 def test_only_nested_solutions_are_kept() -> None:
-    candidates, grids = prepared("concat")
+    candidates, grids = problem("concat")
     fix = LeastSquares(candidates, Topology.of(candidates.original), images(40))
     for seed in range(4):
         removed = random_removed(grids, seed)
