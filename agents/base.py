@@ -21,7 +21,7 @@ from amc_env.space import Removed, SearchSpace, Trial
 
 
 def _stays(removed: Removed) -> None:
-    raise UserError("this search begins with the original's weights throughout")
+    raise UserError("this search cuts every strategy from the original's weights")
 
 
 @dataclass(frozen=True)

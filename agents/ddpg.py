@@ -153,7 +153,7 @@ class AMCDDPG(DDPG):
     def begin_at(self, ratio: float) -> None:
         """Makes the actor answer every state with one ratio until it has learnt better.
 
-        Its last layer begins with weights of 0, which are learnt like any others.
+        Its last layer starts with weights of 0, which are learnt like any others.
         """
         scaled = float(self.policy.scale_action(np.array([ratio]))[0])
         for actor in (self.actor.mu, self.actor_target.mu):
@@ -270,7 +270,7 @@ class DDPGAgent(Agent):
         baseline_rate: Weight of the newest batch in the moving average subtracted from rewards; 0 for none.
         rescale: Divide rewards by the standard deviation of those in the replay buffer; not in AMC.
         hidden: Hidden layers of actor and critic.
-        infinite_reward: What the learner is told in place of minus infinity.
+        infinite_reward: The reward that the learner gets in place of minus infinity.
         n_envs: Episodes at once, whose strategies are scored together. The warm-up takes as many whole rounds of them as
             it needs; ``updates`` and ``sigma_decay`` still count a step and an episode, the episodes of a round sharing
             the sigma of the first.

@@ -77,7 +77,7 @@ class NetAdapt(Agent):
         return self.reduction * self.decay ** (number - 1)
 
     def search(self, task: SearchTask) -> None:
-        """Goes on until every budget holds.
+        """Run rounds until every budget holds.
 
         Raises:
             UserError: There is no budget.

@@ -193,8 +193,8 @@ class Sensitivity(Agent):
         space = task.space
         self.check(space, task.episodes)
         plans = self._fitting(space, task.episodes)
-        whole = space.snap(np.zeros(len(space.names)))
-        trials = task.score([whole, *(removed for alone in plans for removed in alone)])
+        unpruned = space.snap(np.zeros(len(space.names)))
+        trials = task.score([unpruned, *(removed for alone in plans for removed in alone)])
         scored = iter([trial.score for trial in trials])
         original = next(scored)
         curves = curves_of(space, plans, original, [[next(scored) for _ in alone] for alone in plans])

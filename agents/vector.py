@@ -17,7 +17,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvO
 class GymnasiumVecEnv(VecEnv):
     """A vector environment of Gymnasium's as Stable-Baselines3's, with finite rewards.
 
-    A value function cannot be fitted to minus infinity. What the learner is told in its place must be worse than any
+    A value function cannot be fitted to minus infinity. What the learner gets in its place must be worse than any
     finite reward: the default -2 is twice the worst ``-error``; a reward on another scale needs its own. The outcome
     in ``infos`` and all that is recorded of the search keep the -inf.
 
@@ -71,21 +71,21 @@ class GymnasiumVecEnv(VecEnv):
         """
         observations, rewards, terminated, truncated, infos = self._listed.step(self._actions)
         dones = terminated | truncated
-        told = [_plain(info) for info in infos]
+        given = [_plain(info) for info in infos]
         for i in np.flatnonzero(dones):
-            last, final = _plain(told[i].pop("final_info", {})), told[i].pop("final_obs")
-            self.reset_infos[i], told[i] = told[i], last | {"terminal_observation": final}
-        for info, cut in zip(told, truncated & ~terminated, strict=True):
+            last, final = _plain(given[i].pop("final_info", {})), given[i].pop("final_obs")
+            self.reset_infos[i], given[i] = given[i], last | {"terminal_observation": final}
+        for info, cut in zip(given, truncated & ~terminated, strict=True):
             info["TimeLimit.truncated"] = bool(cut)
-        return observations, self._finite(rewards), dones, told
+        return observations, self._finite(rewards), dones, given
 
     def _finite(self, rewards: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        told = np.where(rewards == -np.inf, self.stand_in, rewards)
-        if not np.isfinite(told).all():
+        given = np.where(rewards == -np.inf, self.stand_in, rewards)
+        if not np.isfinite(given).all():
             raise ValueError(
-                f"the environment gave the reward {told[~np.isfinite(told)][0]}; a learner needs a number or -inf"
+                f"the environment gave the reward {given[~np.isfinite(given)][0]}; a learner needs a number or -inf"
             )
-        return told.astype(np.float32)
+        return given.astype(np.float32)
 
     def close(self) -> None:
         """Closes the environments."""

@@ -120,13 +120,13 @@ class Encoder:
     4   width           of the same layer's input: log(1 + w) / log(512)
     5   stride          of the same: log(1 + stride) / log(8)
     6   kernel          of the same: log(1 + k) / log(16)
-    7   macs            MACs of all members in the whole network: cost(nothing) - cost(all of t), share of W
+    7   macs            MACs of all members in the unpruned network: cost(nothing) - cost(all of t), share of W
     8   reduced         MACs removed by the decisions taken: cost(nothing) - cost(taken), share of W
     9   rest            MACs that later decisions could remove: cost(taken) - cost(taken, all later), of W
     10  previous_ratio  the ratio executed for decision t - 1 (after snapping and the bound); 0 at t = 0
     ==  ==============  =====================================================================================
 
-    W is the MACs of the whole network, and decisions that a cost's list leaves out are untouched (nothing
+    W is the MACs of the unpruned network, and decisions that a cost's list leaves out are untouched (nothing
     removed).
     """
 

@@ -148,7 +148,7 @@ class PruningEnv(gymnasium.Env[Observation, Action]):
         Raises:
             ValueError: The action is not one finite number.
             UserError: The reward of the scored strategy is NaN, or its accuracy is no share.
-            gymnasium.error.ResetNeeded: The episode is over, or none was begun.
+            gymnasium.error.ResetNeeded: The episode is over, or none was started.
         """
         if self._episode is None or self._episode.over:
             raise gymnasium.error.ResetNeeded("no episode is running: call reset() before step()")
@@ -217,7 +217,7 @@ class PruningVectorEnv(VectorEnv[Observation, Action, npt.NDArray[Any]]):
         Raises:
             ValueError: The actions are not one finite number for each environment.
             UserError: The reward of a scored strategy is NaN, or its accuracy is no share.
-            gymnasium.error.ResetNeeded: No episodes were begun.
+            gymnasium.error.ResetNeeded: No episodes were started.
         """
         if not self._episodes:
             raise gymnasium.error.ResetNeeded("no episode is running: call reset() before step()")

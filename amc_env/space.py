@@ -271,17 +271,17 @@ class Budget:
                 f"a budget on {cost.name} takes budget.ratio or budget.limit, one of the two; "
                 f"got ratio={ratio}, limit={limit}"
             )
-        whole = cost([0] * decisions)
+        unpruned = cost([0] * decisions)
         if ratio is not None:
             if not 0.0 < ratio <= 1.0:
                 raise UserError(
                     f"budget.ratio={ratio} is outside (0, 1]: the share of {cost.name} that may remain"
                 )
-            return cls(cost, ratio * whole, ratio)
+            return cls(cost, ratio * unpruned, ratio)
         assert limit is not None
         if not limit > 0.0:
             raise UserError(f"budget.limit={limit} must be above 0 {cost.unit}")
-        return cls(cost, limit, limit / whole)
+        return cls(cost, limit, limit / unpruned)
 
 
 class SearchSpace:

@@ -32,7 +32,7 @@ def read(path: Path, prefix: str = "") -> tuple[str, list[Row]]:
     rows: list[Row] = []
     parents: list[str] = []
     for line in lines[first:]:
-        if line.lstrip().startswith("#") and rows:  # a comment that goes on in a line of its own
+        if line.lstrip().startswith("#") and rows:  # a comment that continues on its own line
             rows[-1] = (*rows[-1][:2], f"{rows[-1][2]} {line.strip(' #')}")
         entry = ENTRY.fullmatch(line)
         if entry is None or entry["key"] in ("_target_", "defaults"):
@@ -50,7 +50,7 @@ def table(rows: list[Row]) -> str:
 
 
 def defaults(command: str) -> dict[str, str]:
-    """The option that a command takes of each group unless told otherwise."""
+    """The option that a command takes of each group by default."""
     head = (CONF / f"{command}.yaml").read_text(encoding="utf-8").partition("\n\n")[0]
     return dict(re.findall(r"- (\w+): (\w+)", head))
 

@@ -93,11 +93,11 @@ def compress(
             of them hold.
         agent: ``ddpg``, ``ddpg_near_uniform``, ``netadapt``, ``random``, ``sensitivity`` or ``uniform``, with the
             settings of its file in conf/agent; or an agent of one's own.
-        test_loader: Batches for the final figures; without it they are on the validation batches, and say so.
+        test_loader: Batches for the final figures; without it they are on the validation batches, and are labelled so.
         episodes: Episodes of the search, or evaluations of an agent that does not step.
         finetune: Epochs of fine-tuning, 0 for none, or all of its settings.
         original_lr: Peak learning rate that the network was trained with; fine-tuning takes a tenth of it by default.
-        folder: The run folder; called again with the same folder and arguments, a stopped run goes on. By default
+        folder: The run folder; the same call with the same folder resumes an interrupted run. By default
             one is made under ``outputs``.
         seed: Of everything that is drawn.
         device: Where networks run.

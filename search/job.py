@@ -43,7 +43,7 @@ def run_job(
     settings = replace(settings, original_lr=source.original_lr).in_folder(folder)
     check(settings)
     go_on = command_line(program, folder)
-    log.info("run folder: %s; if it is stopped, go on with: %s", folder, go_on)
+    log.info("run folder: %s; to resume an interrupted run: %s", folder, go_on)
     data = wiring.data_of(cfg)
     kind = "calibration" if data.stream else "training"  # a stream's training images are never all here
     log.info("data: %s, %d %s and %d search images", data.name, len(data.train), kind, len(data.search))
@@ -68,7 +68,7 @@ def run_job(
             report = write_report(folder)
             trackers().summary(_summary(finished.result))
     except KeyboardInterrupt:
-        log.warning("stopped; nothing that was scored is lost, go on with: %s", go_on)
+        log.warning("stopped; all scores are kept, resume with: %s", go_on)
         raise
     final_table(finished.result, folder, report)
     return finished.result.delivered.accuracy

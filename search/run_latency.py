@@ -35,7 +35,7 @@ def main_job(cfg: DictConfig) -> float | None:
     """One task.
 
     Returns:
-        For Hydra's sweepers: of ``show`` the milliseconds of the whole network, of ``check`` the median absolute error as
+        For Hydra's sweepers: of ``show`` the milliseconds of the unpruned network, of ``check`` the median absolute error as
         a share.
     """
     settings = _settings(cfg)

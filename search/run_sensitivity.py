@@ -36,7 +36,7 @@ def main_job(cfg: DictConfig) -> float:
     source.check()
     check(settings)
     go_on = command_line("amc-sensitivity", folder)
-    log.info("run folder: %s; if it is stopped, go on with: %s", folder, go_on)
+    log.info("run folder: %s; to resume an interrupted run: %s", folder, go_on)
     data = wiring.data_of(cfg)
     log.info("data: %s, %d training and %d search images", data.name, len(data.train), len(data.search))
     model = source.load(data)
@@ -44,7 +44,7 @@ def main_job(cfg: DictConfig) -> float:
     try:
         scanned = run(model, data, settings, scan, context)
     except KeyboardInterrupt:
-        log.warning("stopped; nothing that was scored is lost, go on with: %s", go_on)
+        log.warning("stopped; all scores are kept, resume with: %s", go_on)
         raise
     outcome = scanned.picked or scanned.trials[0][0]
     return outcome.score

@@ -1,4 +1,4 @@
-"""What a run is told, as plain dataclasses: the same for the command line and for Python."""
+"""The settings of a run as dataclasses: the same for the command line and for Python."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def channel_multiple(budgets: Iterable[BudgetSettings]) -> int:
 
 @settings
 class RepairSettings:
-    """How cut networks are mended before they are scored.
+    """How pruned networks are repaired before they are scored.
 
     Attributes:
         name: What repairs them.
@@ -75,7 +75,7 @@ class RepairSettings:
 
 @settings
 class FinalistSettings:
-    """The best strategies of a search are scored once more, by a dearer repair, and delivered as scored then.
+    """The best strategies of a search are scored once more, by a more expensive repair, and delivered as scored then.
 
     Attributes:
         count: How many; 0 delivers the best as the search scored it.
@@ -240,7 +240,7 @@ class LatencyStudySettings:
 
 @settings
 class Settings:
-    """A whole run.
+    """All settings of a run.
 
     Attributes:
         agent: Who decides.
@@ -304,7 +304,7 @@ class Settings:
         if (rounds > 1 or adapts) and any(getattr(budget, "format", "") == "eie" for budget in self.budgets):
             what = f"agent={self.agent.name}" if adapts else f"schedule.rounds={rounds}"
             raise UserError(
-                f"{what} ranks anew each round, and EIE's padding depends on where zeros lie, so the limit could be missed: "
+                f"{what} ranks again each round, and EIE's padding depends on where zeros lie, so the limit could be missed: "
                 f"use budget.format=csr, or {'another agent' if adapts else 'schedule=one_shot'}"
             )
 
@@ -358,7 +358,7 @@ class Settings:
 
     @property
     def rescored(self) -> int:
-        """How many of the best strategies are scored once more at the end, by a dearer repair.
+        """How many of the best strategies are scored once more at the end, by a more expensive repair.
 
         What was tuned is compared as it is: such a repair without the training would not be better.
         """

@@ -61,19 +61,19 @@ class Activations:
             raise _uncounted(topology.reason)
         nodes = list(topology.graph.nodes)
         self.operations = tuple(node.name for node in nodes)
-        whole = _run(candidates, topology.graph, example, [0] * len(grids))
-        per_unit = np.zeros((len(whole.counts), len(grids)), dtype=np.int64)
+        unpruned = _run(candidates, topology.graph, example, [0] * len(grids))
+        per_unit = np.zeros((len(unpruned.counts), len(grids)), dtype=np.int64)
         for g, grid in enumerate(grids):
             if grid.size > 1:
                 one = _run(candidates, topology.graph, example, [int(i == g) for i in range(len(grids))])
-                _check(whole, one)
-                per_unit[:, g] = whole.counts - one.counts
+                _check(unpruned, one)
+                per_unit[:, g] = unpruned.counts - one.counts
         for removed in _samples(grids):
             cut = _run(candidates, topology.graph, example, removed)
-            _check(whole, cut, whole.counts - per_unit @ removed)
-        self._elements, self.buffers = np.split(whole.counts, [len(nodes)])
+            _check(unpruned, cut, unpruned.counts - per_unit @ removed)
+        self._elements, self.buffers = np.split(unpruned.counts, [len(nodes)])
         self._elements_per_unit, self.buffers_per_unit = np.split(per_unit, [len(nodes)])
-        self.live = _live(nodes, whole)
+        self.live = _live(nodes, unpruned)
 
     def elements(self, removed: Sequence[int], *, inside: Collection[str] = ()) -> int:
         """Elements that all operations together give: those of new tensors, and those written in place.
@@ -187,17 +187,17 @@ def _run(candidates: Candidates, graph: fx.Graph, example: Tensor, removed: Sequ
     return recorder
 
 
-def _check(whole: _Recorder, cut: _Recorder, counts: Ints | None = None) -> None:
-    """Compares a cut network's run with that of the whole one, and with the ``counts`` predicted for it.
+def _check(unpruned: _Recorder, cut: _Recorder, counts: Ints | None = None) -> None:
+    """Compares a cut network's run with that of the unpruned one, and with the ``counts`` predicted for it.
 
     Raises:
-        UserError: Results lie in other buffers, are larger than the whole network's, or not as predicted.
+        UserError: Results lie in other buffers, are larger than the unpruned network's, or not as predicted.
     """
-    wrong = [before != after for before, after in zip(whole.holds, cut.holds, strict=True)]
+    wrong = [before != after for before, after in zip(unpruned.holds, cut.holds, strict=True)]
     if not any(wrong):
-        wrong = list(cut.counts > whole.counts if counts is None else cut.counts != counts)
+        wrong = list(cut.counts > unpruned.counts if counts is None else cut.counts != counts)
     if any(wrong):
-        name = whole.names[wrong.index(True)]
+        name = unpruned.names[wrong.index(True)]
         raise _uncounted(f"what {name} gives does not shrink in step with the channels removed")
 
 

@@ -109,7 +109,7 @@ class PrefixScorer(Scorer):
             yield from self._outputs_from(first, network)
 
     def forget(self) -> None:
-        """Lets go of what is kept for candidates to come."""
+        """Free what is kept for later candidates."""
         if self._shared is not None:
             self._shared.forget()
             release_heap()
@@ -165,7 +165,7 @@ class _Shared:
                 yield output
 
     def forget(self) -> None:
-        """Lets go of the values kept."""
+        """Free the values kept."""
         self._kept = _Kept(self._kept.room)
 
     def _remember(self, tokens: Mapping[fx.Node, _Token]) -> None:
@@ -187,7 +187,7 @@ class _Shared:
     def _one(
         self, index: int, plan: _Plan, tokens: Mapping[fx.Node, _Token]
     ) -> tuple[Tensor | None, dict[_Token, Any]]:
-        """Logits of one batch, None where values were overwritten, and what its front gave anew."""
+        """Logits of one batch, None where values were overwritten, and what its front computed again."""
         if not plan.start and not plan.front:
             return self._network(self._batches[index]), {}
         held = {node: self._kept.value(tokens[node], index) for node in plan.start}

@@ -186,7 +186,7 @@ class Scorer:
             yield from zip(found, self._labels[first:], strict=True)
 
     def forget(self) -> None:
-        """Lets go of what is kept for candidates to come, where anything is."""
+        """Free what is kept for later candidates, if anything."""
 
 
 def _folder(

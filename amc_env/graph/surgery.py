@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 Keeps = dict[str, dict[str, Tensor]]
-"""Module name to {"in": kept entries, "out": kept entries}, int64 and ascending; an absent side is whole."""
+"""Module name to {"in": kept entries, "out": kept entries}, int64 and ascending; an absent side is unpruned."""
 
 
 def resize(model: nn.Module, keeps: Keeps) -> nn.Module:

@@ -178,11 +178,11 @@ Batches = list[Tensor]
 
 
 Before = Callable[[str, nn.Module, Batches, Batches | None], None]
-"""Is told of a layer that is about to run: (name, module, its inputs, the shortcuts added to its outputs or None)."""
+"""Called before a layer runs: (name, module, its inputs, the shortcuts added to its outputs or None)."""
 
 
 After = Callable[[str, Batches], None]
-"""Is told of a layer that has run: (name, its outputs)."""
+"""Called after a layer has run: (name, its outputs)."""
 
 
 class Run:

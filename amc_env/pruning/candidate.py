@@ -76,7 +76,7 @@ class Builder(Protocol):
 class Candidates:
     """Builds the networks of strategies.
 
-    One skeleton is cut anew for every strategy: only tensors and sizes change, so a candidate costs
+    One skeleton is cut for every strategy: only tensors and sizes change, so a candidate costs
     milliseconds.
 
     Args:

@@ -98,7 +98,7 @@ def run_folder() -> Path:
 
 
 def command_line(program: str, folder: Path | None = None) -> str:
-    """The command that started this run; with ``folder``, the one that goes on with it."""
+    """The command that started this run; with ``folder``, the one that resumes it."""
     hydra = HydraConfig.get()
     overrides = [o for o in hydra.overrides.task if folder is None or not o.startswith("hydra.run.dir=")]
     if folder is not None:

@@ -75,7 +75,7 @@ class Reseeded:
     back after every batch. An iteration is an epoch, and the next one draws on.
 
     Args:
-        loader: Gives batches, anew each time it is iterated.
+        loader: Gives batches, from the start each time it is iterated.
         seed: Of its draws.
     """
 

@@ -114,7 +114,7 @@ class Progress:
             self._live = None
 
     def start(self, name: str) -> None:
-        """Show that the search (``search``) or the fine-tuning (``fine-tune``) has begun; its clock runs from here."""
+        """Show that the search (``search``) or the fine-tuning (``fine-tune``) has started; its clock runs from here."""
         self.stage(name, self._totals[name])
 
     def stage(self, name: str, total: int) -> Stage:

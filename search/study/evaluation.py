@@ -126,7 +126,7 @@ def make_evaluator(
     Args:
         problem: The run.
         memory: Keeps trials across runs.
-        start: The weights to begin with; by default the network's own.
+        start: The weights that strategies are cut from; by default the network's own.
     """
     settings = problem.settings
     start = start or start_of(problem, ORIGINAL, problem.builder)

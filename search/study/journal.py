@@ -1,6 +1,6 @@
-"""The journal: every evaluation of a run on disk, so that a killed run goes on where it was.
+"""The journal: every evaluation of a run on disk, so that a killed run can be resumed.
 
-evaluations.jsonl begins with a header (what the evaluations depend on), then one flushed line per unique
+evaluations.jsonl starts with a header (what the evaluations depend on), then one flushed line per unique
 evaluation in the order of proposals. A run started again in the same folder runs its agent from the seed;
 what the agent asks for is read back here instead of scored.
 """
@@ -113,8 +113,8 @@ class Journal:
         if other_way and not self._warned:
             self._warned = True
             log.warning(
-                "the run takes another way than the journal after %d of %d evaluations (hardware that does "
-                "not repeat itself to the bit?); it goes on from there",
+                "the run differs from the journal after %d of %d evaluations (hardware that does "
+                "not repeat results to the bit?); new strategies are scored",
                 self._asked,
                 len(self._replay),
             )
@@ -123,7 +123,7 @@ class Journal:
         self._file.flush()
 
     def close(self) -> None:
-        """Closes the file and lets go of the folder."""
+        """Close the file and release the folder."""
         self._file.close()
         self._lock.close()
 
@@ -187,7 +187,7 @@ def _locked(folder: Path) -> IO[str]:
     except OSError as error:
         file.close()
         raise UserError(
-            f"another run is at work in {folder}; wait for it, or give another hydra.run.dir"
+            f"another run is using {folder}; wait for it, or give another hydra.run.dir"
         ) from error
     return file
 
@@ -205,7 +205,7 @@ def _check(
             problems.append(f"{key}: {was} then, {is_now} now{note}")
     if problems:
         raise UserError(
-            f"the run in {folder} was begun with another configuration: {'; '.join(problems)}. Start it with "
+            f"the run in {folder} was started with another configuration: {'; '.join(problems)}. Start it with "
             "the old one, or give another hydra.run.dir"
         )
 

@@ -51,7 +51,7 @@ class Shown:
 
     Attributes:
         layers: In forward order.
-        original: The whole network.
+        original: The unpruned network.
         most_pruned: The network with all removed that may be.
     """
 
@@ -65,7 +65,7 @@ class Shown:
         return sum(layer.ms for layer in self.layers)
 
     def share(self, ms: float) -> float:
-        """Of the whole network's latency."""
+        """Of the unpruned network's latency."""
         return ms / self.original.median_ms
 
     @property
@@ -75,7 +75,7 @@ class Shown:
 
 
 def show(subject: Subject, folder: Path) -> Shown:
-    """Measures every layer, the whole network and the most pruned one; prints them and writes latency.csv.
+    """Measures every layer, the unpruned network and the most pruned one; prints them and writes latency.csv.
 
     Args:
         subject: The network.
@@ -90,7 +90,7 @@ def show(subject: Subject, folder: Path) -> Shown:
     warn_where_busy((shown.original, shown.most_pruned))
     log.info(
         "layers are timed alone, each with the norm and activation behind it; the least that pruning can reach here is %s "
-        "of the whole network's latency",
+        "of the unpruned network's latency",
         percent(shown.least_ratio, 1),
     )
     log.info("%s is in %s", CSV, folder)
@@ -115,7 +115,7 @@ def _print(shown: Shown) -> None:
     blank = ("", "", "")
     below = [
         ("sum of the layers", *blank, *figures(shown.sum_ms, None)),
-        ("whole network", *blank, *figures(shown.original.median_ms, shown.original)),
+        ("unpruned network", *blank, *figures(shown.original.median_ms, shown.original)),
         ("most pruned", *blank, *figures(shown.most_pruned.median_ms, shown.most_pruned)),
     ]
     print_table(("layer", "", "channels", "input", "ms", "spread", "share"), rows, below, words=2)
@@ -152,7 +152,7 @@ def described(unit: Unit) -> str:
 
 
 def _write_layers(shown: Shown, path: Path) -> None:
-    """A row for each layer, then the whole networks; milliseconds, and shares of the whole."""
+    """A row for each layer, then the networks; milliseconds, and shares of the unpruned network's."""
     rows: list[Sequence[object]] = [
         (
             "layer",

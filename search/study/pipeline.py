@@ -133,7 +133,7 @@ def _watcher(
     """
     budgets = problem.space.budgets
     cost = budgets[0].cost.name if budgets else "macs"
-    whole = problem.space.cost([0] * len(problem.space.grids))
+    unpruned = problem.space.cost([0] * len(problem.space.grids))
 
     def show(trial: Trial, study: Study) -> None:
         best, number = study.best_so_far, before + study.episodes
@@ -144,7 +144,7 @@ def _watcher(
                 reward=trial.reward,
                 best_reward=best.reward,
                 best_accuracy=best.score,
-                best_cost_ratio=best.costs[cost] / whole[cost],
+                best_cost_ratio=best.costs[cost] / unpruned[cost],
                 cost=cost_name(cost, bool(problem.masked)),
                 evaluations=study.evaluations,
                 cache_hits=study.cache_hits,
@@ -153,7 +153,7 @@ def _watcher(
         metrics = {
             "episode/reward": trial.reward,
             "episode/accuracy": trial.score,
-            **{f"episode/{name}_ratio": trial.costs[name] / whole[name] for name in whole},
+            **{f"episode/{name}_ratio": trial.costs[name] / unpruned[name] for name in unpruned},
             "best/reward": best.reward,
             "best/accuracy": best.score,
         }
@@ -202,7 +202,7 @@ def refuse_early(problem: PruningProblem) -> None:
 def _run(problem: PruningProblem, context: Context, journal: Journal) -> Finished:
     settings = problem.settings
     if journal.replayed:
-        log.info("going on with %d evaluations of %s", journal.replayed, context.folder)
+        log.info("resuming with %d evaluations of %s", journal.replayed, context.folder)
     else:
         forget(context.folder)
     planned = settings.agent.planned(problem.space, settings.episodes) * max(1, len(settings.stages))

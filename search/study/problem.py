@@ -197,7 +197,7 @@ def check(settings: Settings) -> None:
 
 
 def announce(problem: PruningProblem) -> None:
-    """Says what will be decided, what stays whole and why, and what can be reached."""
+    """Log what will be decided, what is skipped and why, and what can be reached."""
     space = problem.space
     log.info(
         "%d decisions over %d layers; skipped: %d",
@@ -210,8 +210,8 @@ def announce(problem: PruningProblem) -> None:
         more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
         log.info("  %s%s: %s", ", ".join(names[:_NAMES_SHOWN]), more, reason)  # report.html lists them all
     for cost in space.costs:
-        whole = cost([0] * len(space.grids))
-        log.info("%s: %s, least reachable %.1f%%", cost.name, figure(whole), 100 * space.least_ratio(cost))
+        unpruned = cost([0] * len(space.grids))
+        log.info("%s: %s, least reachable %.1f%%", cost.name, figure(unpruned), 100 * space.least_ratio(cost))
 
 
 def _with_possible_repairs(settings: Settings, untraceable: str) -> Settings:

@@ -80,7 +80,7 @@ def run(
     with Journal(context.folder, score_identity(free), free.space, ordered=False) as journal:
         context.start()
         if journal.replayed:
-            log.info("going on with %d evaluations of %s", journal.replayed, context.folder)
+            log.info("resuming with %d evaluations of %s", journal.replayed, context.folder)
         evaluator = make_evaluator(free, journal, start)
         scanned = _scan(evaluator, space, scan.ratios)
         if space.budgets or scan.threshold is not None:
@@ -160,17 +160,17 @@ def _tell(scanned: Scanned, problem: PruningProblem, folder: Path) -> None:
 
 
 def _tell_picked(picked: Trial, scanned: Scanned, problem: PruningProblem) -> None:
-    whole = scanned.trials[0][0]
+    unpruned = scanned.trials[0][0]
     costs = [
-        f"{amount(name, value)} {cost_name(name)} ({percent(value / whole.costs[name], 1)})"
+        f"{amount(name, value)} {cost_name(name)} ({percent(value / unpruned.costs[name], 1)})"
         for name, value in picked.costs.items()
     ]
     log.info(
         "picked where each decision alone keeps %s: accuracy %s on the search split (original %s), %s",
         percent(scanned.threshold or 0.0),
         percent(picked.score),
-        percent(whole.score),
+        percent(unpruned.score),
         ", ".join(costs),
     )
-    for line, _ in budget_lines(budget_figures(problem, picked.strategy.removed), whole.costs):
+    for line, _ in budget_lines(budget_figures(problem, picked.strategy.removed), unpruned.costs):
         log.info("budget: %s", line)

@@ -1,4 +1,4 @@
-"""A search in stages: each begins with the network that the stage before pruned and fine-tuned.
+"""A search in stages: each starts from the network that the stage before pruned and fine-tuned.
 
 AMC's fine-grained search reaches ResNet-50's 20% density so, over 50, 35 and 25% (He et al., ECCV 2018, section 4.2).
 Sparse training before anything is cut (regularization.before_epochs) is a stage of the same kind, without a search.
@@ -85,7 +85,7 @@ def stage_of(problem: PruningProblem, number: int, start: BaseWeights) -> Stage:
 
 
 def first_start(problem: PruningProblem, folder: Path, tune: Tuner) -> BaseWeights:
-    """The weights that the search begins with: the network's own, or those after sparse training."""
+    """The weights that the search starts from: the network's own, or those after sparse training."""
     epochs = problem.settings.regularization.before_epochs
     if not epochs:
         return start_of(problem, ORIGINAL, problem.builder)
@@ -99,7 +99,7 @@ def first_start(problem: PruningProblem, folder: Path, tune: Tuner) -> BaseWeigh
 
 
 def next_start(stage: Stage, evaluator: Evaluator, best: Trial, folder: Path, tune: Tuner) -> BaseWeights:
-    """The weights that the next stage begins with: this stage's best strategy, applied and fine-tuned."""
+    """The weights that the next stage starts from: this stage's best strategy, applied and fine-tuned."""
     problem, epochs = stage.problem, stage.problem.settings.finetune.epochs
 
     def trained() -> Weights:

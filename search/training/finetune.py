@@ -200,7 +200,7 @@ def _epoch(step: _Step, batches: Batches, schedule: LearningRate, epoch: int) ->
             _check_loss(float(total), epoch, done, schedule.peak)
     if done == 0:
         raise UserError(
-            f"the training data gave no batch in epoch {epoch + 1}: its loader must start anew each time"
+            f"the training data gave no batch in epoch {epoch + 1}: its loader must start again each time"
         )
     _check_loss(float(total), epoch, done, schedule.peak)
     return float(total) / done
@@ -246,7 +246,7 @@ def forget_weights(model: nn.Module, seed: int) -> None:
             elif own:
                 raise UserError(
                     f"finetune.from_scratch=true: {name or type(module).__name__} has parameters and no "
-                    "reset_parameters to draw them anew"
+                    "reset_parameters to initialise them"
                 )
 
 

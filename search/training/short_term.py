@@ -89,7 +89,7 @@ class _Steps:
             if done == before:
                 raise UserError(
                     f"the training data gave no batch after {done} of short_term.steps={self._steps}: its loader must start "
-                    "anew each time"
+                    "each time"
                 )
 
 
@@ -97,7 +97,7 @@ def check_loader(data: Data) -> None:
     """Finds out whether candidates can all be shown the same images.
 
     Raises:
-        UserError: Workers of the loader would go on with the random numbers that other candidates left.
+        UserError: Workers of the loader would depend on the random numbers that earlier candidates used.
     """
     if getattr(data.loader, "persistent_workers", False):
         raise UserError(

@@ -1,4 +1,4 @@
-"""amc-search from the command line: what it leaves behind, how it repeats and goes on, how mistakes end."""
+"""amc-search from the command line: what it leaves behind, how it repeats and resumes, how mistakes end."""
 
 import csv
 import io
@@ -106,7 +106,7 @@ def test_a_run_leaves_behind_all_that_the_design_names(amc_search: Command, tmp_
     assert sum(p.numel() for p in restored.parameters()) == result["finetuned"]["params"]
     assert "fine-tuned" in ended.out
     assert "report.html" in ended.out
-    assert "go on with: amc-search" in ended.out
+    assert "resume an interrupted run: amc-search" in ended.out
 
 
 def test_the_same_seed_gives_the_same_files_to_the_byte(amc_search: Command, tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_a_killed_run_ends_as_one_that_was_not(amc_search: Command, tmp_path: Pa
     ended = amc_search(*LONGER, "hydra.run.dir=killed")
     assert ended.code == 0
     assert "torn last line" in ended.out
-    assert "the run takes another way" not in ended.out
+    assert "differs from the journal" not in ended.out
     for name in ("evaluations.jsonl", "metrics.csv", "strategy.json"):
         assert content(killed / name) == content(tmp_path / "whole" / name), name
     assert figures(result_of(killed)) == figures(result_of(tmp_path / "whole"))
@@ -343,7 +343,7 @@ def test_episodes_may_grow_and_not_shrink(amc_search: Command, tmp_path: Path) -
     first = journal_of(tmp_path / "run")[1:]
     grown = amc_search(*RANDOM, "finalists.count=2", "search.episodes=9", "hydra.run.dir=run")
     assert grown.code == 0
-    assert "another way" not in grown.out
+    assert "differs from the journal" not in grown.out
     assert journal_of(tmp_path / "run")[1 : len(first) + 1] == first
     assert result_of(tmp_path / "run")["search"]["episodes"] == 9
     assert_refused(amc_search(*RANDOM, "finalists.count=2", "hydra.run.dir=run"), "episodes: 9 then, 6 now")
@@ -370,10 +370,10 @@ def test_ctrl_c_says_how_to_go_on_and_a_second_run_is_kept_out(amc_search: Comma
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in out + err
-    assert_refused(second, "another run is at work", str(run))
+    assert_refused(second, "another run is using", str(run))
     (line,) = [text for text in out.splitlines() if text.startswith("stopped")]
     assert "amc-search" in line
-    arguments = shlex.split(line.split("go on with: ")[1])
+    arguments = shlex.split(line.split("resume with: ")[1])
     assert arguments[0] == "amc-search"
     lines = len(journal_of(run))
     ended = amc_search(*[a for a in arguments[1:] if "episodes" not in a], f"search.episodes={lines}")

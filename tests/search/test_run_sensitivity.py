@@ -105,11 +105,11 @@ def test_a_scan_that_was_stopped_goes_on_with_the_command_it_printed(
     assert ended.code == 130
     assert len(journal_of(tmp_path / "run")) == 4
     (line,) = [text for text in ended.out.splitlines() if text.startswith("stopped")]
-    program, *arguments = shlex.split(line.split("go on with: ")[1])
+    program, *arguments = shlex.split(line.split("resume with: ")[1])
     assert program == "amc-sensitivity"
     again = amc_sensitivity(*arguments)
     assert again.code == 0
-    assert "going on with 4 evaluations" in again.out
+    assert "resuming with 4 evaluations" in again.out
     for name in ("sensitivity.csv", "strategy.json", "evaluations.jsonl"):
         assert content(tmp_path / "run" / name) == content(tmp_path / "whole" / name), name
 
@@ -121,7 +121,7 @@ def test_another_budget_or_more_ratios_score_only_what_is_new(
     before = journal_of(tmp_path / "run")
     ended = amc_sensitivity(*QUICK, "budget=params", "budget.ratio=0.3")
     assert ended.code == 0
-    assert "another way" not in ended.out
+    assert "differs from the journal" not in ended.out
     after = journal_of(tmp_path / "run")
     assert after[: len(before)] == before
     assert len(after) == len(before) + 1

@@ -32,7 +32,7 @@ class LatencyBudget(BudgetSettings):
         tolerance: What interpolation in a table built here may miss; see `amc_env.costs.latency.sampling.build_table`.
         points: The most that refining may time; see there.
         repeats: Timed passes of each of its points.
-        kept: Where a table built here is written, and read when the run goes on.
+        kept: Where a table built here is written, and read when the run is resumed.
     """
 
     cost: str = "latency"
@@ -132,10 +132,10 @@ class Latency(NetworkCost):
         give for one example, and the units' weights.
         """
         counts = np.asarray(removed, dtype=np.int64)
-        whole, per_unit = self._elements
+        unpruned, per_unit = self._elements
         kept = self._sizes - self._per_unit @ counts
         weights = self._areas @ (kept[:, 0] * kept[:, 1])
-        return float(self._times(kept).sum()), float(whole - per_unit @ counts), float(weights)
+        return float(self._times(kept).sum()), float(unpruned - per_unit @ counts), float(weights)
 
     def _times(self, kept: Ints) -> Floats:
         times: Floats = self._calls * self._lookup(kept[:, 0], kept[:, 1])
@@ -147,8 +147,8 @@ def _elements(activations: Activations | None, inside: frozenset[str], decisions
     none = [0] * decisions
     if activations is None:
         return 0, np.array(none)
-    whole = activations.elements(none, inside=inside)
+    unpruned = activations.elements(none, inside=inside)
     ones = np.eye(decisions, dtype=np.int64)
-    return whole, np.array(
-        [whole - activations.elements(one.tolist(), inside=inside) for one in ones], dtype=np.int64
+    return unpruned, np.array(
+        [unpruned - activations.elements(one.tolist(), inside=inside) for one in ones], dtype=np.int64
     )

@@ -1,4 +1,4 @@
-"""Building a latency table from few timings, and checking it against whole networks."""
+"""Building a latency table from few timings, and checking it against measured networks."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def build_table(
     on_progress: OnProgress | None = None,
     seed: int = 0,
 ) -> LatencyTable:
-    """Times a network's units where their channels can be, and fits the correction on whole networks.
+    """Times a network's units where their channels can be, and fits the correction on complete networks.
 
     Distinct units are timed once, at the ends, the middle and the quarters of the channel counts that decisions can
     reach. An interval between counts is halved on, down to neighbouring ones, where its middle is not what its ends
@@ -88,7 +88,7 @@ def build_table(
         tolerance: The largest miss of interpolation that is left as it is, as a share of the network's latency
             divided by its layers.
         repeats: Timed passes of a point.
-        networks: Whole networks for the correction, the original and the most pruned among them.
+        networks: Complete networks for the correction, the original and the most pruned among them.
         points: The most that are timed beyond the ends and middles: on a busy machine noise looks like steps.
         on_progress: Called after every set of timings.
         seed: Of the orders of timing and the random networks.
@@ -97,8 +97,8 @@ def build_table(
     clock = _Clock(runtime, example, repeats, on_progress or (lambda _: None), seed)
     model, graph = candidates.original, candidates.graph
     with using_threads(threads):
-        whole = clock.reference(model)
-        sheets = sheets_of(model, graph, grids, tolerance * whole / len(graph.layers))
+        unpruned = clock.reference(model)
+        sheets = sheets_of(model, graph, grids, tolerance * unpruned / len(graph.layers))
         _refine(sheets, clock, points)
         conditions = Conditions.here(runtime.name, threads, len(example), str(example.device))
         table = LatencyTable(
@@ -159,7 +159,7 @@ class Checked:
     Attributes:
         strategies: Counts removed.
         predicted_ms: Milliseconds by the table.
-        measured: Whole networks, timed interleaved.
+        measured: Complete networks, timed interleaved.
         original_ms: The uncut network's milliseconds by the table, and as measured in the same rounds.
     """
 
@@ -221,7 +221,7 @@ def check_table(
     on_progress: OnProgress | None = None,
     seed: int = 0,
 ) -> Checked:
-    """Measures whole networks, interleaved, beside what the table says of them.
+    """Measure complete networks, interleaved, beside the predictions of the table.
 
     Args:
         latency: The table's predictions.
@@ -235,13 +235,13 @@ def check_table(
         seed: Of the order of timing.
     """
     distinct = list(dict.fromkeys(strategies))
-    whole = (0,) * len(distinct[0])
+    unpruned = (0,) * len(distinct[0])
     clock = _Clock(runtime, example, repeats, on_progress or (lambda _: None), seed)
     with using_threads(threads):
-        networks = {removed: candidates.build(removed) for removed in dict.fromkeys([*distinct, whole])}
+        networks = {removed: candidates.build(removed) for removed in dict.fromkeys([*distinct, unpruned])}
         measured = clock.networks(networks)
     predicted = tuple(latency(removed) for removed in distinct)
-    original = latency(whole), measured[whole].median_ms
+    original = latency(unpruned), measured[unpruned].median_ms
     return Checked(tuple(distinct), predicted, tuple(measured[removed] for removed in distinct), original)
 
 
@@ -261,7 +261,7 @@ class _Clock:
         return ms
 
     def networks(self, models: Mapping[tuple[int, ...], nn.Module]) -> dict[tuple[int, ...], Timing]:
-        """Whole networks on the example."""
+        """Complete networks on the example."""
         self._report(Progress("networks", 0, len(models)))
         runs = {key: (model, self._example) for key, model in models.items()}
         found = self.interleaved(runs, settle=1)

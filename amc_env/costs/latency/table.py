@@ -197,7 +197,7 @@ class Correction:
         scale: How much longer units take within a network than alone, at least 0.
         per_element_ms: Milliseconds for each element that operations outside of units give (residual additions,
             pooling), of one example; at least 0.
-        per_weight_ms: Milliseconds for each weight: those of a whole network do not stay in the caches that hold one
+        per_weight_ms: Milliseconds for each weight: those of a complete network do not stay in the caches that hold one
             unit's; at least 0.
         constant_ms: What every network takes besides; below 0 where calls cost less within a network.
     """
@@ -227,7 +227,7 @@ class LatencyTable:
         units: Times by unit.
         correction: What sums of them miss; as fitted, the network's own.
         points: Pairs of a unit and channel counts that were timed.
-        forwards: Passes that this took, the warm-up and the correction's whole networks included.
+        forwards: Passes that this took, the warm-up and the correction's complete networks included.
         seconds: Wall-clock time that this took.
     """
 

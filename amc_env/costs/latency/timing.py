@@ -1,4 +1,4 @@
-"""Fair timing: calls interleaved in an order drawn anew each round, so that a drifting machine favours none."""
+"""Fair timing: calls interleaved in a new random order each round, so that a drifting machine favours none."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _timing(values: list[float]) -> Timing:
 
 
 def warn_where_busy(networks: Sequence[Timing]) -> None:
-    """Warns of times of whole networks that spread too far to be relied on."""
+    """Warn if the times of complete networks spread too far to be reliable."""
     spread = float(np.median([timing.spread for timing in networks]))
     if spread > _BUSY:
         _LOG.warning(

@@ -76,7 +76,7 @@ def per_example_gradients(
         x = inputs[0].detach()
         if len(x) != size:
             raise UserError(
-                f"{layer.name} sees {len(x)} inputs for {size} images: gradients of single images cannot be told "
+                f"{layer.name} sees {len(x)} inputs for {size} images: gradients of single images cannot be separated "
                 "apart there; use criterion=l1 or criterion=l2"
             )
 

@@ -14,7 +14,7 @@ from amc_env.graph.topology import Topology
 
 
 class Repair(Protocol):
-    """Mends cut networks in place."""
+    """Repairs pruned networks in place."""
 
     @property
     def name(self) -> str:
@@ -22,7 +22,7 @@ class Repair(Protocol):
         ...
 
     def __call__(self, model: nn.Module, removed: Sequence[int], keeps: Keeps) -> None:
-        """Mends ``model``, which was cut to ``keeps`` by removing ``removed`` units of the groups."""
+        """Repairs ``model``, which was cut to ``keeps`` by removing ``removed`` units of the groups."""
         ...
 
 
@@ -43,7 +43,7 @@ class Both:
         self._parts = parts
 
     def __call__(self, model: nn.Module, removed: Sequence[int], keeps: Keeps) -> None:
-        """Mends by each part in turn."""
+        """Repairs by each part in turn."""
         for part in self._parts:
             part(model, removed, keeps)
 

@@ -107,7 +107,7 @@ class MaskedSequential(FrontToBack):
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, removed: Sequence[int], keeps: Keeps) -> None:
-        """Mends every layer that lost weights."""
+        """Repairs every layer that lost weights."""
         self._repair_layers(
             model, {name for name, layer in self._layers.items() if _masked(model, layer)}, keeps
         )

@@ -89,7 +89,7 @@ class FrontToBack:
         )
 
     def _repair_layers(self, model: nn.Module, names: Collection[str], keeps: Keeps) -> None:
-        """Mends the named layers of ``model``, front to back; the others keep the error that reaches them."""
+        """Repairs the named layers of ``model``, front to back; the others keep the error that reaches them."""
         if not names:
             return
 
@@ -173,7 +173,7 @@ class Sequential(FrontToBack):
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, removed: Sequence[int], keeps: Keeps) -> None:
-        """Mends every layer that lost inputs."""
+        """Repairs every layer that lost inputs."""
         cut = {
             name
             for name, layer in self._layers.items()

@@ -122,7 +122,7 @@ def test_a_stopped_run_goes_on_and_another_strategy_is_refused(amc_apply: Comman
     before = content(tmp_path / "run" / "evaluations.jsonl")
     assert str(tmp_path).encode() not in before
     again = amc_apply(*QUICK, *given)
-    assert "going on with" in again.out
+    assert "resuming with" in again.out
     assert content(tmp_path / "run" / "evaluations.jsonl") == before
     assert read(tmp_path / "run")["resumed"]
     other = read(tmp_path / "first", "strategy.json")

@@ -96,7 +96,7 @@ def test_a_run_does_not_go_on_with_another_table(small_data: Data, tmp_path: Pat
     settings = limited(tmp_path, 1.0)
     go(tmp_path, small_data, settings)
     stretched(tmp_path, 2.0)
-    with pytest.raises(UserError, match="begun with another configuration: latency_ms"):
+    with pytest.raises(UserError, match="started with another configuration: latency_ms"):
         go(tmp_path, small_data, settings)
 
 

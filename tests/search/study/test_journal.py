@@ -103,7 +103,7 @@ def test_a_line_that_is_no_evaluation_is_damage_too(tmp_path: Path, space: Searc
 def test_a_second_run_is_kept_out_until_the_first_is_done(tmp_path: Path, space: SearchSpace) -> None:
     with (
         open_(tmp_path, space),
-        pytest.raises(UserError, match=r"another run is at work in .*hydra\.run\.dir"),
+        pytest.raises(UserError, match=r"another run is using .*hydra\.run\.dir"),
     ):
         open_(tmp_path, space)
     with open_(tmp_path, space) as journal:

@@ -228,7 +228,7 @@ def test_what_the_second_stage_depends_on_cannot_change(
     settings = small("fine_grained", **STAGED)
     go(tmp_path, small_data, settings)
     before = content(tmp_path / "evaluations.jsonl")
-    with pytest.raises(UserError, match="begun with another configuration"):
+    with pytest.raises(UserError, match="started with another configuration"):
         go(tmp_path, small_data, replace(settings, **change))
     assert content(tmp_path / "evaluations.jsonl") == before
 

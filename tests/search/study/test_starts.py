@@ -1,4 +1,4 @@
-"""NetAdapt's rounds in a run: each begins with the winner's tuned weights, and a stopped run goes on in its round."""
+"""NetAdapt's rounds in a run: each starts from the winner's tuned weights, and an interrupted run resumes in its round."""
 
 import json
 from dataclasses import replace
@@ -201,9 +201,9 @@ def test_stages_and_rounds_of_a_schedule_are_refused(more: dict[str, Any]) -> No
         small("channel", **ADAPTS, **more)
 
 
-def test_eie_is_refused_since_every_round_ranks_anew() -> None:
+def test_eie_is_refused_since_every_round_ranks_again() -> None:
     with pytest.raises(
-        UserError, match=r"agent=netadapt ranks anew each round.*budget\.format=csr, or another agent"
+        UserError, match=r"agent=netadapt ranks again each round.*budget\.format=csr, or another agent"
     ):
         small("fine_grained", **ADAPTS, budgets=(StorageBudget(),))
 
