@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +39,9 @@ from search.study.pipeline import Context, env_handle, run
 from search.study.problem import PruningProblem
 from search.study.study import Study
 
+log = logging.getLogger(__name__)
+_SAFE_LR = 0.01
+"""Taken for the original learning rate where that is not known."""
 Asked = float | Mapping[str, float] | BudgetSettings | Sequence[BudgetSettings]
 """Budgets: the share of the MACs that may remain, shares by cost, or settings."""
 
@@ -96,16 +100,17 @@ def compress(
         test_loader: Batches for the final figures; without it they are on the validation batches, and are labelled so.
         episodes: Episodes of the search, or evaluations of an agent that does not step.
         finetune: Epochs of fine-tuning, 0 for none, or all of its settings.
-        original_lr: Peak learning rate that the network was trained with; fine-tuning takes a tenth of it by default.
+        original_lr: Peak learning rate of SGD that the network was trained with; fine-tuning takes a tenth of it by
+            default. Without it and without settings, 0.01 is taken, which is safe for networks that were trained by
+            Adam too.
         folder: The run folder; the same call with the same folder resumes an interrupted run. By default
             one is made under ``outputs``.
         seed: Of everything that is drawn.
         device: Where networks run.
         settings: Everything else (repair, criterion, channel multiple, export, the conditions of latency). An argument
             that is given wins over the same field; one that is not leaves it alone. Without settings, half of the
-            MACs, DDPG, 300 episodes, 10 epochs of fine-tuning, a learning rate of 0.1 and seed 0 are used, and
-            layers keep multiples of 2 channels, under a
-            latency budget of its ``vector_width``.
+            MACs, DDPG, 300 episodes, 10 epochs of fine-tuning and seed 0 are used, and layers keep multiples of 2
+            channels, under a latency budget of its ``vector_width``.
 
     Raises:
         UserError: Whatever is wrong with network, data or settings, in one message, before anything expensive.
@@ -123,6 +128,8 @@ def compress(
     }
     wanted = {name: value for name, value in given.items() if value is not None}
     base = _defaults(wanted) if settings is None else replace(settings, **wanted)
+    if settings is None and original_lr is None and base.finetune.epochs:
+        log.info("original_lr is not given: fine-tuning starts from %g", base.finetune.lr_fraction * _SAFE_LR)
     network = copy.deepcopy(module).cpu().eval()
     data = _data(network, train_loader, val_loader, test_loader, base)
     place = _folder(folder)
@@ -228,7 +235,8 @@ def _agent(name: str) -> Agent:
 
 def _defaults(given: Mapping[str, Any]) -> Settings:
     """Settings where none are given, with these fields."""
-    return Settings(**{"episodes": 300, "granularity": Channel(channel_multiple(given["budgets"])), **given})
+    found = {"episodes": 300, "granularity": Channel(channel_multiple(given["budgets"])), **given}
+    return Settings(**{"original_lr": _SAFE_LR, **found})
 
 
 def _budgets(budget: Asked) -> tuple[BudgetSettings, ...]:
@@ -274,6 +282,11 @@ def _outputs(network: nn.Module, val_loader: Iterable[Any]) -> int:
             raise UserError(
                 "the network's output must be one tensor of logits [N, classes]; got "
                 f"{tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__}"
+            )
+        if logits.shape[1] < 2:
+            raise UserError(
+                "the network has one output, so it is no classifier over classes: give it an output for each class",
+                code="outputs",
             )
         return logits.shape[1]
     raise UserError("val_loader gives no batch")

@@ -34,7 +34,8 @@ def run_job(
         parts: Settings that are not made from a section, as in `settings_of`.
 
     Returns:
-        The final accuracy in [0, 1], for Hydra's sweepers.
+        The search score of the delivered strategy in [0, 1], for Hydra's sweepers (to be maximised): a sweep must not
+        choose by the test split.
     """
     folder = run_folder()
     settings = wiring.settings_of(cfg, parts=parts)
@@ -71,7 +72,7 @@ def run_job(
         log.warning("stopped; all scores are kept, resume with: %s", go_on)
         raise
     final_table(finished.result, folder, report)
-    return finished.result.delivered.accuracy
+    return finished.result.search.search_accuracy
 
 
 def _summary(result: RunResult) -> dict[str, float]:

@@ -32,7 +32,7 @@ def main_job(cfg: DictConfig) -> float:
     """One strategy, applied.
 
     Returns:
-        The final accuracy in [0, 1], for Hydra's sweepers.
+        The search score of the delivered strategy in [0, 1], for Hydra's sweepers (to be maximised).
     """
     given = [name for name in _AGENTS if cfg.get(name) is not None]
     if len(given) != 1:

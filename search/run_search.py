@@ -16,7 +16,7 @@ def main_job(cfg: DictConfig) -> float:
     """One run of the main job.
 
     Returns:
-        The final accuracy in [0, 1], for Hydra's sweepers.
+        The search score of the delivered strategy in [0, 1], for Hydra's sweepers (to be maximised).
     """
     from search.job import run_job  # PyTorch and all else, which --help does without
 

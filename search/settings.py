@@ -88,7 +88,7 @@ class FinalistSettings:
 
 @settings
 class FinetuneSettings:
-    """Fine-tuning of the pruned network: SGD, cosine schedule, the last epoch is kept.
+    """Fine-tuning of the pruned network: SGD, warm-up and cosine schedule, the last epoch is kept.
 
     Attributes:
         epochs: 0 leaves it out.
@@ -101,6 +101,9 @@ class FinetuneSettings:
         temperature: At which they are compared.
         from_scratch: Forget the weights and train the pruned network from new ones, the baseline of width multipliers
             (Liu et al., "Rethinking the Value of Network Pruning", ICLR 2019); set lr_fraction to 1 with it.
+        warmup: Share of the epochs in which the learning rate rises linearly.
+        keep: ``better`` delivers the network without fine-tuning where fine-tuning lowered its score on the search split
+            by more than a standard error; ``last`` always delivers the fine-tuned one.
     """
 
     epochs: Natural = 10
@@ -111,6 +114,8 @@ class FinetuneSettings:
     distillation: ShareOrZero = 0.0
     temperature: Positive = 4.0
     from_scratch: bool = False
+    warmup: FractionOrZero = 0.05
+    keep: Literal["better", "last"] = "better"
 
 
 @settings

@@ -60,7 +60,8 @@ class Channel:
     name: ClassVar[str] = "channel"
     masked: ClassVar[bool] = False
     speed: ClassVar[str] = (
-        "Channels are cut out: the network is smaller and dense, and runs faster on any hardware and runtime."
+        "Channels are cut out: the network is smaller and dense, and needs no special kernels. How much faster it runs "
+        "depends on hardware and runtime; the latency row shows what was measured."
     )
 
     multiple: Count = 2

@@ -128,6 +128,31 @@ def _generators(loader: Any) -> list[torch.Generator]:
     return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
 
 
+def class_labels(name: str, labels: Tensor) -> Tensor:
+    """Labels of a batch as int64 [N], from any integer type or bool, also of shape [N, 1].
+
+    Raises:
+        UserError: They are no class numbers, but targets of a regression or one row for each class.
+    """
+    if labels.is_floating_point() or labels.is_complex():
+        raise UserError(
+            f"{name} gives labels of type {labels.dtype}, but a classifier needs class numbers: integers in [N]. "
+            "Regression targets are not supported; one-hot rows become class numbers with labels.argmax(1)",
+            code="labels",
+            field=name,
+        )
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels.squeeze(1)
+    if labels.ndim != 1:
+        raise UserError(
+            f"{name} gives labels of shape {list(labels.shape)}: class numbers in [N] are needed; one-hot rows become "
+            "class numbers with labels.argmax(1)",
+            code="labels",
+            field=name,
+        )
+    return labels.to(torch.int64)
+
+
 def _gather(name: str, loader: Iterable[Any], limit: int | None = None) -> Split:
     """The loader's images (float32) and labels in one tensor each, at most `limit` of them."""
     images: list[Tensor] = []
@@ -141,7 +166,7 @@ def _gather(name: str, loader: Iterable[Any], limit: int | None = None) -> Split
                 f"{name} gives batches of {type(batch).__name__}: (images, labels) tensors are needed"
             )
         images.append(batch[0].detach().to("cpu", torch.float32))
-        labels.append(batch[1].detach().to("cpu", torch.int64))
+        labels.append(class_labels(name, batch[1]).detach().cpu())
         gathered += len(batch[0])
         if limit is not None and gathered >= limit:
             break

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from amc_env.costs.base import COSTS, quantity, size
+from amc_env.costs.latency.timing import BUSY
 from search.output.run_result import BudgetFigures, GranularityFigures, NetworkFigures, RunResult
 
 STAGES = {"base": "original", "pruned": "pruned", "finetuned": "fine-tuned"}
@@ -102,7 +103,8 @@ def comparison(result: RunResult) -> Comparison:
     for cost, title in _cost_titles(result).items():
         if any(network.figure(cost) is not None for network in present.values()):
             rows[title] = tuple(_cost_cell(network, result.base, cost) for network in present.values())
-    return Comparison(tuple(STAGES[key] for key in present), rows)
+    titles = STAGES | ({"pruned": "pruned, delivered"} if result.delivered is not result.finetuned else {})
+    return Comparison(tuple((titles if result.finetuned else STAGES)[key] for key in present), rows)
 
 
 def _cost_titles(result: RunResult) -> dict[str, str]:
@@ -172,7 +174,24 @@ def _cost_cell(network: NetworkFigures, base: NetworkFigures, cost: str) -> Cell
         return Cell(DASH, "")
     # What is dense never changes, and a spread says how sure a figure is.
     compared = original and network is not base and not cost.startswith("dense_") and cost != "latency_spread"
+    if cost == "latency_ms" and _unreliable(network, base):
+        compared = False
     return Cell(amount(cost, value), percent(value / original, 1) if original and compared else "")
+
+
+def _unreliable(*networks: NetworkFigures) -> bool:
+    """Whether measured times spread so far that their ratio means nothing."""
+    return any((network.latency_spread or 0) > BUSY for network in networks)
+
+
+def latency_note(result: RunResult) -> str:
+    """A warning where measured latency is not reliable; '' where it is."""
+    if not _unreliable(*result.networks.values()):
+        return ""
+    return (
+        f"measured latency is not reliable: times spread over more than {percent(BUSY, 0)} of their median, so something "
+        "else was running; measure again on an idle machine"
+    )
 
 
 def storage_rows(result: RunResult) -> list[Stored]:

@@ -30,6 +30,7 @@ from search.output.formatting import (
     comparison,
     duration,
     history_line,
+    latency_note,
     pattern_line,
     percent,
     storage_rows,
@@ -248,6 +249,8 @@ def final_table(
         console.print(Text(f"budget: {line}", style="" if met else "bold red"), soft_wrap=True)
     if result.granularity.masked:
         _print_masked(result, console)
+    if note := latency_note(result):
+        console.print(Text(note, style="bold red"), soft_wrap=True)
     if history := history_line(result):
         console.print(Text(f"weights: {history}"), soft_wrap=True)
     for name, path in (("run folder", folder), ("report", report)):

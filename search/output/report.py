@@ -20,6 +20,7 @@ from search.output.formatting import (
     duration,
     format_name,
     history_line,
+    latency_note,
     pattern_line,
     percent,
     split_name,
@@ -67,7 +68,7 @@ def headline(result: RunResult) -> str:
         accuracies = f"{before} on the {split_name(base.split)} → {after} on the {split_name(final.split)}"
     cost = result.budget.cost if result.budget else "params" if masked else "macs"
     share = percent(final.costs[cost] / base.costs[cost], 1)
-    state = "after fine-tuning" if result.finetuned else "without fine-tuning"
+    state = "after fine-tuning" if final is result.finetuned else "without fine-tuning"
     return f"{result.model} to {share} of its {cost_name(cost, masked)}: {accuracies} {state}."
 
 
@@ -81,6 +82,7 @@ def _view(run: RunFiles) -> dict[str, Any]:
         "budgets": budget_lines(result.budgets, result.base.costs, result.granularity.masked),
         "masked": result.granularity.masked,
         "speed": result.granularity.speed,
+        "latency_note": latency_note(result),
         "history": history_line(result),
         "pattern": pattern_line(result),
         "sections": [section for make in SECTIONS if (section := make(run)) is not None],

@@ -189,6 +189,7 @@ class RunResult:
         base: the original network.
         pruned: before fine-tuning.
         finetuned: None without fine-tuning.
+        delivered_network: the one that is exported, 'pruned' or 'finetuned'; by default the last that there is.
         budgets: in the order they were given.
         strategy: decision -> share removed.
         masked: of masked weights only.
@@ -218,6 +219,7 @@ class RunResult:
     model: str = "model"
     command: str = ""
     resumed: bool = False
+    delivered_network: str = ""
 
     @property
     def networks(self) -> dict[str, NetworkFigures]:
@@ -227,8 +229,8 @@ class RunResult:
 
     @property
     def delivered(self) -> NetworkFigures:
-        """The last of the networks."""
-        return self.finetuned or self.pruned
+        """The network that is exported."""
+        return self.networks[self.delivered_network or list(self.networks)[-1]]
 
     @property
     def budget(self) -> BudgetFigures | None:

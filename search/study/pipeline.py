@@ -29,7 +29,7 @@ from search.study.evaluation import make_evaluator, start_of
 from search.study.identity import MAY_GROW, identity
 from search.study.journal import Journal
 from search.study.problem import PruningProblem, announce
-from search.study.results import result_of, strategy_json, write_json
+from search.study.results import delivered_of, result_of, strategy_json, write_json
 from search.study.stages import Stage, adopted, first_start, forget, next_start, stage_of
 from search.study.study import Study
 from search.study.tuning import Tuner, finetuned, penalty_of
@@ -210,23 +210,24 @@ def _run(problem: PruningProblem, context: Context, journal: Journal) -> Finishe
         tune = Tuner(problem, _epoch_watcher(context, progress))
         last, best, study = _searched(problem, context, progress, journal, tune)
         write_json(context.folder / "strategy.json", strategy_json(last, best))
-        pruned = study.evaluator.network(best)
-        networks = {"base": problem.model, "pruned": pruned.network}
+        candidates = {"pruned": study.evaluator.network(best)}
         if settings.finetune.epochs:
             progress.start("fine-tune")
-            pruned = finetuned(last, study.evaluator, best, tune)
-            networks["finetuned"] = pruned.network
+            candidates["finetuned"] = finetuned(last, study.evaluator, best, tune)
+    networks = {"base": problem.model} | {stage: pruned.network for stage, pruned in candidates.items()}
+    delivered = delivered_of(problem, networks)
+    chosen = candidates[delivered]
     example = problem.images(problem.data.search, 4)
-    small = Small(pruned.network, example, pruned.keeps, context.model, problem.model)
+    small = Small(chosen.network, example, chosen.keeps, context.model, problem.model)
     exports = export_all(small, context.folder, settings.export)
     result = replace(
-        result_of(last, networks, best, study, exports),
+        result_of(last, networks, delivered, best, study, exports),
         model=context.model,
         command=context.command,
         resumed=journal.replayed > 0,
     )
     result.write(context.folder)
-    return Finished(pruned.network, pruned.keeps, result)
+    return Finished(chosen.network, chosen.keeps, result)
 
 
 def _searched(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from amc_env.costs.latency import Timing, measure, processor
+from amc_env.costs.latency import Timing, measure, processor, warn_where_busy
 from amc_env.costs.storage import Storage, StorageBudget, follows_pattern, params_beside_weights
 from amc_env.errors import UserError
 from amc_env.evaluation.pruner import ORIGINAL
@@ -59,6 +60,7 @@ def _start(problem: PruningProblem, trial: Trial) -> dict[str, Any]:
 def result_of(
     problem: PruningProblem,
     networks: Mapping[str, nn.Module],
+    delivered: str,
     best: Trial,
     study: Study,
     exports: Sequence[Exported],
@@ -68,6 +70,7 @@ def result_of(
     Args:
         problem: The run's network, data and search space.
         networks: ``base``, ``pruned`` and, where there was fine-tuning, ``finetuned``.
+        delivered: Which of them is delivered.
         best: The strategy that is delivered.
         study: The search that found it.
         exports: What was exported.
@@ -80,10 +83,11 @@ def result_of(
         base=figures["base"],
         pruned=figures["pruned"],
         finetuned=figures.get("finetuned"),
+        delivered_network=delivered,
         budgets=budget_figures(problem, strategy.removed),
         search=_search(problem, best, study),
         strategy=dict(zip(strategy.names, strategy.ratios, strict=True)),
-        masked=masked_figures(problem, networks.get("finetuned", networks["pruned"]), strategy),
+        masked=masked_figures(problem, networks[delivered], strategy),
         skipped=tuple(SkippedLayer(layer.name, layer.reason) for layer in problem.graph.skipped),
         exports=tuple(exports),
         latency_batch=settings.latency.batch,
@@ -91,6 +95,26 @@ def result_of(
         latency_threads=settings.latency.threads or torch.get_num_threads(),
         machine=machine(settings.device),
     )
+
+
+def delivered_of(problem: PruningProblem, networks: Mapping[str, nn.Module]) -> str:
+    """Which network is delivered: the fine-tuned one, unless that did clearly worse on the search split."""
+    if "finetuned" not in networks:
+        return "pruned"
+    if problem.settings.finetune.keep == "last":
+        return "finetuned"
+    split = problem.data.search
+    before, after = (_accuracy(problem, networks[stage], split) for stage in ("pruned", "finetuned"))
+    error = math.sqrt(before * (1 - before) / len(split))
+    if after >= before - error:
+        return "finetuned"
+    log.warning(
+        "fine-tuning lowered the accuracy on the search split from %.2f%% to %.2f%%: the pruned network is delivered. "
+        "Lower finetune.lr_fraction or original_lr, train for longer, or set finetune.keep=last",
+        100 * before,
+        100 * after,
+    )
+    return "pruned"
 
 
 def _networks(
@@ -117,18 +141,25 @@ def _networks(
 
 
 def _latency(problem: PruningProblem, networks: Mapping[str, nn.Module]) -> dict[str, Timing]:
-    """Empty where it is left out, or where the runtime cannot run such networks, which does not end the run."""
+    """Measured latency; networks of one architecture are timed once, so that they do not differ by noise.
+
+    Empty where it is left out, or where the runtime cannot run such networks, which does not end the run.
+    """
     wanted = problem.settings.latency
     if not wanted.repeats:
         return {}
+    alike = {stage: "pruned" if stage != "base" and not problem.masked else "base" for stage in networks}
+    timed = {stage: networks[stage] for stage in dict.fromkeys(alike.values())}
     example = problem.batch(wanted.batch)
     try:
-        return measure(
-            networks, example, runtime=wanted.runtime, threads=wanted.threads, repeats=wanted.repeats
+        found = measure(
+            timed, example, runtime=wanted.runtime, threads=wanted.threads, repeats=wanted.repeats
         )
     except UserError as error:
         log.warning("latency was not measured: %s", error)
         return {}
+    warn_where_busy(list(found.values()))
+    return {stage: found[same] for stage, same in alike.items()}
 
 
 def _accuracy(problem: PruningProblem, network: nn.Module, split: Split) -> float:

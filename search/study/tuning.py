@@ -64,6 +64,7 @@ class Tuner:
                 lr=chosen.lr_fraction * settings.original_lr,
                 momentum=chosen.momentum,
                 weight_decay=chosen.weight_decay,
+                warmup_epochs=chosen.warmup * epochs,
                 seed=settings.seed,
                 device=settings.device,
                 on_epoch=on_epoch,

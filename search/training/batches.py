@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from amc_env.errors import UserError, out_of_range
 from search.data.base import Data, Split
-from search.data.loaders import Reseeded
+from search.data.loaders import Reseeded, class_labels
 
 CROP_PADDING = 4
 
@@ -117,7 +117,7 @@ class LoaderBatches:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for images, labels in self._batches:
-            yield images.to(self.device, torch.float32), labels.to(self.device, torch.int64)
+            yield images.to(self.device, torch.float32), class_labels("train_loader", labels).to(self.device)
 
 
 def training_batches(data: Data, batch_size: int, seed: int, device: str | torch.device) -> Batches:

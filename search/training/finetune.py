@@ -57,7 +57,7 @@ def finetune(
     lr: float,
     momentum: float = 0.9,
     weight_decay: float = 1e-4,
-    warmup_epochs: int = 0,
+    warmup_epochs: float = 0.0,
     seed: int = 0,
     device: str | torch.device = "cpu",
     on_epoch: OnEpoch | None = None,
@@ -102,7 +102,7 @@ def finetune(
     where = torch.device(device)
     scaler = torch.amp.GradScaler(enabled=where.type == "cuda")
     step = _Step(model, optimizer, layout, where, zeros, penalty, source, scaler)
-    schedule = LearningRate(lr, epochs * steps, warmup_epochs * steps)
+    schedule = LearningRate(lr, epochs * steps, round(warmup_epochs * steps))
     with seeded(seed):
         for epoch in range(epochs):
             started = time.perf_counter()

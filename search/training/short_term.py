@@ -89,7 +89,7 @@ class _Steps:
             if done == before:
                 raise UserError(
                     f"the training data gave no batch after {done} of short_term.steps={self._steps}: its loader must start "
-                    "each time"
+                    "again each time"
                 )
 
 

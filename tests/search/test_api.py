@@ -6,11 +6,13 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 from journals import content
+from refusals import refused
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -20,7 +22,15 @@ from amc_env.pruning.granularity import NM, Channel, FineGrained
 from search import compress, load_pruned, make_env, make_vec_env
 from search.config.compose import default_agent
 from search.data.base import Data
-from search.settings import BudgetSettings, LatencyBudget, LatencySettings, RepairSettings, Settings
+from search.data.loaders import from_loaders
+from search.settings import (
+    BudgetSettings,
+    FinetuneSettings,
+    LatencyBudget,
+    LatencySettings,
+    RepairSettings,
+    Settings,
+)
 
 
 class Own(nn.Module):
@@ -195,6 +205,64 @@ def test_mistakes_are_said_in_one_message(tmp_path: Path, change: dict[str, obje
     } | change
     with pytest.raises(UserError, match=message):
         compress(own(), **arguments, folder=tmp_path, settings=quick())  # type: ignore[arg-type]
+
+
+def with_labels(labels: Tensor) -> DataLoader[tuple[Tensor, ...]]:
+    return DataLoader(TensorDataset(torch.randn(len(labels), 1, 6, 6), labels), batch_size=16)
+
+
+@pytest.mark.parametrize(
+    "labels", [torch.rand(32), torch.rand(32, 1), torch.eye(3).repeat(11, 1)[:32].long()]
+)
+def test_targets_that_are_no_classes_are_refused(tmp_path: Path, labels: Tensor) -> None:
+    with refused("labels", "val_loader"):
+        compress(own(), loader(64, 1), with_labels(labels), folder=tmp_path, settings=quick())
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int32, torch.bool])
+def test_labels_of_every_integer_type_are_class_numbers(kind: torch.dtype) -> None:
+    labels = torch.randint(2, (32,))
+    data = from_loaders(with_labels(labels.to(kind)), with_labels(labels.to(kind)[:, None]))
+    assert torch.equal(data.search.labels, labels)
+
+
+def test_a_network_of_one_output_is_no_classifier(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 1))
+    with refused("outputs", ""):
+        compress(model, loader(64, 1), loader(32, 2), folder=tmp_path, settings=quick())
+
+
+@pytest.mark.parametrize("keep", ["better", "last"])
+def test_fine_tuning_that_makes_it_worse_is_not_delivered_unless_asked(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, keep: Literal["better", "last"]
+) -> None:
+    """Ten times the rate of a network trained to learn its labels: what it knew is lost."""
+    images, labels = (
+        torch.randn(64, 1, 6, 6, generator=torch.Generator().manual_seed(0)),
+        torch.arange(64) % 3,
+    )
+    batches = DataLoader(TensorDataset(images, labels), batch_size=16)
+    model = own()
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    for _ in range(150):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    wrong = DataLoader(TensorDataset(images, (labels + 1) % 3), batch_size=16)
+    tuning = FinetuneSettings(epochs=3, lr_fraction=1.0, keep=keep)
+    settings = replace(quick(), finetune=tuning, budgets=(BudgetSettings("macs", 0.9),))
+    small = compress(model, wrong, batches, folder=tmp_path, settings=settings)
+    assert small.result.finetuned is not None
+    assert small.result.finetuned.accuracy < small.result.pruned.accuracy - 0.2
+    delivered = "finetuned" if keep == "last" else "pruned"
+    assert small.result.delivered_network == delivered
+    assert small.result.delivered is getattr(small.result, delivered)
+    with torch.no_grad():
+        score = float((small.model(images).argmax(1) == labels).float().mean())
+    assert score == pytest.approx(small.result.delivered.accuracy)
+    assert ("fine-tuning lowered" in caplog.text) is (keep == "better")
+    page = (tmp_path / "report.html").read_text()
+    assert ("pruned, delivered" in page) is (keep == "better")
 
 
 class Untraceable(nn.Module):

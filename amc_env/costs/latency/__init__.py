@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from amc_env.costs.latency.cost import Latency, LatencyBudget
 from amc_env.costs.latency.runtimes import RUNTIMES, Runtime, RuntimeName, runtime
-from amc_env.costs.latency.timing import Call, Timing, interleaved, warn_where_busy
+from amc_env.costs.latency.timing import BUSY, Call, Timing, interleaved, warn_where_busy
 from amc_env.system import machine, processor, using_threads
 
 __all__ = [
+    "BUSY",
     "RUNTIMES",
     "Call",
     "Latency",

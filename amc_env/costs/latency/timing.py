@@ -22,7 +22,8 @@ Call = Callable[[], float | None]
 _LOG = logging.getLogger(__name__)
 
 
-_BUSY = 0.3  # spread from which on a machine is taken to be busy with something else
+BUSY = 0.3
+"""Spread from which on a machine is taken to be busy with something else, and times as unreliable."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def _timing(values: list[float]) -> Timing:
 def warn_where_busy(networks: Sequence[Timing]) -> None:
     """Warn if the times of complete networks spread too far to be reliable."""
     spread = float(np.median([timing.spread for timing in networks]))
-    if spread > _BUSY:
+    if spread > BUSY:
         _LOG.warning(
             "latency: the middle half of a network's times spreads over %.0f%% of their median: something else runs here, "
             "and neither these times, nor a table nor a check made now, can be relied on; more repeats measure for longer",

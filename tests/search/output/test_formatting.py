@@ -1,5 +1,7 @@
 """Numbers and names as people read them; tables of runs that cut channels and of runs that mask weights."""
 
+from dataclasses import replace
+
 import pytest
 from made_results import budget, masked_result, network, pattern_result, result, search
 
@@ -9,6 +11,7 @@ from search.output.formatting import (
     comparison,
     cost_name,
     history_line,
+    latency_note,
     pattern_line,
     size,
     storage_rows,
@@ -42,6 +45,15 @@ def test_costs_go_by_their_names() -> None:
     assert names == ["MACs", "parameters", "stored size", "cycles", "peak memory", "watts"]
     of_masks = [cost_name(cost, masked=True) for cost in ("macs", "params", "storage", "cycles")]
     assert of_masks == ["non-zero MACs", "non-zero parameters", "stored size", "cycles"]
+
+
+def test_times_that_spread_too_far_are_not_compared() -> None:
+    (fine,) = {cells[1].relative for title, cells in comparison(result()).rows.items() if "batch" in title}
+    assert (fine, latency_note(result())) == ("49.9%", "")
+    noisy = result(pruned=replace(network(0.84, 20.23e6), latency_spread=0.31))
+    (cells,) = [cells for title, cells in comparison(noisy).rows.items() if "batch" in title]
+    assert [cell.relative for cell in cells] == ["", "", "49.9%"]
+    assert "not reliable" in latency_note(noisy)
 
 
 def test_masked_weights_are_counted_twice() -> None:

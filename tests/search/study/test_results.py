@@ -143,6 +143,25 @@ def test_a_batch_of_more_images_than_there_are_is_measured_as_large_as_it_is_sai
     assert torch.equal(example, torch.cat([images, images, images[:6]]))
 
 
+@pytest.mark.parametrize(
+    ("granularity", "timed"), [("channel", ["base", "pruned"]), ("fine_grained", ["base"])]
+)
+def test_networks_of_one_architecture_are_timed_once(
+    small_data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, granularity: str, timed: list[str]
+) -> None:
+    seen: list[str] = []
+
+    def measured(networks: Mapping[str, object], *_: object, **more: object) -> dict[str, Timing]:
+        seen.extend(networks)
+        return {name: Timing(1.0 + len(name), 1.0, 1.0, 1) for name in networks}
+
+    monkeypatch.setattr("search.study.results.measure", measured)
+    result = go(tmp_path, small_data, small(granularity, latency=LatencySettings(repeats=1))).result
+    assert seen == timed
+    assert result.finetuned is not None
+    assert result.finetuned.latency_ms == result.pruned.latency_ms == 1.0 + len(timed[-1])
+
+
 def test_a_run_outlives_a_runtime_that_cannot_run_its_network(
     amc_search: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

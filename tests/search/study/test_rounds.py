@@ -146,6 +146,7 @@ def test_one_round_is_pruning_and_plain_fine_tuning_to_the_bit(small_data: Data,
         lr=0.1 * 0.1,
         momentum=0.9,
         weight_decay=1e-4,
+        warmup_epochs=0.05 * 7,
         seed=0,
         masks=plain.masks,
     )

@@ -81,5 +81,7 @@ class Once:
 def test_as_many_steps_as_are_asked_for_or_none() -> None:
     assert len(list(_Steps(Once(), 3))) == 3
     assert len(list(_Steps(Once(), 2))) == 2
-    with pytest.raises(UserError, match="no batch after 3 of short_term.steps=4: its loader must start anew"):
+    with pytest.raises(
+        UserError, match="no batch after 3 of short_term.steps=4: its loader must start again"
+    ):
         list(_Steps(Once(), 4))
