@@ -37,6 +37,9 @@ class SearchTask:
         seed: What an agent draws depends on this and on the rewards alone: a killed search is resumed by
             running the agent again and reading the outcomes back, and ``episodes`` may have grown by then.
         on_update: Called with figures of the agent under slash names (agent/critic_loss), for a tracker.
+        layer_errors: Gives, for every decision, the relative error that its cut alone leaves in the layers that read
+            it after least squares, at each of its feasible counts (`amc_env.space.Grid`), ascending from 0; None where
+            that is not known. It costs no evaluation.
         adopt: Makes the weights of a strategy just scored, repaired and shortly fine-tuned, those that ``score`` cuts
             from then on; counts stay those of units removed from the original.
     """
@@ -48,6 +51,7 @@ class SearchTask:
     seed: int
     on_update: Callable[[Mapping[str, float]], None] | None = None
     adopt: Callable[[Removed], None] = _stays
+    layer_errors: Callable[[], Sequence[npt.NDArray[np.float64]] | None] = lambda: None
 
 
 class Agent(ABC):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
 
 from amc_env.evaluation.evaluator import Evaluator
 from amc_env.evaluation.precision import FLOAT32
@@ -14,6 +17,7 @@ from amc_env.evaluation.scorer import accuracy
 from amc_env.graph.layers import LayerGraph
 from amc_env.pruning.candidate import Candidates, MaskedCandidates
 from amc_env.pruning.repair.base import BatchNorm, Both, NoRepair, Repair
+from amc_env.pruning.repair.errors import layer_errors
 from amc_env.pruning.repair.least_squares import LeastSquares
 from amc_env.pruning.repair.masked import MaskedLeastSquares, MaskedSequential
 from amc_env.pruning.repair.sequential import Sequential
@@ -90,6 +94,23 @@ def _repairs(
         "both": lambda: Both("both", (fitted("least_squares"), norms())),
         "sequential": partial(fitted, "sequential"),
     }
+
+
+def layer_errors_of(problem: PruningProblem, start: BaseWeights) -> Sequence[NDArray[np.float64]] | None:
+    """The least-squares error of every decision alone, as `agents.base.SearchTask` has it; None of masked weights."""
+    if not isinstance(start.candidates, Candidates):
+        return None
+    repair = problem.settings.repair
+    images = problem.images(problem.data.train, _calibration_images(problem.graph, repair.images))
+    return layer_errors(
+        start.candidates,
+        problem.grids,
+        problem.graph.topology,
+        images,
+        per_image=repair.per_image,
+        seed=problem.settings.seed,
+        ridge=repair.ridge,
+    )
 
 
 def _calibration_images(graph: LayerGraph, wanted: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from search.output.progress import Progress, SearchStatus
 from search.output.run_files import CONFIGURATION
 from search.output.run_result import RunResult
 from search.settings import Settings
-from search.study.evaluation import make_evaluator, start_of
+from search.study.evaluation import layer_errors_of, make_evaluator, start_of
 from search.study.identity import MAY_GROW, identity
 from search.study.journal import Journal
 from search.study.problem import PruningProblem, announce
@@ -99,6 +99,7 @@ def search(
         episodes=settings.episodes,
         seed=settings.seed,
         on_update=latest.update,
+        layer_errors=cache(partial(layer_errors_of, problem, start)),
         adopt=study.adopt,
     )
     settings.agent.search(task)

@@ -10,8 +10,11 @@ import pytest
 from agents.base import Agent, SearchTask
 from agents.baselines import Random, Uniform
 from agents.ddpg import DDPGAgent
+from agents.evolution import Evolution
 from agents.netadapt import NetAdapt
+from agents.samplers import CmaEs, Tpe
 from agents.sensitivity import Sensitivity
+from agents.surrogate import Surrogate
 from agents.testing import check_agent
 
 SMALL = {"warmup_episodes": 15, "hidden": (64, 64), "warmup": "landing", "updates": 2, "actor_lr": 1e-3}
@@ -29,6 +32,10 @@ NEAR = {"warmup": "near_uniform", "warmup_episodes": 10, "sigma": 0.1, "rescale"
         (NetAdapt, {"seeded": False}),
         (partial(NetAdapt, choice="exchange"), {"seeded": False}),
         (Sensitivity, {"seeded": False}),
+        (Evolution, {}),
+        (Surrogate, {}),
+        (CmaEs, {}),
+        (Tpe, {}),
         (Random, {"learns": False}),
         (Uniform, {"learns": False, "seeded": False}),
     ],

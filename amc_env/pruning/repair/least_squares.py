@@ -34,7 +34,7 @@ _ROUNDING = 1e-11
 _SOLVED_BYTES = 128 * 2**20
 
 
-def _factored(moments: Moments, intercept: bool, ridge: float) -> tuple[Moments, Tensor]:
+def factored(moments: Moments, intercept: bool, ridge: float) -> tuple[Moments, Tensor]:
     """The moments (about the means, with an intercept) and the factor of their ridged Gram matrix."""
     about = moments.centred() if intercept else moments
     spread = about.xx.diagonal(dim1=-2, dim2=-1)
@@ -47,7 +47,7 @@ def _factored(moments: Moments, intercept: bool, ridge: float) -> tuple[Moments,
 
 def solve(moments: Moments, intercept: bool, ridge: float) -> tuple[Tensor, Tensor | None]:
     """Weights [out, n] (groups stacked) and intercept [out] that give y best from x."""
-    about, factor = _factored(moments, intercept, ridge)
+    about, factor = factored(moments, intercept, ridge)
     solution = torch.cholesky_solve(about.xy, factor)
     weight = solution.transpose(1, 2).flatten(0, 1)
     if not intercept:
@@ -150,8 +150,8 @@ class LeastSquares:
         intercept = absorbs(columns.layer, self._topology)
         if name not in self._factors:
             ordered = columns.columns(columns.order).to(self._moments[name].xx.device)
-            moments = _select(self._moments.pop(name), ordered)
-            about, factor = _factored(moments, intercept, self._ridge)
+            moments = select(self._moments.pop(name), ordered)
+            about, factor = factored(moments, intercept, self._ridge)
             # The factor stands for both matrices of inputs, which are as large as it is.
             nothing = factor.new_empty(0)
             self._factors[name] = replace(about, xx=nothing), factor, replace(moments, xx=nothing)
@@ -169,11 +169,11 @@ class LeastSquares:
     def _sub(self, columns: _Columns, kept: Tensor) -> tuple[Tensor, Tensor | None]:
         """From the sub-Gram: a consumer fed by several groups has no single order."""
         moments = self._moments[columns.layer.name]
-        moments = _select(moments, columns.columns(kept).to(moments.xx.device))
+        moments = select(moments, columns.columns(kept).to(moments.xx.device))
         return solve(moments, absorbs(columns.layer, self._topology), self._ridge)
 
 
-def _select(moments: Moments, columns: Tensor) -> Moments:
+def select(moments: Moments, columns: Tensor) -> Moments:
     xx = moments.xx[:, columns][:, :, columns]
     return Moments(xx, moments.xy[:, columns], moments.x[:, columns], moments.y, moments.count)
 
