@@ -11,12 +11,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from agents.base import Agent, SearchTask
+from agents.moves import least_error
 from amc_env.errors import UserError
 from amc_env.space import Removed, SearchSpace
 from amc_env.validation import Fraction, FractionOrZero, Listed, settings
@@ -164,6 +165,8 @@ class Sensitivity(Agent):
         threshold: Accuracy that may be given up, in [0, 1), as measured with one decision cut; more is where the
             budget asks for it. Needed without a budget. What a search delivers is the best by its reward: without a
             budget take one that knows the cost (reward=error_flops), or the original is delivered.
+        source: ``accuracy`` scores the curves. ``least_squares`` takes the error that least squares leaves in each layer
+            instead and scores the strategy of least total error alone (`agents.moves.least_error`): one evaluation.
     """
 
     name: ClassVar[str] = "sensitivity"
@@ -171,6 +174,7 @@ class Sensitivity(Agent):
 
     ratios: Ratios = RATIOS
     threshold: FractionOrZero | None = None
+    source: Literal["accuracy", "least_squares"] = "accuracy"
 
     def check(self, space: SearchSpace, episodes: int) -> None:
         """Refuses a search space that gives nothing to prune to.
@@ -178,6 +182,10 @@ class Sensitivity(Agent):
         Raises:
             UserError: There is neither a budget nor a threshold.
         """
+        if self.source == "least_squares" and not space.budgets:
+            raise UserError(
+                "agent.source=least_squares needs a budget; set one, like budget=flops", field="agent.source"
+            )
         if self.threshold is None and not space.budgets:
             raise UserError(
                 "agent=sensitivity with budget=none has no threshold to prune to; set agent.threshold, "
@@ -192,6 +200,9 @@ class Sensitivity(Agent):
         """
         space = task.space
         self.check(space, task.episodes)
+        if self.source == "least_squares":
+            task.score([self._least_error(task)])
+            return
         plans = self._fitting(space, task.episodes)
         unpruned = space.snap(np.zeros(len(space.names)))
         trials = task.score([unpruned, *(removed for alone in plans for removed in alone)])
@@ -199,6 +210,15 @@ class Sensitivity(Agent):
         original = next(scored)
         curves = curves_of(space, plans, original, [[next(scored) for _ in alone] for alone in plans])
         task.score([pick(space, curves, self.threshold).removed])
+
+    def _least_error(self, task: SearchTask) -> Removed:
+        errors = task.layer_errors()
+        if errors is None:
+            raise UserError(
+                "agent.source=least_squares is not known for masked weights: use agent.source=accuracy",
+                field="agent.source",
+            )
+        return least_error(task.space, errors)
 
     def _fitting(self, space: SearchSpace, episodes: int) -> list[list[Removed]]:
         """The plan for as many ratios as ``episodes`` allow, evenly out of the list."""

@@ -28,6 +28,7 @@ from amc_env.costs.latency import Timing
 from search.output.formatting import cost_name
 
 BLUE, ORANGE, VERMILION, GREY, INK = "#0072B2", "#E69F00", "#D55E00", "#D0D3D6", "#30343A"
+_LINES = (BLUE, VERMILION, "#009E73", ORANGE, "#CC79A7", "#56B4E9", INK)
 DPI = 150
 _ALL_NAMED = 10  # lines that can still be distinguished by colour
 _NARROWEST = 0.02  # axis of costs, as a share of the original's
@@ -53,6 +54,43 @@ class Candidate:
     accuracy: float
     cost: float
     met: bool
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a comparison: the best score in [0, 1] after each evaluation, for each seed."""
+
+    label: str
+    curves: Sequence[Sequence[float]]
+
+
+def plot_comparison(lines: Sequence[Line], path: Path) -> Path:
+    """Best score against evaluations: the mean over the seeds, and the band from the lowest to the highest.
+
+    Args:
+        lines: one per group of runs; curves of one line may differ in length, and are shown where all of them go.
+        path: PNG to write.
+    """
+    figure = _figure(7.2, 4.2)
+    axes = figure.subplots()
+    for place, line in enumerate(lines):
+        length = min(map(len, line.curves))
+        scores = np.array([curve[:length] for curve in line.curves])
+        colour, style = _LINES[place % len(_LINES)], ("-", "--", ":")[place // len(_LINES) % 3]
+        evaluations = np.arange(1, length + 1)
+        axes.plot(
+            evaluations, scores.mean(axis=0), color=colour, ls=style, lw=1.8, label=_shorten(line.label)
+        )
+        if len(scores) > 1:
+            axes.fill_between(
+                evaluations, scores.min(axis=0), scores.max(axis=0), color=colour, alpha=0.15, lw=0
+            )
+    axes.set_xlabel("evaluations")
+    axes.set_ylabel("best score on the search split")
+    axes.yaxis.set_major_formatter(_PERCENT)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend(axes)
+    return _save(figure, path)
 
 
 def plot_channels(widths: Sequence[Width], path: Path, unit: str = "channels") -> Path:

@@ -22,6 +22,7 @@ class Evaluation:
 
     Attributes:
         start: the weights that the strategy was cut from.
+        repair: the repair that it was scored with.
         removed: the strategy's counts.
         score: on the search split, in [0, 1].
         costs: by name.
@@ -29,6 +30,7 @@ class Evaluation:
     """
 
     start: str
+    repair: str
     removed: tuple[int, ...]
     score: float
     costs: Mapping[str, float]
@@ -93,7 +95,9 @@ class RunFiles:
 
 
 def _evaluation(line: Mapping[str, Any]) -> Evaluation:
-    return Evaluation(line["start"], tuple(line["removed"]), line["score"], line["costs"], line["met"])
+    return Evaluation(
+        line["start"], line["repair"], tuple(line["removed"]), line["score"], line["costs"], line["met"]
+    )
 
 
 def _decisions(path: Path) -> dict[str, Decision]:

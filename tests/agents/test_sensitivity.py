@@ -130,3 +130,18 @@ def test_a_pick_says_its_threshold(toy) -> None:
     free = [t for t in range(4) if 0 < found.removed[t] < 24]
     for t in free:
         assert 1.0 - SLOPES[t] * found.removed[t] / 32 == pytest.approx(found.threshold, abs=SLOPES[t] / 32)
+
+
+def test_the_least_squares_source_spends_one_evaluation(toy) -> None:
+    search = toy()
+    flat = np.zeros(search.space.grids[0].size)
+    errors = [flat, np.linspace(0, 1, len(flat)), flat, flat]
+    agent = Sensitivity(source="least_squares")
+    agent.search(search.task(10, layer_errors=lambda: errors))
+    (picked,) = search.scored
+    assert picked[1] == 0
+    assert search.space.met(picked)
+    with refused("invalid", "agent.source"):
+        agent.search(search.task(10))
+    with refused("invalid", "agent.source"):
+        agent.check(toy(ratio=None).space, 10)
