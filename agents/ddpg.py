@@ -120,6 +120,8 @@ class AMCDDPG(DDPG):
         self.settings, self.steps, self.on_update = settings, steps, on_update
         self.noise = settings.noise
         self._warmup, self._warmup_actions, self._noise_rng = warmup, np.empty((0, 0, 1)), rng
+        self._mean, self._std = torch.zeros(1), torch.ones(1)
+        self._normalised = not settings.normalise
         super().__init__(
             "MlpPolicy",
             env,
@@ -178,10 +180,25 @@ class AMCDDPG(DDPG):
         else:
             assert isinstance(self._last_obs, np.ndarray)
             with torch.no_grad(), one_thread():
-                scaled = self.actor.mu(torch.from_numpy(self._last_obs)).numpy().astype(np.float64)
+                scaled = (
+                    self.actor.mu(self._scaled(torch.from_numpy(self._last_obs))).numpy().astype(np.float64)
+                )
             mean = low + 0.5 * (scaled + 1.0) * (high - low)
             action = self.noise.draw(mean, low, high, self._episode_num, self._noise_rng)
         return action.astype(np.float32), (2.0 * (action - low) / (high - low) - 1.0).astype(np.float32)
+
+    def _scaled(self, observations: Tensor) -> Tensor:
+        """Observations as the networks see them."""
+        return (observations - self._mean) / self._std
+
+    def _normalise(self) -> None:
+        """Scale each feature to mean 0 and variance 1 over the warm-up's observations, from now on."""
+        assert self.replay_buffer is not None
+        seen = torch.from_numpy(self.replay_buffer.observations[: self.replay_buffer.size()].copy()).flatten(
+            0, 1
+        )
+        self._mean, self._std = seen.mean(dim=0), seen.std(dim=0).clamp_min(1e-3)
+        self._normalised = True
 
     def _warmup_step(self, n_envs: int) -> npt.NDArray[np.float64]:
         step = self.num_timesteps // n_envs % self.steps
@@ -200,17 +217,19 @@ class AMCDDPG(DDPG):
         online: list[Tensor] = [*critic.parameters(), *actor.parameters()]
         targets: list[Tensor] = [*target_critic.parameters(), *target_actor.parameters()]
         losses = []
+        if not self._normalised:
+            self._normalise()
         for batch in self.replay_buffer.sample_many(gradient_steps, batch_size):
-            goal = batch.rewards
+            goal, now = batch.rewards, self._scaled(batch.observations)
             if self.gamma > 0:
                 with torch.no_grad():
-                    then = batch.next_observations
+                    then = self._scaled(batch.next_observations)
                     goal = goal + (1 - batch.dones) * self.gamma * _value(
                         target_critic, then, target_actor(then)
                     )
-            critic_loss = mse_loss(_value(critic, batch.observations, batch.actions), goal)
+            critic_loss = mse_loss(_value(critic, now, batch.actions), goal)
             _descend(critic_loss, critic, self.critic.optimizer)
-            actor_loss = -_value(critic, batch.observations, actor(batch.observations)).mean()
+            actor_loss = -_value(critic, now, actor(now)).mean()
             _descend(actor_loss, actor, self.actor.optimizer)
             with torch.no_grad():
                 torch._foreach_lerp_(targets, online, self.tau)
@@ -269,6 +288,7 @@ class DDPGAgent(Agent):
         store: The action that is learnt from: "raw" as the policy gave it, or "executed" after the bound.
         baseline_rate: Weight of the newest batch in the moving average subtracted from rewards; 0 for none.
         rescale: Divide rewards by the standard deviation of those in the replay buffer; not in AMC.
+        normalise: Scale the state's features to mean 0 and variance 1 over the warm-up's states; not in AMC.
         hidden: Hidden layers of actor and critic.
         infinite_reward: The reward that the learner gets in place of minus infinity.
         n_envs: Episodes at once, whose strategies are scored together. The warm-up takes as many whole rounds of them as
@@ -294,6 +314,7 @@ class DDPGAgent(Agent):
     store: Literal["raw", "executed"] = "raw"
     baseline_rate: ShareOrZero = 0.5
     rescale: bool = False
+    normalise: bool = False
     hidden: Listed[Count] = (300, 300)
     infinite_reward: float = -2.0
     n_envs: Count = 1

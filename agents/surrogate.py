@@ -44,7 +44,7 @@ class Surrogate(Agent):
     name: ClassVar[str] = "surrogate"
     steps: ClassVar[bool] = False
 
-    initial: Count = 20
+    initial: Count = 10
     pool: Count = 200
     focus: Positive = 3.0
 

@@ -49,7 +49,10 @@ def test_a_failed_run_gives_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFi
     assert "nosuch" in (tmp_path / "a-1" / "output.txt").read_text()
 
 
-def test_repairs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_repairs_are_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare_repairs, "REPAIRS", ("none", "sequential"))
     model = ("model=digits_cnn", *TINY[1:])
     assert compare_repairs.main([str(tmp_path), "--jobs", "2", "--ratios", "0.3", "--common", *model]) == 0
     titles, _, *rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
