@@ -38,6 +38,7 @@ class Layer:
         costless: A fixed selection that costs nothing (an option-A shortcut): no MACs are charged, it is never
             repaired.
         calls: How often one pass runs it; the positions of all calls are in ``out_size``.
+        tied: Whether it shares a parameter with another layer; such layers are not pruned.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Layer:
     out_size: tuple[int, int]
     costless: bool = False
     calls: int = 1
+    tied: bool = False
 
     @property
     def depthwise(self) -> bool:

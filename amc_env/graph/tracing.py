@@ -32,6 +32,7 @@ from amc_env.graph.layers import (
 from amc_env.graph.surgery import resize, silence_inputs
 from amc_env.graph.topology import Topology
 
+_TIED = "shares a parameter with another layer"
 Coupled = tuple[object, Side, list[int], list[int]]
 """A module or parameter, its side, entries of that dimension, and the root channels that they go with."""
 
@@ -123,7 +124,17 @@ def _layers(model: nn.Module, example: Tensor) -> dict[str, Layer]:
     finally:
         for handle in handles:
             handle.remove()
-    return layers
+    tied = _tied(model)
+    return {name: replace(layer, tied=name in tied) for name, layer in layers.items()}
+
+
+def _tied(model: nn.Module) -> set[str]:
+    """Names of the modules that share a parameter with another module."""
+    owners: dict[nn.Parameter, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(parameter, []).append(name)
+    return {name for names in owners.values() if len(names) > 1 for name in names}
 
 
 def _other_convolutions(model: nn.Module, example: Tensor) -> dict[str, int]:
@@ -174,12 +185,17 @@ def _layer(name: str, index: int, module: nn.Module, inputs: Tensor, output: Ten
 
 
 def _rest(model: nn.Module, layers: Mapping[str, Layer]) -> tuple[tuple[ChannelWise, ...], int]:
-    """Channel-wise modules, and the number of parameters outside of them and of the layers."""
+    """Channel-wise modules, and the number of parameters outside of them and of the layers.
+
+    Parameters that several layers share are counted with each of those, and taken off here.
+    """
     channelwise = []
     counted: set[int] = set()
+    repeated = 0
     for name, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if id(p) not in counted]
         if name in layers:
+            repeated += sum(p.numel() for p in module.parameters(recurse=False) if id(p) in counted)
             counted.update(id(p) for p in own)
         elif isinstance(module, CHANNELWISE):
             channels = channels_of(module, "out")
@@ -187,7 +203,8 @@ def _rest(model: nn.Module, layers: Mapping[str, Layer]) -> tuple[tuple[ChannelW
             if channels and size % channels == 0:
                 channelwise.append(ChannelWise(name, channels, size // channels))
                 counted.update(id(p) for p in own)
-    return tuple(channelwise), sum(p.numel() for p in model.parameters() if id(p) not in counted)
+    other = sum(p.numel() for p in model.parameters() if id(p) not in counted)
+    return tuple(channelwise), other - repeated
 
 
 def _raw_groups(model: nn.Module, example: Tensor) -> Iterator[list[Coupled]]:
@@ -215,7 +232,7 @@ def _channel_group(
     """Merges one raw group by (module, side), or says of all its layers why their channels are skipped."""
     modules = dict(model.named_modules())
     names: dict[object, str] = {module: name for name, module in modules.items()}
-    reason = next((r for module, *_ in raw if (r := _unsupported(module, names))), None)
+    reason = next((r for module, *_ in raw if (r := _unsupported(module, names, layers))), None)
     pairs: dict[tuple[str, Side], set[tuple[int, int]]] = {}
     for module, side, positions, roots in raw:
         name = names.get(module, "")
@@ -242,7 +259,10 @@ def _channel_group(
     return ChannelGroup(producers[0], channels // blocks, channels, tuple(members), producers, consumers)
 
 
-def _unsupported(module: object, names: Mapping[object, str]) -> str | None:
+def _unsupported(module: object, names: Mapping[object, str], layers: Mapping[str, Layer]) -> str | None:
+    name = names.get(module, "")
+    if name in layers and layers[name].tied:
+        return f"its channels meet {name}, which {_TIED}"
     if isinstance(module, nn.Parameter):
         return f"its channels meet a parameter outside a module, of shape {tuple(module.shape)}"
     known = isinstance(module, (nn.Conv2d, nn.Linear, *CHANNELWISE)) or module not in names

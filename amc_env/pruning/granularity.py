@@ -277,7 +277,8 @@ class _MakesGrid(Protocol):
 
 def _per_layer(graph: LayerGraph, make: _MakesGrid) -> tuple[LayerGraph, tuple[Grid, ...]]:
     """The grids of all layers, and the graph where those that gave a reason instead are reported as skipped."""
-    made = {layer.name: make(layer) for layer in graph.layers if not layer.costless}
+    shared = "it shares a parameter with another layer"
+    made = {layer.name: shared if layer.tied else make(layer) for layer in graph.layers if not layer.costless}
     reasons: Mapping[str, str] = {name: grid for name, grid in made.items() if isinstance(grid, str)}
     skipped = tuple(Skipped(name, reason) for name, reason in reasons.items())
     return graph.uncoupled(skipped), tuple(grid for grid in made.values() if isinstance(grid, Grid))

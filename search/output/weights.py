@@ -112,13 +112,18 @@ def _channels(model: nn.Module, keeps: Keeps, original: nn.Module | None) -> dic
             continue
         entries[name] = {side: keep.tolist() for side, keep in sides.items()}
         for side in _SIDES:
-            size = channels_of(modules[name], side)
+            size = _size(modules[name], side)
             if side in sides and size != len(sides[side]):
                 problems.append(f"{name}.{side} has {size} channels, {len(sides[side])} are kept")
             entries[name][f"{side}_total"] = channels_of(unpruned[name], side) if name in unpruned else None
     if problems:
         raise ValueError(f"keeps do not describe {type(model).__name__}: {_listed(problems)}")
     return entries
+
+
+def _size(module: nn.Module, side: Side) -> int:
+    """Channels of a pruned module; a PReLU that kept one of several looks like one that all channels share."""
+    return module.num_parameters if isinstance(module, nn.PReLU) else channels_of(module, side)
 
 
 def _read_channels(module: nn.Module, path: Path) -> Keeps:

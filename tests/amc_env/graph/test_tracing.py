@@ -7,11 +7,12 @@ from networks import NETWORKS, SMALL, images, network, problem, random_removed, 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from amc_env.costs.counts import Params
 from amc_env.errors import UserError
 from amc_env.graph.layers import Skipped
 from amc_env.graph.surgery import resize, silence_inputs
-from amc_env.graph.tracing import trace
-from amc_env.pruning.granularity import Channel
+from amc_env.graph.tracing import trace, trace_layers
+from amc_env.pruning.granularity import Channel, FineGrained
 from search.models.resnet import ResNet
 
 # Names of a network's groups with their units, in the order of decisions.
@@ -255,3 +256,32 @@ def test_coupling_is_proved_before_it_is_believed() -> None:
 def test_resize_gives_sizes_that_agree_with_the_tensors() -> None:
     model = resize(network("depthwise"), {})
     assert same_state(model, network("depthwise"))
+
+
+class Tied(nn.Module):
+    """Two layers that share one weight, beside one that does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.one = nn.Conv2d(8, 8, 3, padding=1)
+        self.two = nn.Conv2d(8, 8, 3, padding=1)
+        self.two.weight = self.one.weight
+        self.free = nn.Linear(8, 6)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.two(torch.relu(self.one(torch.relu(self.stem(x))))))
+        return self.head(torch.relu(self.free(x.mean((2, 3)))))
+
+
+@pytest.mark.parametrize("granularity", [Channel(1), FineGrained()])
+def test_layers_that_share_a_parameter_are_left_as_they_are_and_counted_once(granularity) -> None:
+    model = Tied()
+    graph = (trace_layers if granularity.masked else trace)(model, images())
+    graph, grids = granularity.decisions(graph)
+    assert {"one", "two"} <= {skipped.name for skipped in graph.skipped}
+    assert "free" in {grid.name for grid in grids}
+    assert not {"one", "two"} & {grid.name for grid in grids}
+    params = Params(graph, grids if granularity.masked else ())
+    assert params([0] * len(grids)) == sum(parameter.numel() for parameter in model.parameters())

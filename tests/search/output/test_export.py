@@ -394,6 +394,16 @@ def test_a_network_whose_output_is_not_finite_is_not_kept(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+def test_a_prelu_that_kept_one_channel_is_saved_and_restored(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.PReLU(4), nn.Conv2d(4, 2, 1)).eval()
+    kept = torch.tensor([2])
+    keeps = {"0": {"out": kept}, "1": {"out": kept}, "2": {"in": kept}}
+    small = resize(copy.deepcopy(model), keeps)
+    save_pruned(small, keeps, tmp_path, name="m", original=model)
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(load_pruned(copy.deepcopy(model), tmp_path)(x), small(x))
+
+
 def test_keeps_of_another_network_are_refused(tmp_path: Path) -> None:
     cut = pruned("mlp")
     keeps = {**cut.keeps, "first": {"out": torch.arange(3)}, "ghost": {"out": torch.arange(3)}}
