@@ -43,7 +43,16 @@ def train_network(epochs: int = 15) -> nn.Module:
 
 if __name__ == "__main__":
     train, val, test = make_loaders()
-    small = compress(train_network(), train, val, budget=0.3, test_loader=test, episodes=60, finetune=5)
+    small = compress(
+        train_network(),
+        train,
+        val,
+        budget=0.3,
+        test_loader=test,
+        episodes=60,
+        finetune=5,
+        original_lr=0.1,  # of the training; without it fine-tuning is cautious
+    )
     for stage in ("base", "pruned", "finetuned"):
         figures = getattr(small.result, stage)
         print(f"{stage:9} accuracy {figures.accuracy:.3f}, {figures.costs['macs']} MACs")

@@ -95,8 +95,8 @@ def compress(
             a `NetworkCost` of your own; or the settings of one budget or several,
             ``LatencyBudget(table="phone.json", elsewhere=True, limit=25.0)``. All
             of them hold.
-        agent: ``ddpg``, ``ddpg_near_uniform``, ``netadapt``, ``random``, ``sensitivity`` or ``uniform``, with the
-            settings of its file in conf/agent; or an agent of one's own.
+        agent: ``surrogate``, ``evolution``, ``cmaes``, ``tpe``, ``ddpg``, ``ddpg_near_uniform``, ``netadapt``, ``random``,
+            ``sensitivity`` or ``uniform``, with the settings of its file in conf/agent; or an agent of one's own.
         test_loader: Batches for the final figures; without it they are on the validation batches, and are labelled so.
         episodes: Episodes of the search, or evaluations of an agent that does not step.
         finetune: Epochs of fine-tuning, 0 for none, or all of its settings.
@@ -109,14 +109,14 @@ def compress(
         device: Where networks run.
         settings: Everything else (repair, criterion, channel multiple, export, the conditions of latency). An argument
             that is given wins over the same field; one that is not leaves it alone. Without settings, half of the
-            MACs, DDPG, 300 episodes, 10 epochs of fine-tuning and seed 0 are used, and layers keep multiples of 2
-            channels, under a latency budget of its ``vector_width``.
+            MACs, the agent ``surrogate``, 300 episodes, 10 epochs of fine-tuning and seed 0 are used, and layers keep
+            multiples of 2 channels, under a latency budget of its ``vector_width``.
 
     Raises:
         UserError: Whatever is wrong with network, data or settings, in one message, before anything expensive.
     """
     if settings is None:
-        budget, agent = 0.5 if budget is None else budget, agent or "ddpg"
+        budget, agent = 0.5 if budget is None else budget, agent or "surrogate"
     given: dict[str, Any] = {
         "agent": _agent(agent) if isinstance(agent, str) else agent,
         "budgets": None if budget is None else _budgets(budget),

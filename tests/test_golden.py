@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 OVERRIDES = (
+    "agent=ddpg",
     "search.episodes=30",
     "finetune.epochs=0",
     "export=[]",
@@ -38,7 +39,7 @@ WEIGHTS = "895317dae0103983"
 
 
 @pytest.mark.slow
-def test_the_default_search_gives_the_recorded_numbers(tmp_path: Path) -> None:
+def test_a_ddpg_search_gives_the_recorded_numbers(tmp_path: Path) -> None:
     """The strategy delivered is compared where the network, which is trained here first, has the recorded weights."""
     command = [sys.executable, "-m", "search.run_search", *OVERRIDES, f"hydra.run.dir={tmp_path}"]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False)

@@ -34,7 +34,7 @@ def ddpg(preset: str) -> DDPGAgent:
     return agent
 
 
-@pytest.mark.parametrize("option", ["ddpg", "uniform", "random"])
+@pytest.mark.parametrize("option", ["cmaes", "ddpg", "evolution", "random", "surrogate", "tpe", "uniform"])
 def test_every_agent_instantiates_and_names_all_its_settings(option: str) -> None:
     config = load("agent", option)
     agent = instantiate(config)

@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import benchmark  # noqa: E402 -- scripts are no package
 
-TINY = ("search.images=60", "repair.images=60", "agent.hidden=[8,8]", "agent.warmup_episodes=1")
+TINY = ("search.images=60", "repair.images=60", "agent=ddpg", "agent.hidden=[8,8]", "agent.warmup_episodes=1")
 Runs = list[tuple[str, str, str]]
 
 

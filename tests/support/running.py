@@ -7,6 +7,7 @@ SMALL = ("device=cpu", "model=digits_mlp", "model.epochs=3", "search.images=100"
 
 QUICK = (
     *SMALL,
+    "agent=ddpg",
     "search.episodes=8",
     "agent.warmup_episodes=3",
     "finalists.count=2",

@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
 from refusals import refused
 
-from agents.ddpg import DDPGAgent
+from agents.surrogate import Surrogate
 from amc_env.errors import UserError
 from search.config import compose as wiring
 from search.settings import BudgetSettings, RepairSettings
@@ -21,14 +21,14 @@ def config(*overrides: str) -> DictConfig:
 def test_the_default_configuration_becomes_settings() -> None:
     cfg = config("budget.ratio=0.3", "search.episodes=7", "seed=5", "export=[]", "device=cpu")
     settings = wiring.settings_of(cfg, original_lr=0.2)
-    assert isinstance(settings.agent, DDPGAgent)
+    assert isinstance(settings.agent, Surrogate)
     assert settings.budgets == (BudgetSettings("macs", 0.3),)
     assert settings.repair == RepairSettings("least_squares")
     assert (settings.episodes, settings.seed, settings.export, settings.original_lr) == (7, 5, (), 0.2)
 
 
 def test_problems_of_several_sections_come_in_one_message() -> None:
-    cfg = config("budget.ratio=7", "finetune.epochs=-1", "agent.sigma=-1")
+    cfg = config("agent=ddpg", "budget.ratio=7", "finetune.epochs=-1", "agent.sigma=-1")
     with pytest.raises(UserError) as error:
         wiring.settings_of(cfg, original_lr=0.1)
     for text in ("budget.ratio=7", "finetune.epochs=-1", "agent.sigma=-1"):
@@ -39,6 +39,7 @@ def test_types_and_unknown_keys_of_all_sections_come_in_one_error() -> None:
     cfg = config(
         "seed=x",
         "finetune.epochs=1.5",
+        "agent=ddpg",
         "agent.hidden=3",
         "+repair.foo=1",
         "data.split_seed=z",
@@ -105,5 +106,5 @@ def test_a_default_agent_may_be_said_by_its_difference_to_another() -> None:
 
 
 def test_an_unknown_default_agent_is_refused_with_those_there_are() -> None:
-    with pytest.raises(UserError, match="ddpg, ddpg_near_uniform, netadapt, random, sensitivity, uniform"):
+    with pytest.raises(UserError, match="cmaes, ddpg, ddpg_near_uniform, evolution, netadapt"):
         wiring.default_agent("sarsa")

@@ -85,7 +85,10 @@ def assert_delivered(
 
 @pytest.mark.parametrize(
     ("granularity", "overrides"),
-    [("fine_grained", ["agent.warmup_episodes=1"]), ("nm", ["agent=random", "model=digits_cnn"])],
+    [
+        ("fine_grained", ["agent=ddpg", "agent.warmup_episodes=1"]),
+        ("nm", ["agent=random", "model=digits_cnn"]),
+    ],
 )
 def test_a_command_delivers_what_it_reports(
     amc_search: Command, tmp_path: Path, granularity: str, overrides: list[str]

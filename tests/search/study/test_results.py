@@ -17,6 +17,7 @@ from search.settings import LatencySettings
 
 QUICK = (
     *SMALL,
+    "agent=ddpg",
     "granularity=fine_grained",
     "budget=params",
     "search.episodes=5",
