@@ -79,6 +79,7 @@ def compress(
     folder: str | Path | None = None,
     seed: int | None = None,
     device: str | None = None,
+    keep: Sequence[str] | None = None,
     settings: Settings | None = None,
 ) -> Compressed:
     """Searches pruning ratios for a trained classifier, prunes and fine-tunes it.
@@ -107,6 +108,7 @@ def compress(
             one is made under ``outputs``.
         seed: Of everything that is drawn.
         device: Where networks run.
+        keep: Layers that are not pruned: patterns of names, like ``["stem.*"]``, or names of classes, like ``["Linear"]``.
         settings: Everything else (repair, criterion, channel multiple, export, the conditions of latency). An argument
             that is given wins over the same field; one that is not leaves it alone. Without settings, half of the
             MACs, the agent ``surrogate``, 300 episodes, 10 epochs of fine-tuning and seed 0 are used, and layers keep
@@ -125,6 +127,7 @@ def compress(
         "original_lr": original_lr,
         "seed": seed,
         "device": device,
+        "keep": keep,
     }
     wanted = {name: value for name, value in given.items() if value is not None}
     base = _defaults(wanted) if settings is None else replace(settings, **wanted)

@@ -257,6 +257,7 @@ class Settings:
         regularization: Loss term before and while channels or weights are cut.
         enforce_budget: Whether the environment raises actions to the bound.
         fill_budget: Whether the environment uses the budget up at an episode's end (not in AMC).
+        keep: Layers that are not pruned: patterns of names, like ``stem.*``, or names of classes, like ``Linear``.
         seed: Of the agent, of calibration positions and of fine-tuning.
         device: Where networks run, as torch names it.
         export: Formats of the small network.
@@ -270,6 +271,7 @@ class Settings:
     schedule: Schedule = field(default_factory=Schedule)
     regularization: Regularization = field(default_factory=NoRegularization)
     granularity: Granularity = field(default_factory=Channel)
+    keep: Listed[str] = ()
     criterion: Criterion = field(default_factory=Norm)
     repair: RepairSettings = field(default_factory=RepairSettings)
     finalists: FinalistSettings = field(default_factory=FinalistSettings)

@@ -1,6 +1,6 @@
 """Granularities: what one decision removes, and the counts it may take.
 
-Whole channels are cut out: the network gets smaller and runs faster anywhere. All finer granularities are
+Channels are cut out: the network gets smaller and needs no special kernels. All finer granularities are
 *masked*: weights are set to zero and shapes stay; what speed that brings depends on hardware and kernels that
 know the pattern, and each granularity's ``speed`` says which (Mao et al., "Exploring the Granularity of Sparsity
 in Convolutional Neural Networks", CVPR workshops 2017).
@@ -9,7 +9,9 @@ in Convolutional Neural Networks", CVPR workshops 2017).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Annotated, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -260,6 +262,41 @@ class NM:
         blocks = saliency.reshape(outputs, inputs // self.m, self.m, *saliency.shape[2:])
         order = torch.sort(blocks, dim=2, descending=True, stable=True).indices
         return order.argsort(dim=2).flatten(1, 2).to(torch.int32)
+
+
+def left_alone(
+    graph: LayerGraph, grids: tuple[Grid, ...], keep: Sequence[str], types: Mapping[str, str]
+) -> tuple[LayerGraph, tuple[Grid, ...]]:
+    """The graph and the decisions without those that would prune a layer that is to be kept.
+
+    Args:
+        graph: The layers; coupled channels where those are cut.
+        grids: The decisions.
+        keep: Patterns of layer names, like ``stem.*`` (`fnmatch`), or names of module classes, like ``Linear``. Channels
+            that are coupled to those of a kept layer stay as well.
+        types: The class name of every layer, by the layer's name.
+
+    Raises:
+        UserError: A pattern matches no layer.
+    """
+    found = {
+        pattern: {n for n, kind in types.items() if fnmatchcase(n, pattern) or kind == pattern}
+        for pattern in keep
+    }
+    if unknown := [pattern for pattern, names in found.items() if not names]:
+        raise UserError(
+            f"{{field}}: {', '.join(unknown)} matches no layer; there are {', '.join(types)}",
+            code="unknown_layer",
+            field="keep",
+        )
+    kept = set().union(*found.values())
+    producers = {group.name: set(group.producers) for group in graph.groups}
+    out = {grid.name: "it is kept by keep" for grid in grids if producers.get(grid.name, {grid.name}) & kept}
+    left = tuple(grid for grid in grids if grid.name not in out)
+    if graph.groups:
+        return graph.only(out), left
+    skipped = tuple(Skipped(name, reason) for name, reason in out.items())
+    return replace(graph, skipped=graph.skipped + skipped), left
 
 
 def _most(max_ratio: float, total: int) -> int:

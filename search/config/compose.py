@@ -178,7 +178,7 @@ def settings_of(
         found = {name: attempt(make) for name, make in (_parts(cfg) | dict(parts or {})).items()}
         # What was refused is left at its default, so that the others are checked as well.
         fine = {name: part for name, part in found.items() if part is not None}
-        more = scalars(cfg, "enforce_budget", "fill_budget", "export", "seed", "device")
+        more = scalars(cfg, "keep", "enforce_budget", "fill_budget", "export", "seed", "device")
         more |= {"episodes": search.episodes, "original_lr": original_lr}
         result = attempt(lambda: Settings(**fine, **more, stages=search.stages))
     assert isinstance(result, Settings)

@@ -17,7 +17,7 @@ from search.study.problem import PruningProblem
 
 MAY_GROW = ("episodes",)
 """Entries that may be larger when a run is resumed."""
-_OF_A_SCORE = ("granularity", "criterion", "repair", "short_term", "scoring", "seed", "device")
+_OF_A_SCORE = ("granularity", "keep", "criterion", "repair", "short_term", "scoring", "seed", "device")
 _OF_THE_SEARCH = ("agent", "episodes", "reward", "enforce_budget", "fill_budget")
 _OF_TRAINING = ("original_lr", "finetune", "regularization")
 _OF_STAGES = ("finalists", "schedule")

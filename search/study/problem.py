@@ -26,7 +26,7 @@ from amc_env.graph.tracing import trace, trace_layers
 from amc_env.pruning.candidate import Candidates, MaskedCandidates
 from amc_env.pruning.criteria import ElementCriterion, Sample, rank
 from amc_env.pruning.criteria.base import rank_after
-from amc_env.pruning.granularity import Masked
+from amc_env.pruning.granularity import Masked, left_alone
 from amc_env.space import Budget, Cost, Grid, SearchSpace, figure
 from search.data.base import Data, Split
 from search.output.export import check_formats
@@ -83,6 +83,9 @@ class PruningProblem:
         graph = (trace_layers if granularity.masked else trace)(model, example)
         _check_outputs(model, example, data)
         graph, grids = granularity.decisions(graph)
+        if settings.keep:
+            types = {layer.name: type(model.get_submodule(layer.name)).__name__ for layer in graph.layers}
+            graph, grids = left_alone(graph, grids, settings.keep, types)
         if not grids:
             reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in graph.skipped[:8])
             raise UserError(f"nothing is left to decide: {reasons}", code="nothing_to_prune")

@@ -265,6 +265,30 @@ def test_fine_tuning_that_makes_it_worse_is_not_delivered_unless_asked(
     assert ("pruned, delivered" in page) is (keep == "better")
 
 
+@pytest.mark.parametrize("granularity", [Channel(2), FineGrained()])
+def test_layers_that_are_to_be_kept_are_left_alone(
+    tmp_path: Path, granularity: Channel | FineGrained
+) -> None:
+    settings = replace(quick(), granularity=granularity, budgets=(BudgetSettings("params", 0.92),))
+    small = compress(
+        own(),
+        loader(64, 1),
+        loader(32, 2),
+        keep=["le*", "Linear"],
+        finetune=0,
+        folder=tmp_path,
+        settings=settings,
+    )
+    assert not {"left", "head"} & set(small.strategy)
+    assert "right" in small.strategy
+    assert small.model.left.weight.shape[0] == 8
+    assert "left" in {layer.name for layer in small.result.skipped}
+    with refused("unknown_layer", "keep"):
+        compress(
+            own(), loader(64, 1), loader(32, 2), keep=["middle"], folder=tmp_path / "b", settings=settings
+        )
+
+
 class Untraceable(nn.Module):
     """Branches on data, which no symbolic trace follows, and flattens by view, which channels-last images break."""
 
