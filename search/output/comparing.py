@@ -98,7 +98,7 @@ def rows(groups: Sequence[Group], at: Sequence[int] = AT) -> Iterator[tuple[str,
     yield ("run", "seeds", *(f"best at {n}" for n in at), "best", "pruned", "fine-tuned", "search time")
     for group in groups:
         curves = [best_so_far(run) for run in group.runs]
-        reached = [[curve[n - 1] for curve in curves if len(curve) >= n] for n in at]
+        reached = [[_at(run, curve, n) for run, curve in zip(group.runs, curves, strict=True)] for n in at]
         results = [run.result for run in group.runs]
         tuned = [result.finetuned.accuracy for result in results if result.finetuned]
         yield (
@@ -110,6 +110,13 @@ def rows(groups: Sequence[Group], at: Sequence[int] = AT) -> Iterator[tuple[str,
             _spread(tuned),
             duration(statistics.mean(result.search.seconds for result in results)),
         )
+
+
+def _at(run: RunFiles, curve: Sequence[float], evaluations: int) -> float:
+    """The best score after so many evaluations; the last one of an agent that repeated itself and had as many episodes."""
+    if evaluations > max(len(curve), run.result.search.episodes) or not curve:
+        return math.nan
+    return curve[min(evaluations, len(curve)) - 1]
 
 
 def write_comparison(groups: Sequence[Group], folder: Path, at: Sequence[int] = AT) -> tuple[Path, Path]:

@@ -65,6 +65,13 @@ def test_the_table_has_mean_and_spread_over_seeds(sweep: Path) -> None:
     assert evolution[-3:] == ("84.21% ± 0.00", "90.52% ± 0.00", "1:00")
 
 
+def test_an_agent_that_repeated_itself_keeps_its_best(sweep: Path) -> None:
+    """The runs scored 4 strategies in 40 episodes."""
+    _, evolution, _ = rows(grouped(find_runs([sweep])), at=(4, 40, 41))
+    assert evolution[2] == evolution[3] == "93.00% ± 1.41"
+    assert evolution[4] == "–"
+
+
 def called(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["amc-report", *arguments])
     with pytest.raises(SystemExit) as ended:
