@@ -23,6 +23,7 @@ from amc_env.env import EnvHandle
 from amc_env.errors import UserError, first_line
 from amc_env.graph.surgery import Keeps
 from amc_env.pruning.granularity import Channel
+from search import files
 from search.data.base import Data
 from search.data.loaders import from_loaders, seeded
 from search.output.run_result import RunResult
@@ -283,5 +284,5 @@ def _folder(folder: str | Path | None) -> Path:
     place = (
         Path("outputs", *time.strftime("%Y-%m-%d/%H-%M-%S").split("/")) if folder is None else Path(folder)
     )
-    place.mkdir(parents=True, exist_ok=True)
+    files.make_folder(place)
     return place

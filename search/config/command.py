@@ -67,9 +67,24 @@ def run_command(command: Callable[[], object]) -> int:
         command()
     except (UserError, HydraException, OmegaConfBaseException) as error:
         return _refused(error)
+    except (OSError, ValueError) as error:
+        refusal = _of_the_file_system(error)
+        if refusal is None:
+            raise
+        return _refused(refusal)
     except KeyboardInterrupt:
         return INTERRUPTED
     return 0
+
+
+def _of_the_file_system(error: BaseException) -> UserError | None:
+    """The refusal of a file or folder, where that is what Hydra failed by when it made the run folder and its log."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if not isinstance(cause, OSError) or cause.filename is None:
+        return None
+    return UserError(
+        f"{cause.filename} cannot be used ({cause.strerror}); give another hydra.run.dir", code="unwritable"
+    )
 
 
 def _refused(error: BaseException) -> int:

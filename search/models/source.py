@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from amc_env.errors import UserError
@@ -228,8 +228,10 @@ def trained_once(name: str, build: Callable[[], nn.Module], data: Data, recipe: 
     identity = f"{TRAINED_VERSION} {name} {shapes} {recipe} {data.fingerprint}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     file = files.cache_folder() / "models" / f"{name}-{key}.safetensors"
-    if not file.exists():
-        state = {key: value.contiguous() for key, value in train(build, data, recipe).state_dict().items()}
-        files.write(file, lambda unfinished: save_file(state, unfinished))
-    load_weights(model, str(file), None, name=name)
+
+    def trained(path: Path) -> None:
+        state = train(build, data, recipe).state_dict()
+        path.write_bytes(save({key: value.contiguous() for key, value in state.items()}))
+
+    files.cached(file, trained, lambda path: load_weights(model, str(path), None, name=name))
     return model.eval()

@@ -92,7 +92,8 @@ class CsvTracker(NoTracker):
         self._columns: list[str] = ["phase", "step"]
         self._rows: dict[Row, dict[str, str]] = {}
         if self.path.exists():
-            self._load()
+            with files.reading(self.path, "delete it, and a resumed run writes it again"):
+                self._load()
         self._write_all()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -107,15 +108,17 @@ class CsvTracker(NoTracker):
         if new or known is not None:
             self._write_all()
         else:
-            with self.path.open("a", newline="") as file:
+            with files.writing(self.path), self.path.open("a", newline="") as file:
                 file.write(self._line(row))
 
     def _load(self) -> None:
-        text = self.path.read_text()
+        text = self.path.read_text(encoding="utf-8")
         complete = text[: text.rfind("\n") + 1]
         reader = csv.DictReader(io.StringIO(complete))
         self._columns = list(reader.fieldnames or self._columns)
         for cells in reader:
+            if None in cells:
+                raise ValueError(f"line {reader.line_num} has more cells than there are columns")
             # A metric that a row lacks is an empty cell; a nan is written as 'nan'.
             row = {name: cell for name, cell in cells.items() if cell}
             self._rows[row["phase"], int(row["step"])] = row
@@ -245,7 +248,8 @@ class TensorboardTracker(NoTracker):
             ) from error
         events = Path(folder) / "tensorboard"
         shutil.rmtree(events, ignore_errors=True)
-        self._writer = SummaryWriter(log_dir=str(events), flush_secs=10)
+        with files.writing(events):
+            self._writer = SummaryWriter(log_dir=str(events), flush_secs=10)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         phase_of(metrics)
