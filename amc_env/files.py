@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,15 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(unfinished, path)
         finally:
             unfinished.unlink(missing_ok=True)
+
+
+def sweep(folder: Path, seconds: float = 0.0) -> None:
+    """Remove temporary files that killed processes left in a folder and those in it, if they are older than this."""
+    latest = time.time() - seconds
+    for path in (*folder.glob(f"{_TEMPORARY}*"), *folder.glob(f"*/{_TEMPORARY}*")):
+        with suppress(OSError):
+            if path.stat().st_mtime <= latest:
+                path.unlink()
 
 
 def write(path: Path, content: str | bytes | Callable[[Path], object]) -> None:

@@ -15,7 +15,7 @@ from zlib import crc32
 from platformdirs import user_cache_dir
 
 from amc_env.errors import UserError
-from amc_env.files import make_folder, read_json, reading, replacing, write, writing
+from amc_env.files import make_folder, read_json, reading, replacing, sweep, write, writing
 
 __all__ = [
     "cache_folder",
@@ -25,6 +25,7 @@ __all__ = [
     "reading",
     "replacing",
     "sealed",
+    "sweep",
     "unsealed",
     "write",
     "write_csv",
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "PRUNING_CACHE"
 _CHECK = "check"
+_A_DAY = 24 * 3600.0  # another process may be writing a younger temporary file
 Content = TypeVar("Content")
 
 
@@ -55,6 +57,7 @@ def cached(path: Path, make: Callable[[Path], object], read: Callable[[Path], Co
                 return read(path)
         except UserError as error:
             log.warning("%s is damaged and is made again: %s", path, error)
+    sweep(path.parent, _A_DAY)
     write(path, make)
     return read(path)
 

@@ -2,8 +2,8 @@
 
 evaluations.jsonl starts with a header (what the evaluations depend on), then one flushed line per unique
 evaluation in the order of proposals. A run started again in the same folder runs its agent from the seed;
-what the agent asks for is read back here instead of scored. Every line ends with a checksum; a damaged one is
-scored again, in its place.
+what the agent asks for is read back here instead of scored. Between evaluations stand the hashes of weights that
+the run keeps in files. Every line ends with a checksum; a damaged one is scored again, in its place.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 
 FILE = "evaluations.jsonl"
+_WEIGHTS = "weights"
 
 
 @settings
@@ -73,12 +74,14 @@ class Journal:
     ):
         files.make_folder(folder)
         self._lock = _locked(folder)
+        files.sweep(folder)
         self._path = folder / FILE
         self._space = space
         self._known: dict[Key, Trial] = {}
         self._replay: list[Key] = []
         self._asked = 0
         self._warned = False
+        self._hashes: dict[str, str] = {}
         self._lost: list[int] = []  # numbers of damaged lines, from 0
         try:
             self._lines = self._read()
@@ -113,8 +116,12 @@ class Journal:
 
     def _remember(self, lines: Sequence[bytes]) -> None:
         for number, line in enumerate(lines, start=1):
+            entry = files.unsealed(line) or {}
+            if _WEIGHTS in entry:
+                self._hashes[entry[_WEIGHTS]] = entry["sha256"]
+                continue
             try:
-                trial = self._trial(files.unsealed(line) or {})
+                trial = self._trial(entry)
             except (UserError, AssertionError):
                 self._lost.append(number)
                 continue
@@ -154,8 +161,22 @@ class Journal:
         self._known[key] = trial
         if self._lost:
             number = 1 + sum(b'"number": ' in line for line in self._lines[: self._lost[0]])
-            self._put_back(_line(replace(trial, number=number)))
-            return
+            trial = replace(trial, number=number)
+        else:
+            self._warn_of_another_way(key)
+        self._keep(_line(trial))
+
+    def weights_hash(self, name: str) -> str | None:
+        """The SHA-256 of a file of weights; None where it is not known."""
+        return self._hashes.get(name)
+
+    def keep_weights_hash(self, name: str, digest: str) -> None:
+        """Keep the SHA-256 of a file of weights."""
+        if self._hashes.get(name) != digest:
+            self._hashes[name] = digest
+            self._keep({_WEIGHTS: name, "sha256": digest})
+
+    def _warn_of_another_way(self, key: Key) -> None:
         other_way = self._asked < len(self._replay) and key.repair == self._replay[0].repair
         if other_way and not self._warned:
             self._warned = True
@@ -165,17 +186,16 @@ class Journal:
                 self._asked,
                 len(self._replay),
             )
-        self._append(_line(trial))
 
-    def _put_back(self, entry: Mapping[str, Any]) -> None:
-        """Write an entry over the first damaged line: what is missed comes in the order of the file."""
-        self._lines[self._lost.pop(0)] = files.sealed(entry).encode()
-        self._file.close()
-        self._write_back()
-        self._file = self._path.open("ab")
-
-    def _append(self, entry: Mapping[str, Any]) -> None:
+    def _keep(self, entry: Mapping[str, Any]) -> None:
+        """Write an entry over the first damaged line, as what is missed comes in the order of the file; else at the end."""
         line = files.sealed(entry).encode()
+        if self._lost:
+            self._lines[self._lost.pop(0)] = line
+            self._file.close()
+            self._write_back()
+            self._file = self._path.open("ab")
+            return
         self._lines.append(line)
         with files.writing(self._path):
             self._file.write(line)
