@@ -21,7 +21,7 @@ FLOORS = (
 )
 """Lowest first. A module imports only from its own floor or below; so it is for the folders of search/."""
 SEARCH_FLOORS = (
-    ("search.files", "search.settings", "search.output"),
+    ("search.files", "search.interrupts", "search.settings", "search.output"),
     ("search.data",),
     ("search.training",),
     ("search.models", "search.study"),

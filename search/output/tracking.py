@@ -136,7 +136,8 @@ class CsvTracker(NoTracker):
 class WandbTracker:
     """A Weights & Biases run whose files are under `<folder>/wandb`.
 
-    The run's id is kept in `<folder>/wandb_id.txt`, so a resumed search continues the same W&B run. W&B says which
+    The run's id is kept in `<folder>/wandb_id.txt`, so a resumed search continues the same W&B run. Under a W&B sweep
+    agent the run is the agent's (WANDB_RUN_ID). W&B says which
     rows that run already has, and only newer ones are logged. Offline it cannot say: a resumed search then logs all
     its rows again, into a second set of files for `wandb sync <folder>/wandb`.
 
@@ -203,7 +204,7 @@ class WandbTracker:
         chosen: Any = mode or os.environ.get("WANDB_MODE") or ("online" if _has_key(wandb) else "offline")
         self.run = wandb.init(
             dir=str(self.folder.resolve()),
-            id=note.read_text().strip() if note.exists() else os.environ.get("WANDB_RUN_ID"),
+            id=_run_id(note),
             resume="allow",
             reinit="create_new",  # several runs in one process: a multirun
             mode=chosen,
@@ -286,6 +287,14 @@ class Trackers:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _run_id(note: Path) -> str | None:
+    """The run to continue: a sweep agent's own, else the folder's, else the one that the environment names."""
+    given = os.environ.get("WANDB_RUN_ID")
+    if note.exists() and not (given and os.environ.get("WANDB_SWEEP_ID")):
+        return note.read_text().strip()
+    return given
 
 
 def _has_key(wandb: Any) -> bool:

@@ -24,7 +24,7 @@ from amc_env.errors import UserError
 from amc_env.evaluation.evaluator import Key
 from amc_env.space import SearchSpace, Trial
 from amc_env.validation import Count, Listed, Natural, settings
-from search import files
+from search import files, interrupts
 
 log = logging.getLogger(__name__)
 
@@ -154,10 +154,17 @@ class Journal:
         """The trial of an evaluation, or None where it is not known yet."""
         if self._asked < len(self._replay) and key == self._replay[self._asked]:
             self._asked += 1
-        return self._known.get(key)
+        known = self._known.get(key)
+        if known is None:
+            interrupts.scoring_starts()
+        return known
 
     def __setitem__(self, key: Key, trial: Trial, /) -> None:
-        """Keep a trial; it is on disk when this returns."""
+        """Keep a trial; it is on disk when this returns.
+
+        Raises:
+            Stopped: The run was asked to end while the trial was scored.
+        """
         self._known[key] = trial
         if self._lost:
             number = 1 + sum(b'"number": ' in line for line in self._lines[: self._lost[0]])
@@ -165,6 +172,7 @@ class Journal:
         else:
             self._warn_of_another_way(key)
         self._keep(_line(trial))
+        interrupts.scoring_ends()
 
     def weights_hash(self, name: str) -> str | None:
         """The SHA-256 of a file of weights; None where it is not known."""
