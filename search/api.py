@@ -20,9 +20,10 @@ from agents.base import Agent
 from agents.baselines import Random
 from amc_env.costs.base import BudgetSettings, budget_on
 from amc_env.env import EnvHandle
-from amc_env.errors import UserError, first_line
+from amc_env.errors import UserError, first_line, reported_together
 from amc_env.graph.surgery import Keeps
 from amc_env.pruning.granularity import Channel
+from amc_env.validation import plain
 from search import files
 from search.data.base import Data
 from search.data.loaders import from_loaders, seeded
@@ -113,17 +114,8 @@ def compress(
     """
     if settings is None:
         budget, agent = 0.5 if budget is None else budget, agent or "ddpg"
-    given: dict[str, Any] = {
-        "agent": _agent(agent) if isinstance(agent, str) else agent,
-        "budgets": None if budget is None else _budgets(budget),
-        "episodes": episodes,
-        "finetune": FinetuneSettings(epochs=finetune) if isinstance(finetune, int) else finetune,
-        "original_lr": original_lr,
-        "seed": seed,
-        "device": device,
-    }
-    wanted = {name: value for name, value in given.items() if value is not None}
-    base = _defaults(wanted) if settings is None else replace(settings, **wanted)
+    given = {"episodes": episodes, "original_lr": original_lr, "seed": seed, "device": device}
+    base = _settings(settings, budget, agent, finetune, given)
     network = copy.deepcopy(module).cpu().eval()
     data = _data(network, train_loader, val_loader, test_loader, base)
     place = _folder(folder)
@@ -227,9 +219,44 @@ def _agent(name: str) -> Agent:
     return default_agent(name)
 
 
+def _settings(
+    settings: Settings | None,
+    budget: Asked | None,
+    agent: str | Agent | None,
+    finetune: FinetuneSettings | int | None,
+    more: Mapping[str, Any],
+) -> Settings:
+    """The settings of a run, from the arguments of `compress`.
+
+    Raises:
+        UserError: With all that is wrong.
+    """
+    with reported_together() as attempt:
+        given = {
+            "budgets": None if budget is None else attempt(lambda: _budgets(budget)),
+            "agent": attempt(lambda: _agent(agent)) if isinstance(agent, str) else agent,
+            "finetune": attempt(lambda: _finetune(finetune)),
+            **more,
+        }
+        wanted = {name: value for name, value in given.items() if value is not None}
+        made = attempt(lambda: _defaults(wanted) if settings is None else replace(settings, **wanted))
+    assert isinstance(made, Settings)
+    return made
+
+
+def _finetune(finetune: FinetuneSettings | int | None) -> FinetuneSettings | None:
+    epochs = plain(finetune)
+    try:
+        return FinetuneSettings(epochs=epochs) if isinstance(epochs, int) else finetune  # type: ignore[return-value]
+    except UserError as error:
+        raise error.inside("finetune") from error
+
+
 def _defaults(given: Mapping[str, Any]) -> Settings:
     """Settings where none are given, with these fields."""
-    return Settings(**{"episodes": 300, "granularity": Channel(channel_multiple(given["budgets"])), **given})
+    return Settings(
+        **{"episodes": 300, "granularity": Channel(channel_multiple(given.get("budgets", ()))), **given}
+    )
 
 
 def _budgets(budget: Asked) -> tuple[BudgetSettings, ...]:
@@ -239,7 +266,9 @@ def _budgets(budget: Asked) -> tuple[BudgetSettings, ...]:
         if wrong:
             raise UserError(
                 f"budget={budget!r} has {', '.join(wrong)}: give a share, shares by cost like {{'macs': 0.5}}, or the "
-                "settings of budgets like LatencyBudget(ratio=0.8)"
+                "settings of budgets like LatencyBudget(ratio=0.8)",
+                code="wrong_type",
+                field="budget",
             )
         return tuple(given)
     shares = given if isinstance(given, Mapping) else {"macs": given}

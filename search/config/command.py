@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from functools import wraps
+from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -58,7 +59,7 @@ def application(function: Application) -> Application:
     @wraps(function)
     def guarded(cfg: DictConfig) -> Any:
         try:
-            _refuse_unknown_sections(cfg)
+            _check_sections(cfg)
             return function(cfg)
         except _REPORTED as error:
             hydra = HydraConfig.get()
@@ -72,14 +73,15 @@ def application(function: Application) -> Application:
     return cast(Application, guarded)
 
 
-def _refuse_unknown_sections(cfg: DictConfig) -> None:
-    known = hydra.compose(HydraConfig.get().job.config_name)
-    for section in cfg:
-        if section not in known:
-            there = ", ".join(map(str, known))
-            raise UserError(
-                f"unknown key {{field}}; there are {there}", code="unknown_key", field=str(section)
-            )
+def _check_sections(cfg: DictConfig) -> None:
+    known = [str(section) for section in hydra.compose(HydraConfig.get().job.config_name)]
+    given = [str(section) for section in cfg]
+    for section in set(known) - set(given):
+        raise UserError("{field} is needed; see --help", code="missing", field=section)
+    for section in set(given) - set(known):
+        raise UserError(
+            f"unknown key {{field}}; there are {', '.join(known)}", code="unknown_key", field=section
+        )
 
 
 def run_command(command: Callable[[], object]) -> int:
@@ -93,6 +95,7 @@ def run_command(command: Callable[[], object]) -> int:
     _failed_jobs.clear()
     try:
         with interrupts.handled():
+            _check_overrides(sys.argv[1:])
             command()
     except _REPORTED as error:
         return _refused(error)
@@ -104,6 +107,20 @@ def run_command(command: Callable[[], object]) -> int:
     except KeyboardInterrupt as stopped:
         return stopped.exit_code if isinstance(stopped, interrupts.Stopped) else _INTERRUPTED
     return max((_refused(error, job) for job, error in _failed_jobs), default=0)
+
+
+def _check_overrides(overrides: list[str]) -> None:
+    """Refuses what Hydra takes for the current folder, and choices of nothing, which it ends on with a traceback.
+
+    Raises:
+        UserError: Such an override.
+    """
+    groups = {path.name for path in resources.files("conf").iterdir() if path.is_dir()}
+    for override in overrides:
+        name, _, value = override.lstrip("+").partition("=")
+        nothing = value in ("", "''", '""', "null")
+        if "=" in override and nothing and name in {"hydra.run.dir", "hydra.sweep.dir", *groups}:
+            raise UserError(f"{override} chooses nothing; see --help", code="missing", field=name)
 
 
 def _of_the_file_system(error: BaseException) -> UserError | None:

@@ -6,18 +6,19 @@ from functools import partial
 
 from torch import nn
 
+from amc_env.validation import Count, Positive
 from search.models.resnet import build_resnet
 from search.models.source import ModelSource
 from search.training.finetune import Recipe
 
 
-def digits_cnn(weights: str | None = None, original_lr: float = 0.1, epochs: int = 30) -> ModelSource:
+def digits_cnn(weights: str | None = None, original_lr: Positive = 0.1, epochs: Count = 30) -> ModelSource:
     """ResNet-8 with convolutions in its shortcuts (9 convolutions), for the digits."""
     recipe = Recipe(epochs=epochs, lr=original_lr)
     return ModelSource("digits_cnn", partial(build_resnet, 8, "conv"), original_lr, weights, recipe=recipe)
 
 
-def digits_mlp(weights: str | None = None, original_lr: float = 0.1, epochs: int = 30) -> ModelSource:
+def digits_mlp(weights: str | None = None, original_lr: Positive = 0.1, epochs: Count = 30) -> ModelSource:
     """Three linear layers, for the digits."""
     recipe = Recipe(epochs=epochs, lr=original_lr)
     return ModelSource("digits_mlp", _build_mlp, original_lr, weights, recipe=recipe)

@@ -83,6 +83,55 @@ def test_compress_gives_a_smaller_network_that_loads_onto_the_class(tmp_path: Pa
     assert (tmp_path / "report.html").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "fields"),
+    [
+        ({"budget": "half"}, ["budget"]),
+        ({"budget": object()}, ["budget.ratio"]),
+        ({"budget": {"macs": "half"}}, ["budget.ratio"]),
+        ({"budget": {3: 0.5}}, ["budget.cost"]),
+        ({"budget": [0.5]}, ["budget"]),
+        ({"seed": "one"}, ["seed"]),
+        ({"seed": 1.5}, ["seed"]),
+        ({"episodes": "many"}, ["episodes"]),
+        ({"finetune": "much"}, ["finetune"]),
+        ({"finetune": True}, ["finetune.epochs"]),
+        ({"agent": 3}, ["agent"]),
+        (
+            {"budget": "half", "seed": "one", "episodes": [3], "finetune": 1.5},
+            ["budget", "episodes", "finetune", "seed"],
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("settings", [None, Settings()], ids=["defaults", "settings"])
+def test_arguments_of_a_wrong_type_come_in_one_error(
+    arguments: dict[str, object], fields: list[str], settings: Settings | None
+) -> None:
+    with pytest.raises(UserError) as error:
+        compress(own(), loader(64, 1), loader(32, 2), settings=settings, **arguments)  # type: ignore[arg-type]
+    assert sorted(part.field for part in error.value.parts) == fields
+    assert {part.code for part in error.value.parts} <= {"wrong_type", "out_of_range"}
+
+
+def test_scalars_of_numpy_and_torch_are_numbers(tmp_path: Path) -> None:
+    small = compress(
+        own(),
+        loader(64, 1),
+        loader(32, 2),
+        budget=np.float32(0.5),
+        episodes=np.int64(2),
+        finetune=torch.tensor(0),
+        original_lr=torch.tensor(0.1),
+        seed=np.uint8(3),
+        device=torch.device("cpu"),
+        folder=tmp_path,
+        settings=quick(),
+    )
+    assert (small.result.search.episodes, small.result.search.seed) == (2, 3)
+    assert json.loads((tmp_path / "config.yaml").read_text())["device"] == "cpu"
+
+
 def test_several_budgets_all_hold_and_the_test_split_is_named(tmp_path: Path) -> None:
     small = compress(
         own(),

@@ -458,8 +458,15 @@ ALL_MODELS = ("digits_cnn", "digits_mlp", "mobilenet", "plain20", "resnet20", "r
         (["max_ratio=2"], ("max_ratio=2",)),
         (["agent=uniform", "budget=none"], ("agent.ratio",)),
         (["reward=infinity"], ("enforce_budget=false",)),
-        (["reward={_target_:nowhere.at_all}"], ("reward._target_=nowhere.at_all cannot be found",)),
-        (["agent={_target_:builtins.dict}"], ("agent must be of type Agent, not dict",)),
+        (["reward={_target_:nowhere.at_all}"], ("reward._target_=nowhere.at_all is no class or function",)),
+        (["reward={_target_:search.at_all}"], ("reward._target_=search.at_all cannot be found",)),
+        (["agent={_target_:builtins.dict}"], ("agent._target_=builtins.dict is no class or function",)),
+        (["agent=null"], ("agent=null chooses nothing",)),
+        (["model=null"], ("model=null chooses nothing",)),
+        (["data="], ("data= chooses nothing",)),
+        (["~agent"], ("agent is needed",)),
+        (["~model"], ("model is needed",)),
+        (["+foo=1"], ("unknown key foo",)),
         (["search=5"], ("search=5 is no section",)),
         (["device=abacus"], ("device=abacus", "device=cpu")),
         (["export=[tflite]"], ("tflite", "safetensors, pt2, onnx")),
@@ -543,7 +550,7 @@ def nan_reward() -> object:
 
 
 def test_a_reward_of_nan_ends_the_search(amc_search: Command) -> None:
-    ended = amc_search(*RANDOM, f"reward={{_target_:{__name__}.nan_reward}}")
+    ended = amc_search(*RANDOM, f"reward={{_target_:{__name__}.nan_reward}}", f"trusted=[{__name__}]")
     assert ended.code == 2
     assert ended.err.splitlines()[-1].startswith("error: the reward of score")
     assert "Traceback" not in ended.err
@@ -555,7 +562,7 @@ def broken_data(**settings: object) -> object:
 
 def test_a_bug_keeps_its_traceback(amc_search: Command) -> None:
     with pytest.raises(ValueError, match="a bug of ours"):
-        amc_search(f"data={{_target_:{__name__}.broken_data}}")
+        amc_search(f"data={{_target_:{__name__}.broken_data}}", f"trusted=[{__name__}]")
 
 
 def test_mistakes_in_a_process_of_their_own(tmp_path: Path) -> None:
