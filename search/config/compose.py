@@ -19,7 +19,8 @@ from amc_env.costs.base import BudgetSettings, budget_on
 from amc_env.errors import UserError, reported_together
 from amc_env.validation import Count, Listed, Share, check_arguments, settings
 from search.data.base import Data
-from search.models.source import ModelSource, read_checkpoint
+from search.models.checkpoint import read_checkpoint
+from search.models.source import ModelSource
 from search.output.tracking import CsvTracker, Tracker, Trackers
 from search.settings import (
     FinalistSettings,
@@ -314,7 +315,7 @@ def model_source(cfg: DictConfig) -> ModelSource:
     """Where the network comes from; a file of the user's is read here too, to refuse a wrong one early."""
     source = expected("model", ModelSource, built(cfg, "model"))
     if source.weights is not None:
-        read_checkpoint(Path(source.weights))
+        read_checkpoint(Path(source.weights), source.key)
     return source
 
 

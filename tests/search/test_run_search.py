@@ -471,7 +471,7 @@ ALL_MODELS = ("digits_cnn", "digits_mlp", "mobilenet", "plain20", "resnet20", "r
         (["device=abacus"], ("device=abacus", "device=cpu")),
         (["export=[tflite]"], ("tflite", "safetensors, pt2, onnx")),
         (["seed=[1"], ("seed=[1 cannot be read",)),
-        (["model.weights=nowhere.pt"], ("model.weights=nowhere.pt: no such file",)),
+        (["model.weights=nowhere.pt"], ("model.weights=nowhere.pt", "no such file")),
         (["model=resnet20", "data=cifar10", "data.path=nowhere"], ("data.path=nowhere: no such folder",)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
