@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +21,7 @@ from agents.baselines import Random
 from amc_env.costs.base import BudgetSettings, budget_on
 from amc_env.env import EnvHandle
 from amc_env.errors import UserError, first_line, reported_together
+from amc_env.graph.copying import module_copy, stored_activations
 from amc_env.graph.surgery import Keeps
 from amc_env.pruning.granularity import Channel
 from amc_env.validation import plain
@@ -39,6 +40,8 @@ from search.study.identity import describe
 from search.study.pipeline import Context, env_handle, run
 from search.study.problem import PruningProblem
 from search.study.study import Study
+
+log = logging.getLogger(__name__)
 
 Asked = float | Mapping[str, float] | BudgetSettings | Sequence[BudgetSettings]
 """Budgets: the share of the MACs that may remain, shares by cost, or settings."""
@@ -116,7 +119,7 @@ def compress(
         budget, agent = 0.5 if budget is None else budget, agent or "ddpg"
     given = {"episodes": episodes, "original_lr": original_lr, "seed": seed, "device": device}
     base = _settings(settings, budget, agent, finetune, given)
-    network = copy.deepcopy(module).cpu().eval()
+    network = _network(module)
     data = _data(network, train_loader, val_loader, test_loader, base)
     place = _folder(folder)
     finished = run(network, data, base.in_folder(place), _context(place, type(module).__name__, base))
@@ -191,9 +194,16 @@ def _env_handle(
     base = replace(
         settings or _defaults({"agent": Random(), "budgets": budgets}), agent=Random(), budgets=budgets
     )
-    network = copy.deepcopy(module).cpu().eval()
+    network = _network(module)
     problem = PruningProblem.build(network, _data(network, train_loader, val_loader, None, base), base)
     return env_handle(problem, Study(make_evaluator(problem)))
+
+
+def _network(module: nn.Module) -> nn.Module:
+    """A copy of the user's network, in eval mode on the CPU."""
+    if stored := stored_activations(module):
+        log.info("the network is copied without the activations that it stores: %s", ", ".join(stored))
+    return module_copy(module).cpu().eval()
 
 
 def _data(

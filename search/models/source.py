@@ -125,7 +125,7 @@ def _download(url: str) -> dict[str, Tensor]:
     """The published state dict, from torch.hub's cache where it is there already."""
     if not re.fullmatch(r"\w+://\S+-[0-9a-f]{8,64}\.[a-z]+", url):
         raise UserError(
-            f"{{field}}={url}: needed is an address without blanks whose file is named NAME-SHA256PREFIX.th; the hash is checked",
+            f"{{field}}={url}: needed is an address without blanks, its file named NAME-SHA256PREFIX.th",
             field="model.url",
         )
     with files.reading(url, "give a local copy with model.weights=FILE"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import shutil
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from amc_env.errors import UserError
 from amc_env.evaluation.pruner import Pruned
+from amc_env.graph.copying import module_copy
 from amc_env.pruning.candidate import widen
 from search import files
 from search.study.journal import Journal
@@ -108,7 +108,7 @@ def _hash(content: bytes) -> str:
 
 
 def _read(path: Path, model: nn.Module) -> Weights:
-    network = copy.deepcopy(model)
+    network = module_copy(model)
     network.load_state_dict(load_file(path))
     with safe_open(path, "pt") as file:
         units = json.loads((file.metadata() or {}).get(_UNITS, "[]"))

@@ -15,6 +15,7 @@ from agents.base import SearchTask
 from amc_env.encoding import Encoder, describe
 from amc_env.env import EnvHandle, PruningVectorEnv
 from amc_env.evaluation.pruner import ORIGINAL, BaseWeights
+from amc_env.graph.copying import module_copy
 from amc_env.graph.surgery import Keeps
 from amc_env.space import Trial
 from search import files
@@ -36,6 +37,9 @@ from search.study.study import Study
 from search.study.tuning import Tuner, finetuned, penalty_of
 
 log = logging.getLogger(__name__)
+
+_TRIED = 0.3
+"""Pruning ratio of the network that a step of training is tried on."""
 
 
 @dataclass(frozen=True)
@@ -188,8 +192,8 @@ def refuse_early(problem: PruningProblem) -> None:
     """Finds what cannot be done before anything is trained or scored.
 
     Raises:
-        UserError: The agent cannot do the search, a stage is out of reach, or the criterion or the regulariser
-            does not fit the network.
+        UserError: The agent cannot do the search, a stage is out of reach, the criterion or the regulariser does not
+            fit the network, or a pruned network cannot be trained.
     """
     settings = problem.settings
     settings.agent.check(problem.space, settings.episodes)
@@ -198,6 +202,10 @@ def refuse_early(problem: PruningProblem) -> None:
         stage_of(problem, len(settings.stages), start)
     if settings.regularization.before_epochs or settings.regularization.during:
         penalty_of(problem, problem.model)
+    if settings.finetune.epochs:
+        removed = problem.space.project([_TRIED] * len(problem.grids))
+        network = module_copy(start.candidates.cut(removed))
+        Tuner(problem, lambda *_: None).try_step(network, start.candidates.masks(removed))
 
 
 def _run(problem: PruningProblem, context: Context, journal: Journal) -> Finished:

@@ -7,7 +7,6 @@ Weights between stages are kept in the run folder: a stopped run does not train 
 
 from __future__ import annotations
 
-import copy
 import logging
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +14,7 @@ from typing import cast
 
 from amc_env.evaluation.evaluator import Evaluator
 from amc_env.evaluation.pruner import ORIGINAL, BaseWeights
+from amc_env.graph.copying import module_copy
 from amc_env.pruning.candidate import Candidates, MaskedCandidates
 from amc_env.space import Trial
 from search.settings import SHORT_TERM, Settings
@@ -83,7 +83,7 @@ def first_start(problem: PruningProblem, kept: KeptWeights, tune: Tuner) -> Base
     log.info("training with the regulariser for %d epochs before anything is cut", epochs)
 
     def trained() -> Weights:
-        return Weights(tune(copy.deepcopy(problem.model), epochs, regularized=True))
+        return Weights(tune(module_copy(problem.model), epochs, regularized=True))
 
     weights = kept.get("regularised", problem.model, trained, partial(tune.skip, epochs))
     return start_at(problem, REGULARISED, weights)
