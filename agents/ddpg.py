@@ -30,7 +30,16 @@ from agents.replay import EpisodeReplayBuffer
 from agents.vector import GymnasiumVecEnv
 from amc_env.errors import UserError
 from amc_env.space import SearchSpace
-from amc_env.validation import Count, Listed, Natural, NotNegative, Positive, Share, ShareOrZero, settings
+from amc_env.validation import (
+    Count,
+    Natural,
+    NotNegative,
+    Positive,
+    Share,
+    ShareOrZero,
+    Widths,
+    settings,
+)
 
 log = logging.getLogger(__name__)
 
@@ -315,7 +324,7 @@ class DDPGAgent(Agent):
     baseline_rate: ShareOrZero = 0.5
     rescale: bool = False
     normalise: bool = False
-    hidden: Listed[Count] = (300, 300)
+    hidden: Widths = (300, 300)
     infinite_reward: float = -2.0
     n_envs: Count = 1
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 
 class UserError(ValueError):
@@ -51,6 +53,27 @@ class UserError(ValueError):
         joined = cls("; ".join(parts), code=first.code, field=first.field)
         joined.parts = tuple(parts.values())
         return joined
+
+
+@contextmanager
+def reported_together() -> Iterator[Callable[[Callable[[], Any]], Any]]:
+    """Gives a function that makes a part, or None where it is refused; all refusals are raised at the end.
+
+    Raises:
+        UserError: Something was refused; with all mistakes.
+    """
+    refused: list[UserError] = []
+
+    def attempt(make: Callable[[], Any]) -> Any:
+        try:
+            return make()
+        except UserError as error:
+            refused.append(error)
+            return None
+
+    yield attempt
+    if refused:
+        raise UserError.join(refused)
 
 
 def out_of_range(field: str, value: object, allowed: str) -> UserError:

@@ -5,7 +5,6 @@ All three are optional: call `require_packages` before anything else here.
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import logging
 import tempfile
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from amc_env.errors import UserError
+from amc_env.graph.copying import module_copy
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -50,7 +50,7 @@ def require_packages(wanted: str, way_out: str) -> None:
 
 def plain_copy(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
     """Copies on the CPU, in fp32 and eval mode: the caller's network keeps its flags, device and layout."""
-    network = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    network = module_copy(model).cpu().float().eval().requires_grad_(False)
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # missing in torch's stubs
     example = example.detach().cpu()
     return network, example.float() if example.is_floating_point() else example

@@ -15,8 +15,16 @@ from amc_env.errors import UserError
 T = TypeVar("T")
 _CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=True, strict=True, allow_inf_nan=False)
 
-Count = Annotated[int, Field(ge=1)]
-Natural = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Natural = Annotated[int, Field(ge=0, le=10**9)]
+Width = Annotated[int, Field(ge=1, le=2**16)]
+"""Of a layer."""
+BatchSize = Annotated[int, Field(ge=1, le=2**16)]
+TrainingBatch = Annotated[int, Field(ge=2, le=2**16)]
+"""Images of a step of training: batch norm needs two."""
+Threads = Annotated[int, Field(ge=1, le=1024)]
+SplitSeed = Annotated[int, Field(ge=0, lt=2**64)]
+"""What `torch.Generator.manual_seed` takes."""
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -29,6 +37,7 @@ FractionOrZero = Annotated[float, Field(ge=0, lt=1)]
 """In [0, 1)."""
 Listed = Annotated[tuple[T, ...], Strict(False)]
 """A tuple that may be given as a list, as configuration files do."""
+Widths = Annotated[Listed[Width], Field(min_length=1)]
 
 _ALLOWED = {
     "greater_than": "above {gt:g}",
@@ -55,20 +64,31 @@ def settings(kind: type[T]) -> type[T]:
 
     Types are strict: true is no number and "3" is not 3; a whole number may stand for a float. All problems come in one
     UserError with the codes ``unknown_key``, ``missing``, ``wrong_type`` and ``out_of_range``. What concerns several
-    fields is checked by the class's ``__post_init__``, once each field is fine.
+    fields is checked by the class's ``__post_init__``, once each field is fine. NumPy and tensor scalars are converted to
+    numbers, a torch.device to its name.
     """
     made: Any = dataclass(frozen=True, config=_CONFIG)(kind)
     build = made.__init__
 
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
         try:
-            build(self, *args, **kwargs)
+            build(self, *map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
         except ValidationError as error:
             names = [each.name for each in fields(made) if each.init]
             raise UserError.join(_problems(error, names)) from None
 
     made.__init__ = checked
     return made  # type: ignore[no-any-return]
+
+
+def plain(value: Any) -> Any:
+    """A NumPy or tensor scalar as a number, a torch.device as its name; also within a list or tuple."""
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return value.item()
+    is_device = (type(value).__module__, type(value).__name__) == ("torch", "device")
+    return str(value) if is_device else value
 
 
 def check_arguments(function: Callable[..., Any], values: Mapping[str, Any]) -> None:
@@ -110,6 +130,8 @@ def _problems(error: ValidationError, names: list[str], outer: tuple[str, ...] =
     for problem in error.errors(include_url=False):
         kind, context = problem["type"], problem.get("ctx", {})
         path, value = _path((*outer, *problem["loc"]), names), problem["input"]
+        if kind == "too_short" and len(value) >= context["min_length"]:
+            continue  # its entries are wrong, and are reported themselves
         if isinstance(context.get("error"), UserError):
             yield context["error"]
         elif kind == "unexpected_keyword_argument":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import time
@@ -21,9 +20,12 @@ from agents.base import Agent
 from agents.baselines import Random
 from amc_env.costs.base import BudgetSettings, budget_on
 from amc_env.env import EnvHandle
-from amc_env.errors import UserError, first_line
+from amc_env.errors import UserError, first_line, reported_together
+from amc_env.graph.copying import module_copy, stored_activations
 from amc_env.graph.surgery import Keeps
 from amc_env.pruning.granularity import Channel
+from amc_env.validation import plain
+from search import files
 from search.data.base import Data
 from search.data.loaders import from_loaders, seeded
 from search.output.run_result import RunResult
@@ -119,21 +121,11 @@ def compress(
     """
     if settings is None:
         budget, agent = 0.5 if budget is None else budget, agent or "surrogate"
-    given: dict[str, Any] = {
-        "agent": _agent(agent) if isinstance(agent, str) else agent,
-        "budgets": None if budget is None else _budgets(budget),
-        "episodes": episodes,
-        "finetune": FinetuneSettings(epochs=finetune) if isinstance(finetune, int) else finetune,
-        "original_lr": original_lr,
-        "seed": seed,
-        "device": device,
-        "keep": keep,
-    }
-    wanted = {name: value for name, value in given.items() if value is not None}
-    base = _defaults(wanted) if settings is None else replace(settings, **wanted)
+    given = {"episodes": episodes, "original_lr": original_lr, "seed": seed, "device": device, "keep": keep}
+    base = _settings(settings, budget, agent, finetune, given)
     if settings is None and original_lr is None and base.finetune.epochs:
         log.info("original_lr is not given: fine-tuning starts from %g", base.finetune.lr_fraction * _SAFE_LR)
-    network = copy.deepcopy(module).cpu().eval()
+    network = _network(module)
     data = _data(network, train_loader, val_loader, test_loader, base)
     place = _folder(folder)
     finished = run(network, data, base.in_folder(place), _context(place, type(module).__name__, base))
@@ -208,9 +200,16 @@ def _env_handle(
     base = replace(
         settings or _defaults({"agent": Random(), "budgets": budgets}), agent=Random(), budgets=budgets
     )
-    network = copy.deepcopy(module).cpu().eval()
+    network = _network(module)
     problem = PruningProblem.build(network, _data(network, train_loader, val_loader, None, base), base)
     return env_handle(problem, Study(make_evaluator(problem)))
+
+
+def _network(module: nn.Module) -> nn.Module:
+    """A copy of the user's network, in eval mode on the CPU."""
+    if stored := stored_activations(module):
+        log.info("the network is copied without the activations that it stores: %s", ", ".join(stored))
+    return module_copy(module).cpu().eval()
 
 
 def _data(
@@ -236,9 +235,42 @@ def _agent(name: str) -> Agent:
     return default_agent(name)
 
 
+def _settings(
+    settings: Settings | None,
+    budget: Asked | None,
+    agent: str | Agent | None,
+    finetune: FinetuneSettings | int | None,
+    more: Mapping[str, Any],
+) -> Settings:
+    """The settings of a run, from the arguments of `compress`.
+
+    Raises:
+        UserError: With all that is wrong.
+    """
+    with reported_together() as attempt:
+        given = {
+            "budgets": None if budget is None else attempt(lambda: _budgets(budget)),
+            "agent": attempt(lambda: _agent(agent)) if isinstance(agent, str) else agent,
+            "finetune": attempt(lambda: _finetune(finetune)),
+            **more,
+        }
+        wanted = {name: value for name, value in given.items() if value is not None}
+        made = attempt(lambda: _defaults(wanted) if settings is None else replace(settings, **wanted))
+    assert isinstance(made, Settings)
+    return made
+
+
+def _finetune(finetune: FinetuneSettings | int | None) -> FinetuneSettings | None:
+    epochs = plain(finetune)
+    try:
+        return FinetuneSettings(epochs=epochs) if isinstance(epochs, int) else finetune  # type: ignore[return-value]
+    except UserError as error:
+        raise error.inside("finetune") from error
+
+
 def _defaults(given: Mapping[str, Any]) -> Settings:
     """Settings where none are given, with these fields."""
-    found = {"episodes": 300, "granularity": Channel(channel_multiple(given["budgets"])), **given}
+    found = {"episodes": 300, "granularity": Channel(channel_multiple(given.get("budgets", ()))), **given}
     return Settings(**{"original_lr": _SAFE_LR, **found})
 
 
@@ -249,7 +281,9 @@ def _budgets(budget: Asked) -> tuple[BudgetSettings, ...]:
         if wrong:
             raise UserError(
                 f"budget={budget!r} has {', '.join(wrong)}: give a share, shares by cost like {{'macs': 0.5}}, or the "
-                "settings of budgets like LatencyBudget(ratio=0.8)"
+                "settings of budgets like LatencyBudget(ratio=0.8)",
+                code="wrong_type",
+                field="budget",
             )
         return tuple(given)
     shares = given if isinstance(given, Mapping) else {"macs": given}
@@ -299,5 +333,5 @@ def _folder(folder: str | Path | None) -> Path:
     place = (
         Path("outputs", *time.strftime("%Y-%m-%d/%H-%M-%S").split("/")) if folder is None else Path(folder)
     )
-    place.mkdir(parents=True, exist_ok=True)
+    files.make_folder(place)
     return place

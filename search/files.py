@@ -4,15 +4,40 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import logging
 import os
-import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
+from zlib import crc32
 
 from platformdirs import user_cache_dir
 
+from amc_env.errors import UserError
+from amc_env.files import make_folder, read_json, reading, replacing, sweep, write, writing
+
+__all__ = [
+    "cache_folder",
+    "cached",
+    "make_folder",
+    "read_json",
+    "reading",
+    "replacing",
+    "sealed",
+    "sweep",
+    "unsealed",
+    "write",
+    "write_csv",
+    "writing",
+]
+
+log = logging.getLogger(__name__)
+
 CACHE_VARIABLE = "PRUNING_CACHE"
+_CHECK = "check"
+_A_DAY = 24 * 3600.0  # another process may be writing a younger temporary file
+Content = TypeVar("Content")
 
 
 def cache_folder() -> Path:
@@ -20,36 +45,39 @@ def cache_folder() -> Path:
     return Path(os.environ.get(CACHE_VARIABLE) or user_cache_dir("amc-pruning", appauthor=False))
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary file beside `path`, which replaces `path` if the block ends without an error.
+def cached(path: Path, make: Callable[[Path], object], read: Callable[[Path], Content]) -> Content:
+    """What ``read`` gives of a file in the cache; where it is missing or damaged, ``make`` writes it first.
 
-    Readers see the old file or all of the new one. Of two processes that write the same file, the last one stays.
+    Raises:
+        UserError: The file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")
-    with unfinished.open("x"):
-        mode = unfinished.stat().st_mode
+    if path.exists():
+        try:
+            with reading(path):
+                return read(path)
+        except UserError as error:
+            log.warning("%s is damaged and is made again: %s", path, error)
+    sweep(path.parent, _A_DAY)
+    write(path, make)
+    return read(path)
+
+
+def sealed(entry: Mapping[str, Any]) -> str:
+    """An object as a line of JSON that ends with a checksum of the rest."""
+    return json.dumps({**entry, _CHECK: _checksum(entry)}) + "\n"
+
+
+def unsealed(line: bytes) -> dict[str, Any] | None:
+    """The object of a line that `sealed` wrote, or None where the line is damaged."""
     try:
-        yield unfinished
-        unfinished.chmod(mode)  # safetensors makes files that only their owner can read
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+        entry = json.loads(line)
+        return entry if entry.pop(_CHECK) == _checksum(entry) else None
+    except (ValueError, RecursionError, AttributeError, KeyError, TypeError):
+        return None
 
 
-def write(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
-    """Write a file in one step, see `replacing`.
-
-    Args:
-        path: the file; its folder is made where needed.
-        content: text (written as UTF-8), bytes, or a function that writes the file whose path it is given.
-    """
-    with replacing(path) as unfinished:
-        if callable(content):
-            content(unfinished)
-        else:
-            unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+def _checksum(entry: Mapping[str, Any]) -> str:
+    return f"{crc32(json.dumps(entry).encode()):08x}"
 
 
 def write_csv(path: Path, titles: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

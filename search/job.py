@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from search.config import compose as wiring
-from search.config.command import command_line, run_folder
+from search.config.command import IncompleteError, command_line, run_folder
 from search.output.progress import final_table
 from search.output.run_result import RunResult
 from search.study.pipeline import Context, run
@@ -72,6 +72,9 @@ def run_job(
         log.warning("stopped; all scores are kept, resume with: %s", go_on)
         raise
     final_table(finished.result, folder, report)
+    failed = [f"{export.path.name}: {export.error}" for export in finished.result.exports if export.error]
+    if failed:
+        raise IncompleteError(f"the run is complete but for exports that failed: {'; '.join(failed)}")
     return finished.result.search.search_accuracy
 
 

@@ -13,7 +13,7 @@ import torch
 from omegaconf import DictConfig
 
 from amc_env.costs.latency import runtime
-from amc_env.errors import UserError
+from amc_env.errors import UserError, reported_together
 from search.config import compose as wiring
 from search.config.command import application, run_command, run_folder
 from search.data.loaders import seeded
@@ -60,7 +60,7 @@ def main_job(cfg: DictConfig) -> float | None:
 
 
 def _settings(cfg: DictConfig) -> LatencyStudySettings:
-    with wiring.reported_together() as attempt:
+    with reported_together() as attempt:
         parts = {
             "granularity": attempt(partial(wiring.built, cfg, "granularity")),
             "latency": attempt(partial(wiring.made, LatencySettings, cfg, "latency")),

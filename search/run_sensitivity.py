@@ -8,6 +8,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
+from amc_env.errors import reported_together
 from search.config import compose as wiring
 from search.config.command import application, command_line, run_command, run_folder
 from search.settings import SensitivitySettings
@@ -29,7 +30,7 @@ def main_job(cfg: DictConfig) -> float:
         The accuracy, in [0, 1], of the strategy picked, or of the original, for Hydra's sweepers.
     """
     folder = run_folder()
-    with wiring.reported_together() as attempt:
+    with reported_together() as attempt:
         scan = attempt(lambda: SensitivitySettings(**wiring.scalars(cfg, *_OWN)))
         settings = attempt(lambda: wiring.settings_of(cfg).in_folder(folder))
     source = wiring.model_source(cfg)

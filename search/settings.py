@@ -24,6 +24,7 @@ from amc_env.pruning.regularization import NoRegularization, Regularization
 from amc_env.pruning.schedule import Schedule
 from amc_env.rewards import Error, RewardFunction
 from amc_env.validation import (
+    BatchSize,
     Count,
     Fraction,
     FractionOrZero,
@@ -33,6 +34,8 @@ from amc_env.validation import (
     Positive,
     Share,
     ShareOrZero,
+    Threads,
+    TrainingBatch,
     settings,
 )
 
@@ -108,7 +111,7 @@ class FinetuneSettings:
 
     epochs: Natural = 10
     lr_fraction: Share = 0.1
-    batch_size: Annotated[int, Field(ge=2)] = 128
+    batch_size: TrainingBatch = 128
     momentum: FractionOrZero = 0.9
     weight_decay: NotNegative = 1e-4
     distillation: ShareOrZero = 0.0
@@ -135,7 +138,7 @@ class ShortTermSettings:
     steps: Natural | None = None
     winner_only: bool = False
     lr_fraction: Share = 0.01
-    batch_size: Annotated[int, Field(ge=2)] = 128
+    batch_size: TrainingBatch = 128
     momentum: FractionOrZero = 0.9
     weight_decay: NotNegative = 1e-4
 
@@ -151,10 +154,10 @@ class ScoringSettings:
         threads: Of torch for a candidate; None: the run's.
     """
 
-    batch_size: Count | None = None
+    batch_size: BatchSize | None = None
     channels_last: bool = True
     precision: Precision = "float32"
-    threads: Count | None = field(default=None, metadata={"identity": False})
+    threads: Threads | None = field(default=None, metadata={"identity": False})
 
 
 @settings
@@ -168,10 +171,10 @@ class LatencySettings:
         threads: Of the processor for a pass; None: the run's own.
     """
 
-    batch: Count = 1
+    batch: BatchSize = 1
     repeats: Natural = 50
     runtime: RuntimeName = "eager"
-    threads: Count | None = None
+    threads: Threads | None = None
 
 
 @settings

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from amc_env.evaluation.precision import FLOAT32, arithmetic
+from amc_env.graph.copying import module_copy
 from amc_env.graph.topology import Topology
 
 _TOLERANCE = 1e-3  # of the largest logit: far above rounding, far below a wrong fold
@@ -49,7 +50,7 @@ class Folder:
         self.reason = topology.reason
         self._norms = topology.norm_after
         self._dtype = torch.float32  # for the comparison
-        self._folded = self._without_norms(copy.deepcopy(model).eval(), topology)
+        self._folded = self._without_norms(module_copy(model).eval(), topology)
         if self._folded is not None and not _alike(_run(self._refresh(model), example), _run(model, example)):
             self._folded, self.reason = None, "its outputs change when batch norms are folded"
         if self.reason:
@@ -77,7 +78,7 @@ class Folder:
         """Copy the tensors of ``model`` into the folded network."""
         if self._folded is None:
             if self._dtype != torch.float32:  # masks are written into the same tensors again and again
-                model = copy.deepcopy(model).to(self._dtype)
+                model = module_copy(model).to(self._dtype)
             return model.to(memory_format=self._format)  # type: ignore[call-overload, no-any-return]
         source = dict(model.named_modules())
         for name, module in self._folded.named_modules():

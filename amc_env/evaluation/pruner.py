@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from amc_env.errors import UserError
 from amc_env.evaluation.precision import FLOAT32, arithmetic
 from amc_env.evaluation.scorer import Scorer
+from amc_env.graph.copying import module_copy
 from amc_env.pruning.candidate import Builder, Keeps, Masks
 from amc_env.pruning.repair.base import Repair
 from amc_env.pruning.repair.sequential import FrontToBack
@@ -122,7 +122,7 @@ class Pruner:
 
 def _own(model: nn.Module) -> nn.Module:
     """A copy whose tensors are no parts of larger ones, as solutions are that a repair took its weights from."""
-    network = copy.deepcopy(model)
+    network = module_copy(model)
     for tensor in (*network.parameters(), *network.buffers()):
         tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
     return network

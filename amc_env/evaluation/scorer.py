@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Generator
 from contextlib import closing
@@ -14,6 +13,7 @@ from amc_env.errors import UserError, first_line
 from amc_env.evaluation.folding import Folder
 from amc_env.evaluation.int8 import Int8Folder
 from amc_env.evaluation.precision import FLOAT32, INT8, arithmetic, dtype_of
+from amc_env.graph.copying import module_copy
 from amc_env.graph.memory_format import fastest_format
 from amc_env.graph.topology import Topology
 from amc_env.system import in_lanes, in_turn
@@ -138,7 +138,7 @@ class Scorer:
                 "for zeros in the standard deviations that it is normalised by"
             )
         channels_last = channels_last and images.ndim == 4
-        if channels_last and fastest_format(copy.deepcopy(model), images[:4]) is not torch.channels_last:
+        if channels_last and fastest_format(module_copy(model), images[:4]) is not torch.channels_last:
             channels_last = False
             log.info("images are scored contiguous: the network does not run channels-last")
         layout = torch.channels_last if channels_last else torch.contiguous_format

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
+
+from amc_env.graph.copying import module_copy
 
 _VECTOR = 16
 """Channels of a oneDNN block with AVX-512; 8 with AVX2."""
@@ -84,7 +84,7 @@ def _same_gradients(model: nn.Module, example: Tensor) -> bool:
 
 def _gradients(model: nn.Module, example: Tensor, layout: torch.memory_format) -> list[Tensor]:
     """Gradients of the mean squared output, on a copy of the network in eval mode."""
-    network = copy.deepcopy(model).to(memory_format=layout).eval()  # type: ignore[call-overload]
+    network = module_copy(model).to(memory_format=layout).eval()  # type: ignore[call-overload]
     weights = [parameter for parameter in network.parameters() if parameter.requires_grad]
     with torch.enable_grad():
         loss = network(example.contiguous(memory_format=layout)).square().mean()

@@ -6,7 +6,6 @@ norms are not folded for scoring, and the sequential repair is refused.
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from amc_env.graph.copying import module_copy
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 
@@ -48,7 +49,7 @@ class Topology:
 
         Tensors that the forward pass creates become attributes of ``model``, so that the graph runs on it.
         """
-        copied = copy.deepcopy(model).eval()
+        copied = module_copy(model).eval()
         try:
             graph = _Tracer().trace(copied)
         except Exception as error:  # symbolic tracing fails in many ways; the caller says what that costs

@@ -6,7 +6,6 @@ is traced during a search.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from amc_env.errors import UserError, first_line
+from amc_env.graph.copying import module_copy
 from amc_env.graph.layers import (
     CHANNELWISE,
     ChannelGroup,
@@ -47,7 +47,7 @@ def trace(model: nn.Module, example: Tensor) -> LayerGraph:
     Raises:
         UserError: The network cannot be traced at all, or no channel of it can be pruned.
     """
-    copied = copy.deepcopy(model).eval()
+    copied = module_copy(model).eval()
     for parameter in copied.parameters():
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
@@ -322,7 +322,7 @@ def _refuted(model: nn.Module, inputs: Tensor, groups: Sequence[ChannelGroup]) -
     """Cuts every second unit of the groups; why that is not the same as silencing them, or None."""
     units = [torch.arange(0, group.total, 2) for group in groups]
     keeps = keeps_of(groups, units)
-    small, masked = resize(copy.deepcopy(model), keeps), copy.deepcopy(model)
+    small, masked = resize(module_copy(model), keeps), module_copy(model)
     modules = dict(masked.named_modules())
     for group, kept in zip(groups, units, strict=True):
         gone = torch.ones(group.total, dtype=torch.bool)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from amc_env.graph.copying import module_copy
 from amc_env.graph.layers import LayerGraph, keeps_of
 from amc_env.graph.surgery import Keeps, cut_tensors, resize, set_sizes, widened_tensors
 from amc_env.space import Grid
@@ -28,7 +28,7 @@ def widen(slim: nn.Module, keeps: Keeps, original: nn.Module) -> nn.Module:
     Raises:
         ValueError: ``slim`` is not ``original`` cut to ``keeps``.
     """
-    wide = copy.deepcopy(original)
+    wide = module_copy(original)
     for name, module in wide.named_modules():
         small = slim.get_submodule(name)
         tensors = widened_tensors(module, small, keeps.get(name, {}), name)
@@ -88,8 +88,8 @@ class Candidates:
     def __init__(self, model: nn.Module, graph: LayerGraph, orders: Sequence[Tensor]):
         self.graph = graph
         self.orders = tuple(orders)
-        self._original = copy.deepcopy(model).eval()
-        self.skeleton = copy.deepcopy(self._original)
+        self._original = module_copy(model).eval()
+        self.skeleton = module_copy(self._original)
         self._pairs = [
             (name, module, self.skeleton.get_submodule(name))
             for name, module in self._original.named_modules()
@@ -146,7 +146,7 @@ class Candidates:
 
     def build(self, removed: Sequence[int]) -> nn.Module:
         """A network of its own, cut to a strategy."""
-        return resize(copy.deepcopy(self._original), self.keeps(removed))
+        return resize(module_copy(self._original), self.keeps(removed))
 
 
 class MaskedCandidates:
@@ -162,8 +162,8 @@ class MaskedCandidates:
     def __init__(self, model: nn.Module, grids: Sequence[Grid], removal_rank: Mapping[str, Tensor]):
         self.grids = tuple(grids)
         self.removal_rank = dict(removal_rank)
-        self._original = copy.deepcopy(model).eval()
-        self.skeleton = copy.deepcopy(self._original)
+        self._original = module_copy(model).eval()
+        self.skeleton = module_copy(self._original)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travels to other processes without the skeleton."""

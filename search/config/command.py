@@ -2,79 +2,140 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import re
 import shlex
 import sys
 from collections.abc import Callable
 from functools import wraps
+from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from amc_env.errors import UserError
+from search import interrupts
 
+log = logging.getLogger(__name__)
+
+INCOMPLETE = 1
 USER_MISTAKE = 2
+_INTERRUPTED = 130
 
 
-INTERRUPTED = 130
+class IncompleteError(Exception):
+    """A run that ended without a part of what was asked for; the message is one line."""
 
 
 _NOISE = re.compile(r" Config search path:.*| full_key: \S*| object_type=\S*| See https://hydra\.cc.*")
 """What Hydra and OmegaConf add for people who look into their code."""
 
 
+_REPORTED = (UserError, IncompleteError, HydraException, OmegaConfBaseException)
+"""What ends in one line."""
+
+
+_failed_jobs: list[tuple[str, Exception]] = []
+"""Of a sweep in this process: the job, and its error."""
+
+
 Application = TypeVar("Application", bound=Callable[..., Any])
 
 
 def application(function: Application) -> Application:
-    """Decorates what `hydra.main` runs: a user's mistake ends it here, before Hydra adds lines of its own."""
+    """Decorates what `hydra.main` runs: a user's mistake ends it here, before Hydra adds lines of its own.
+
+    A mistake in one job of a sweep lets the others run; `run_command` reports it at the end. The job's value is NaN.
+    """
 
     @wraps(function)
     def guarded(cfg: DictConfig) -> Any:
         try:
-            _refuse_unknown_sections(cfg)
+            _check_sections(cfg)
             return function(cfg)
-        except (UserError, HydraException, OmegaConfBaseException) as error:
-            sys.exit(_refused(error))
+        except _REPORTED as error:
+            hydra = HydraConfig.get()
+            if hydra.mode != RunMode.MULTIRUN:
+                sys.exit(_refused(error))
+            job = f"job {hydra.job.num}: "  # Hydra has printed its settings
+            log.error("%s%s", job, _line(error))
+            _failed_jobs.append((job, error))
+            return math.nan
 
     return cast(Application, guarded)
 
 
-def _refuse_unknown_sections(cfg: DictConfig) -> None:
-    known = hydra.compose(HydraConfig.get().job.config_name)
-    for section in cfg:
-        if section not in known:
-            there = ", ".join(map(str, known))
-            raise UserError(
-                f"unknown key {{field}}; there are {there}", code="unknown_key", field=str(section)
-            )
+def _check_sections(cfg: DictConfig) -> None:
+    known = [str(section) for section in hydra.compose(HydraConfig.get().job.config_name)]
+    given = [str(section) for section in cfg]
+    for section in set(known) - set(given):
+        raise UserError("{field} is needed; see --help", code="missing", field=section)
+    for section in set(given) - set(known):
+        raise UserError(
+            f"unknown key {{field}}; there are {', '.join(known)}", code="unknown_key", field=section
+        )
 
 
 def run_command(command: Callable[[], object]) -> int:
     """Runs a Hydra application; a user's mistake is one line on stderr.
 
     Returns:
-        The exit code: 0, 2 for a mistake of the user's, 130 after Ctrl-C.
+        The exit code: 0, 1 where a part of what was asked for failed, 2 for a mistake of the user's, 130 after Ctrl-C,
+        143 after SIGTERM.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed with a traceback
+    _failed_jobs.clear()
     try:
-        command()
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+        with interrupts.handled():
+            _check_overrides(sys.argv[1:])
+            command()
+    except _REPORTED as error:
         return _refused(error)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    return 0
+    except (OSError, ValueError) as error:
+        refusal = _of_the_file_system(error)
+        if refusal is None:
+            raise
+        return _refused(refusal)
+    except KeyboardInterrupt as stopped:
+        return stopped.exit_code if isinstance(stopped, interrupts.Stopped) else _INTERRUPTED
+    return max((_refused(error, job) for job, error in _failed_jobs), default=0)
 
 
-def _refused(error: BaseException) -> int:
-    print(f"error: {_line(error)}", file=sys.stderr)  # noqa: T201 -- the one line that a mistake ends with
-    return USER_MISTAKE
+def _check_overrides(overrides: list[str]) -> None:
+    """Refuses what Hydra takes for the current folder, and choices of nothing, which it ends on with a traceback.
+
+    Raises:
+        UserError: Such an override.
+    """
+    groups = {path.name for path in resources.files("conf").iterdir() if path.is_dir()}
+    for override in overrides:
+        name, _, value = override.lstrip("+").partition("=")
+        nothing = value in ("", "''", '""', "null")
+        if "=" in override and nothing and name in {"hydra.run.dir", "hydra.sweep.dir", *groups}:
+            raise UserError(f"{override} chooses nothing; see --help", code="missing", field=name)
+
+
+def _of_the_file_system(error: BaseException) -> UserError | None:
+    """The refusal of a file or folder, where that is what Hydra failed by when it made the run folder and its log."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    if not isinstance(cause, OSError) or cause.filename is None:
+        return None
+    return UserError(
+        f"{cause.filename} cannot be used ({cause.strerror}); give another hydra.run.dir", code="unwritable"
+    )
+
+
+def _refused(error: BaseException, job: str = "") -> int:
+    print(f"error: {job}{_line(error)}", file=sys.stderr)  # noqa: T201 -- the one line that a mistake ends with
+    return INCOMPLETE if isinstance(error, IncompleteError) else USER_MISTAKE
 
 
 def _line(error: BaseException) -> str:

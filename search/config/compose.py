@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib import resources
@@ -16,10 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from agents.base import Agent
 from amc_env.costs.base import BudgetSettings, budget_on
-from amc_env.errors import UserError
+from amc_env.errors import UserError, reported_together
 from amc_env.validation import Count, Listed, Share, check_arguments, settings
 from search.data.base import Data
-from search.models.source import ModelSource, read_checkpoint
+from search.models.checkpoint import read_checkpoint
+from search.models.source import ModelSource
 from search.output.tracking import CsvTracker, Tracker, Trackers
 from search.settings import (
     FinalistSettings,
@@ -54,6 +55,10 @@ _MADE: dict[str, Callable[..., Any]] = {
 """Sections without a ``_target_``, and what they make."""
 
 
+_PACKAGES = ("amc_env", "agents", "search")
+"""Packages whose classes and functions configurations may name."""
+
+
 _BUILT_LATER = ("model", "data", "tracker")
 """Sections whose objects read files or reach out: their arguments are checked before."""
 
@@ -63,29 +68,8 @@ class _Search:
     """The section ``search``."""
 
     episodes: Count = 1
-    images: int | None = None
+    images: Count | None = None
     stages: Listed[Share] = ()
-
-
-@contextmanager
-def reported_together() -> Iterator[Callable[[Callable[[], Any]], Any]]:
-    """Gives a function that makes a part, or None where it is refused; all refusals are raised at the end.
-
-    Raises:
-        UserError: Something was refused; with all mistakes.
-    """
-    refused: list[UserError] = []
-
-    def attempt(make: Callable[[], Any]) -> Any:
-        try:
-            return make()
-        except UserError as error:
-            refused.append(error)
-            return None
-
-    yield attempt
-    if refused:
-        raise UserError.join(refused)
 
 
 def built(cfg: DictConfig, section: str, **more: Any) -> Any:
@@ -114,20 +98,68 @@ def made(kind: Callable[..., Built], cfg: DictConfig, section: str) -> Built:
 def _maker(cfg: DictConfig, section: str) -> partial[Any]:
     """The function that a section's ``_target_`` names, with the section's arguments, which are checked."""
     node = _section(cfg, section)
-    try:
-        target = get_object(node.get("_target_", ""))
-    except (ImportError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{{field}}={node.get('_target_')} cannot be found: {reason}",
-            code="unknown_target",
-            field=f"{section}._target_",
-        ) from error
+    settings = _plain(node)
+    for place, name in _targets({"_target_": "", **settings}, section):
+        _check_trusted(name, place, cfg)
+    target = get_object(settings["_target_"])
     make: partial[Any] = instantiate(node, _partial_=True, _convert_="all")
     if not hasattr(target, "__pydantic_fields__"):  # such a class checks its arguments itself
         with _inside(section, node):
             check_arguments(target, make.keywords)
     return make
+
+
+def _targets(value: Any, place: str) -> Iterator[tuple[str, str]]:
+    """Every ``_target_`` within a plain value, with its place."""
+    entries = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
+    for key, inner in entries:
+        if key == "_target_":
+            yield f"{place}._target_", str(inner)
+        else:
+            yield from _targets(inner, f"{place}.{key}")
+
+
+def _check_trusted(name: str, place: str, cfg: DictConfig) -> None:
+    """Refuses a ``_target_`` before its module is imported, and one that is no class or function of its module.
+
+    Raises:
+        UserError: It is in no package of this project and in none that ``trusted`` lists, or it cannot be found.
+    """
+    packages = (*_PACKAGES, *_trusted(cfg))
+    untrusted = UserError(
+        f"{{field}}={name} is no class or function of {', '.join(packages)}; to call code of your own, list its module in "
+        "trusted, like trusted=[my_module]",
+        code="untrusted_target",
+        field=place,
+    )
+    if not _is_within(name, packages):
+        raise untrusted
+    try:
+        target = get_object(name)
+    except (ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{{field}}={name} cannot be found: {reason}", code="unknown_target", field=place
+        ) from error
+    if not (inspect.isclass(target) or inspect.isroutine(target)):
+        raise untrusted
+    if not _is_within(str(target.__module__), packages):  # imported there from elsewhere
+        raise untrusted
+
+
+def _trusted(cfg: DictConfig) -> tuple[str, ...]:
+    check_arguments(_trust, given := _plain(cfg, "trusted") if "trusted" in cfg else {})
+    return tuple(given.get("trusted", ()))
+
+
+def _trust(trusted: Listed[str]) -> None:
+    """The type of the setting ``trusted``."""
+
+
+def _is_within(name: str, packages: Iterable[str]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
 def _section(cfg: DictConfig, name: str) -> DictConfig:
@@ -215,7 +247,15 @@ def resolved(cfg: DictConfig) -> DictConfig:
 
 
 def _budgets(cfg: DictConfig) -> tuple[BudgetSettings, ...]:
-    main = [built(cfg, "budget")] if _section(cfg, "budget").get("_target_") else []
+    section = _section(cfg, "budget")
+    main = [built(cfg, "budget")] if "_target_" in section else []
+    given = [str(key) for key, value in section.items() if value is not None]
+    if not main and given:
+        raise UserError(
+            "{field} is given and no budget is chosen: add one, like budget=flops",
+            code="unknown_key",
+            field=f"budget.{given[0]}",
+        )
     also = _plain(_section(cfg, "also")) if "also" in cfg else {}  # not every command has it
     return (*main, *(_further(name, ratio) for name, ratio in sorted(also.items()) if ratio is not None))
 
@@ -275,7 +315,7 @@ def model_source(cfg: DictConfig) -> ModelSource:
     """Where the network comes from; a file of the user's is read here too, to refuse a wrong one early."""
     source = expected("model", ModelSource, built(cfg, "model"))
     if source.weights is not None:
-        read_checkpoint(Path(source.weights))
+        read_checkpoint(Path(source.weights), source.key)
     return source
 
 

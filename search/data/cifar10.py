@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from PIL import Image
 
+from amc_env.validation import Count, SplitSeed
 from search.data.base import Data, Split, check_scaling, fingerprint, split_off
 from search.data.hub import read
 
@@ -20,8 +21,8 @@ DEFAULT_SEARCH = 5000
 
 def cifar10(
     path: str | None = None,
-    search_images: int | None = None,
-    split_seed: int = 0,
+    search_images: Count | None = None,
+    split_seed: SplitSeed = 0,
     mean: Sequence[float] = (0.485, 0.456, 0.406),
     std: Sequence[float] = (0.229, 0.224, 0.225),
 ) -> Data:

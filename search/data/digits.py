@@ -2,6 +2,7 @@
 
 import torch
 
+from amc_env.validation import Count, SplitSeed
 from search.data.base import Data, Split, fingerprint, split_off, stratified
 
 DEFAULT_SEARCH = 300
@@ -9,7 +10,7 @@ INPUT = ((1, 8, 8), 10)
 """Shape of an image, [C, H, W], and the number of classes."""
 
 
-def digits(search_images: int | None = None, split_seed: int = 0) -> Data:
+def digits(search_images: Count | None = None, split_seed: SplitSeed = 0) -> Data:
     """The 1,797 handwritten digits that come with scikit-learn (1 x 8 x 8, ten classes).
 
     A fifth of each class is the test split, the same for every seed; the search split is taken off the rest.

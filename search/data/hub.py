@@ -55,10 +55,8 @@ class Images:
             )
         self.name = name
         self.labels = _labels(name, table, classes)
-        try:
+        with files.reading(f"{name}: column {image}", "it must hold images"):
             self._table = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-        except Exception as error:  # the library raises its own and Arrow's errors
-            raise UserError(f"{name}: column {image} does not hold images: {first_line(error)}") from error
         self._column = image
         self._by_path = by_path
         self._key = table._fingerprint
@@ -79,19 +77,14 @@ class Images:
         """The images at `rows` after `prepare`, uint8 [N, 3, size, size], mapped from the cache folder.
 
         Raises:
-            UserError: An image that cannot be decoded or has another size; no room in the cache folder.
+            UserError: An image that cannot be decoded or has another size; no room in the cache folder, which
+                PRUNING_CACHE moves.
         """
         key = hashlib.sha256(f"{self._key} {prepare.__qualname__} {size}".encode() + rows.numpy().tobytes())
         file = files.cache_folder() / "data" / f"pixels-{key.hexdigest()[:32]}.npy"
-        if not file.exists():
-            try:
-                files.write(file, partial(self._write, rows.tolist(), size, prepare))
-            except OSError as error:
-                raise UserError(
-                    f"{len(rows)} decoded images do not fit in {file.parent} ({first_line(error)}): "
-                    f"point PRUNING_CACHE at another folder"
-                ) from error
-        return torch.from_numpy(np.load(file, mmap_mode="c"))
+        shape = (len(rows), 3, size, size)
+        write = partial(self._write, rows.tolist(), size, prepare)
+        return files.cached(file, write, lambda path: _mapped(path, shape))
 
     def _write(self, rows: list[int], size: int, prepare: Callable[..., Any], file: Path) -> None:
         with file.open("wb") as out:
@@ -116,8 +109,17 @@ class Images:
                 return opened.convert("RGB")
         except Exception as error:  # Pillow's decoders raise many types on a broken file
             raise UserError(
-                f"{self.name}: the image of row {row} cannot be decoded: {first_line(error)}"
+                f"{self.name}: the image of row {row} cannot be decoded: {first_line(error)}",
+                code="unreadable",
             ) from error
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """The uint8 pixels of a cached file."""
+    pixels = np.load(path, mmap_mode="c")
+    if pixels.shape != shape or pixels.dtype != np.uint8:
+        raise ValueError(f"it holds {pixels.dtype} {pixels.shape}, not uint8 {shape}")
+    return torch.from_numpy(pixels)
 
 
 def read(hub: str, path: str | None, held_out: str, image: str, classes: int) -> tuple[Images, Images]:
@@ -140,13 +142,8 @@ def read(hub: str, path: str | None, held_out: str, image: str, classes: int) ->
     options: dict[str, Any] = {"path": hub, "data_files": data_files}
     if path is not None:
         options = _local(Path(path), data_files, way_out)
-    try:
+    with files.reading(path or hub, way_out):
         parts = datasets.load_dataset(**options)
-    except (
-        Exception
-    ) as error:  # the library raises its own, Arrow's, the network's and the file system's errors
-        reason = f"{type(error).__name__}: {first_line(error.__cause__ or error)}"
-        raise UserError(f"{path or hub} cannot be read ({reason}); {way_out}") from error
     folders = options["path"] == "imagefolder"
     column = "image" if folders else image
     train, test = (

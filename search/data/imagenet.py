@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from amc_env.errors import UserError, out_of_range
+from amc_env.validation import Count, SplitSeed
 from search.data.base import Data, Split, check_scaling, fingerprint, scaled, stratified
 from search.data.hub import Images, read
 
@@ -36,11 +37,11 @@ _ATTEMPTS = 10
 
 def imagenet(
     path: str | None = None,
-    search_images: int | None = None,
-    split_seed: int = 0,
-    calibration_images: int = 4096,
-    test_images: int | None = None,
-    classes: int = 1000,
+    search_images: Count | None = None,
+    split_seed: SplitSeed = 0,
+    calibration_images: Count = 4096,
+    test_images: Count | None = None,
+    classes: Count = 1000,
     mean: Sequence[float] = (0.485, 0.456, 0.406),
     std: Sequence[float] = (0.229, 0.224, 0.225),
 ) -> Data:

@@ -7,18 +7,25 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from amc_env.validation import Positive
 from search.models.resnet import build_for_images, initialise
 from search.models.source import ModelSource
 
 
-def mobilenet(weights: str | None = None, url: str | None = None, original_lr: float = 0.1) -> ModelSource:
+def mobilenet(
+    weights: str | None = None, url: str | None = None, original_lr: Positive = 0.1, key: str | None = None
+) -> ModelSource:
     """MobileNet-V1 for 32 x 32 images."""
-    return ModelSource("mobilenet", partial(build_for_images, MobileNet), original_lr, weights, url)
+    return ModelSource("mobilenet", partial(build_for_images, MobileNet), original_lr, weights, url, key=key)
 
 
-def mobilenet_v2(weights: str | None = None, url: str | None = None, original_lr: float = 0.1) -> ModelSource:
+def mobilenet_v2(
+    weights: str | None = None, url: str | None = None, original_lr: Positive = 0.1, key: str | None = None
+) -> ModelSource:
     """MobileNet-V2 for 32 x 32 images."""
-    return ModelSource("mobilenet_v2", partial(build_for_images, MobileNetV2), original_lr, weights, url)
+    return ModelSource(
+        "mobilenet_v2", partial(build_for_images, MobileNetV2), original_lr, weights, url, key=key
+    )
 
 
 class MobileNet(nn.Module):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from amc_env.errors import UserError
+from amc_env.validation import Positive
 from search.models.source import ModelSource
 
 SHORTCUTS = ("pad", "selection", "conv", "none")
@@ -24,7 +25,8 @@ def resnet(
     shortcut: str = "pad",
     weights: str | None = None,
     url: str | None = None,
-    original_lr: float = 0.1,
+    original_lr: Positive = 0.1,
+    key: str | None = None,
 ) -> ModelSource:
     """A CIFAR ResNet; `depth` is 6n + 2. See ResNet for `shortcut`."""
     name = f"plain{depth}" if shortcut == "none" else f"resnet{depth}"
@@ -32,12 +34,14 @@ def resnet(
         raise UserError(f"model.depth={depth}: a CIFAR ResNet has 6n + 2 layers (20, 32, 44, 56, 110)")
     if shortcut not in SHORTCUTS:
         raise UserError(f"model.shortcut={shortcut}: one of {', '.join(SHORTCUTS)} is needed")
-    return ModelSource(name, partial(build_resnet, depth, shortcut), original_lr, weights, url)
+    return ModelSource(name, partial(build_resnet, depth, shortcut), original_lr, weights, url, key=key)
 
 
-def resnet50(weights: str | None = None, url: str | None = None, original_lr: float = 0.1) -> ModelSource:
+def resnet50(
+    weights: str | None = None, url: str | None = None, original_lr: Positive = 0.1, key: str | None = None
+) -> ModelSource:
     """ResNet-50 for ImageNet."""
-    return ModelSource("resnet50", partial(build_for_images, ResNet50), original_lr, weights, url)
+    return ModelSource("resnet50", partial(build_for_images, ResNet50), original_lr, weights, url, key=key)
 
 
 def build_resnet(depth: int, shortcut: str, shape: tuple[int, int, int], classes: int) -> nn.Module:

@@ -16,30 +16,22 @@ An option `model=x` is a file conf/model/x.yaml whose `_target_` is a function h
 from __future__ import annotations
 
 import hashlib
-import pickle
 import re
-import urllib.error
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from amc_env.errors import UserError
 from search import files
 from search.data.base import Data
 from search.data.loaders import seeded
+from search.models.checkpoint import listed, read_checkpoint, state_dict, unwrapped
 from search.training.finetune import Recipe, train
-
-PICKLES = (".th", ".pt", ".pth")
-
-
-LISTED_NAMES = 8
-
 
 # Part of the key of a network trained here: raise it when a change of the training makes older weights wrong.
 TRAINED_VERSION = 1
@@ -55,6 +47,7 @@ class ModelSource:
         weights: the user's file, or None.
         url: published weights; the file's name ends with its SHA-256 prefix. None where there are none.
         recipe: how it is trained once where there are neither; None where that is too expensive.
+        key: the entry of the user's file that holds the state dict, see `read_checkpoint`.
     """
 
     name: str
@@ -63,6 +56,7 @@ class ModelSource:
     weights: str | None = None
     url: str | None = None
     recipe: Recipe | None = None
+    key: str | None = None
 
     def check(self) -> None:
         """Finds out, before any data is read, that there are no weights.
@@ -84,7 +78,7 @@ class ModelSource:
             return trained_once(self.name, build, data, self.recipe)
         with seeded(0):
             model = build()
-        load_weights(model, self.weights, self.url, name=self.name, images=_described(data))
+        load_weights(model, self.weights, self.url, name=self.name, images=_described(data), key=self.key)
         return model.eval()
 
 
@@ -99,101 +93,46 @@ def _described(data: Data) -> str:
 
 
 def load_weights(
-    model: nn.Module, path: str | None, url: str | None, name: str = "model", images: str = ""
+    model: nn.Module,
+    path: str | None,
+    url: str | None,
+    name: str = "model",
+    images: str = "",
+    key: str | None = None,
 ) -> None:
     """Fill `model` from the user's file, or from the published address where no file is given.
 
     Args:
-        path: .safetensors, or a pickle (.th, .pt, .pth) of a state dict, read with `weights_only=True`.
+        path: the user's file, see `read_checkpoint`.
         url: its file's name ends with `-` and 8 or more leading hex digits of the SHA-256, which are checked.
         name: of the network, for messages.
         images: what it was built for, for messages.
+        key: the entry of the user's file that holds the state dict.
 
     Raises:
-        UserError: neither given, unreadable, names or shapes that do not fit (listed), NaN or infinity.
+        UserError: neither given, names or shapes that do not fit (listed), and as `read_checkpoint`.
     """
     if path is not None:
-        source, state = path, read_checkpoint(Path(path))
+        source, state = path, read_checkpoint(Path(path), key)
     elif url is not None:
         source, state = url, _download(url)
     else:
         raise UserError(f"model={name} has no published weights: give a checkpoint with model.weights=FILE")
-    broken = [
-        key for key, value in state.items() if value.is_floating_point() and not bool(value.isfinite().all())
-    ]
-    if broken:
-        raise UserError(
-            f"{source}: NaN or infinite values in {_listed(broken)}; the checkpoint cannot be used"
-        )
-    _fit(model, state, f"{source} does not fit model={name}{images}")
-
-
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file; a `state_dict` entry is unwrapped and `module.` prefixes are taken off.
-
-    Raises:
-        UserError: no such file, another kind of file, or a pickle that needs more than `weights_only`.
-    """
-    if not path.is_file():
-        raise UserError(f"model.weights={path}: no such file")
-    if path.suffix not in (".safetensors", *PICKLES):
-        raise UserError(
-            f"model.weights={path}: .safetensors, {', '.join(PICKLES)} are read, not '{path.suffix}'"
-        )
-    try:
-        content = load_file(path) if path.suffix == ".safetensors" else _unpickled(path)
-    except (
-        Exception
-    ) as error:  # both readers raise errors of many kinds on a file that is not what its name says
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"model.weights={path} cannot be read: {reason}{_conversion(path)}") from error
-    return _state_dict(content, str(path))
-
-
-def _unpickled(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _conversion(path: Path) -> str:
-    """For a pickle: how to make a file of tensors only out of it, if its source is trusted."""
-    if path.suffix not in PICKLES:
-        return ""
-    return (
-        ". Pickles are read with weights_only=True, as others may run code. If you trust it, convert it: "
-        f"torch.save(torch.load('{path.name}', weights_only=False).state_dict(), 'weights.pt') "
-        "where it holds a whole module, or save its dict of tensors alone"
-    )
-
-
-def _state_dict(content: Any, source: str) -> dict[str, Tensor]:
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
-    entries = content.items() if isinstance(content, Mapping) else [(None, content)]
-    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in entries):
-        found = sorted(map(str, content)) if isinstance(content, Mapping) else [type(content).__name__]
-        raise UserError(
-            f"{source} holds no state dict (names to tensors, or under `state_dict`): {_listed(found)}"
-        )
-    wrapped = all(key.startswith("module.") for key in content)
-    return {key.removeprefix("module.") if wrapped else key: value for key, value in content.items()}
+    _fit(model, unwrapped(state, model.state_dict()), f"{source} does not fit model={name}{images}")
 
 
 def _download(url: str) -> dict[str, Tensor]:
     """The published state dict, from torch.hub's cache where it is there already."""
-    if not re.search(r"-[0-9a-f]{8,64}\.[a-z]+$", url):
+    if not re.fullmatch(r"\w+://\S+-[0-9a-f]{8,64}\.[a-z]+", url):
         raise UserError(
-            f"model.url={url}: its file must be named NAME-SHA256PREFIX.th, so that it can be checked"
+            f"{{field}}={url}: needed is an address without blanks, its file named NAME-SHA256PREFIX.th",
+            field="model.url",
         )
-    try:
+    with files.reading(url, "give a local copy with model.weights=FILE"):
         content = torch.hub.load_state_dict_from_url(
             url, map_location="cpu", progress=False, check_hash=True, weights_only=True
         )
-    except (urllib.error.URLError, OSError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]  # a RuntimeError says that the hash does not agree
-        raise UserError(
-            f"{url} could not be fetched ({reason}): give a local copy with model.weights=FILE"
-        ) from error
-    return _state_dict(content, url)
+    return state_dict(content, url)
 
 
 def _fit(model: nn.Module, state: Mapping[str, Tensor], complaint: str) -> None:
@@ -211,13 +150,8 @@ def _fit(model: nn.Module, state: Mapping[str, Tensor], complaint: str) -> None:
         "wrong shape": shapes,
     }
     if any(problems.values()):
-        parts = [f"{kind}: {_listed(names)}" for kind, names in problems.items() if names]
-        raise UserError(f"{complaint}; {'; '.join(parts)}")
-
-
-def _listed(names: list[str]) -> str:
-    rest = len(names) - LISTED_NAMES
-    return ", ".join(names[:LISTED_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+        parts = [f"{kind}: {listed(names)}" for kind, names in problems.items() if names]
+        raise UserError(f"{complaint}; {'; '.join(parts)}", code="does_not_fit")
 
 
 def trained_once(name: str, build: Callable[[], nn.Module], data: Data, recipe: Recipe) -> nn.Module:
@@ -228,8 +162,10 @@ def trained_once(name: str, build: Callable[[], nn.Module], data: Data, recipe: 
     identity = f"{TRAINED_VERSION} {name} {shapes} {recipe} {data.fingerprint}"
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     file = files.cache_folder() / "models" / f"{name}-{key}.safetensors"
-    if not file.exists():
-        state = {key: value.contiguous() for key, value in train(build, data, recipe).state_dict().items()}
-        files.write(file, lambda unfinished: save_file(state, unfinished))
-    load_weights(model, str(file), None, name=name)
+
+    def trained(path: Path) -> None:
+        state = train(build, data, recipe).state_dict()
+        path.write_bytes(save({key: value.contiguous() for key, value in state.items()}))
+
+    files.cached(file, trained, lambda path: load_weights(model, str(path), None, name=name))
     return model.eval()

@@ -7,13 +7,16 @@ from functools import partial
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from amc_env.validation import Positive
 from search.models.resnet import build_for_images, initialise
 from search.models.source import ModelSource
 
 
-def vgg16(weights: str | None = None, url: str | None = None, original_lr: float = 0.1) -> ModelSource:
+def vgg16(
+    weights: str | None = None, url: str | None = None, original_lr: Positive = 0.1, key: str | None = None
+) -> ModelSource:
     """VGG-16 with batch norm for 32 x 32 images."""
-    return ModelSource("vgg16", partial(build_for_images, VGG16), original_lr, weights, url)
+    return ModelSource("vgg16", partial(build_for_images, VGG16), original_lr, weights, url, key=key)
 
 
 class VGG16(nn.Module):

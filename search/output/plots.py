@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from agents.sensitivity import Curve
 from amc_env.costs.latency import Timing
+from search import files
 from search.output.formatting import cost_name
 
 BLUE, ORANGE, VERMILION, GREY, INK = "#0072B2", "#E69F00", "#D55E00", "#D0D3D6", "#30343A"
@@ -378,6 +379,6 @@ def _save(figure: Figure, path: Path) -> Path:
         axes.tick_params(colors=INK, labelsize=None)
         axes.grid(axis="y", color="#E6E8EA", lw=0.7)
         axes.set_axisbelow(True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with files.replacing(path) as unfinished:
+        figure.savefig(unfinished)
     return path

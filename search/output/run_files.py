@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from amc_env.space import Decision
+from search import files
 from search.output.run_result import RunResult
 
+METRICS = "metrics.csv"
 CONFIGURATION = "config.yaml"
 """The file of the resolved configuration. Hydra's own copy is that of the last command in the folder, even if it failed."""
 
@@ -63,10 +64,10 @@ class RunFiles:
         """Read a run folder.
 
         Raises:
-            UserError: if there is no readable result.json.
+            UserError: if there is no readable result.json, or another file is damaged.
         """
         result = RunResult.read(folder)
-        lines = list(_json_lines(folder / "evaluations.jsonl"))
+        lines = list(_journal(folder / "evaluations.jsonl"))
         header: dict[str, Any] = next((line["header"] for line in lines if "header" in line), {})
         return cls(
             folder=folder,
@@ -74,13 +75,14 @@ class RunFiles:
             decisions=_decisions(folder / "strategy.json"),
             header=header,
             evaluations=tuple(_evaluation(line) for line in lines if "score" in line),
-            metrics=tuple(csv.DictReader(_text(folder / "metrics.csv").splitlines())),
+            metrics=tuple(_rows(folder / METRICS)),
             configuration=_text(folder / CONFIGURATION),
         )
 
     def series(self, name: str) -> dict[int, float]:
         """Step -> value of one metric, in the order of steps; rows without it are left out."""
-        found = {int(row["step"]): float(row[name]) for row in self.metrics if row.get(name)}
+        with files.reading(self.folder / METRICS):
+            found = {int(row["step"]): float(row[name]) for row in self.metrics if row.get(name)}
         return dict(sorted(found.items()))
 
     def first_of_rounds(self) -> list[Evaluation]:
@@ -102,17 +104,26 @@ def _evaluation(line: Mapping[str, Any]) -> Evaluation:
 
 def _decisions(path: Path) -> dict[str, Decision]:
     # JSON objects keep their order: the decisions are in forward order.
-    entries = json.loads(_text(path) or "{}").get("decisions", {})
-    return {name: Decision(entry["removed"], entry["total"]) for name, entry in entries.items()}
+    if not path.exists():
+        return {}
+    with files.reading(path):
+        entries = files.read_json(path)["decisions"]
+        return {name: Decision(int(entry["removed"]), int(entry["total"])) for name, entry in entries.items()}
 
 
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in _text(path).splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:  # the incomplete last line of a killed run
-            return
+def _rows(path: Path) -> Iterator[dict[str, str]]:
+    with files.reading(path):
+        for row in csv.DictReader(_text(path).splitlines(), restkey=""):
+            yield {name: cell for name, cell in row.items() if name}
+
+
+def _journal(path: Path) -> Iterator[dict[str, Any]]:
+    """The entries of a journal; damaged lines and the incomplete last line of a killed run are left out."""
+    with files.reading(path):
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    yield from (entry for line in lines if (entry := files.unsealed(line)) is not None)
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    with files.reading(path):
+        return path.read_text(encoding="utf-8") if path.exists() else ""

@@ -10,9 +10,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
-from amc_env.errors import UserError
+from pydantic import TypeAdapter
+
 from search import files
 from search.output.export import Exported
 
@@ -54,7 +55,8 @@ class NetworkFigures:
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> NetworkFigures:
         own = _known(cls, entry)
-        return cls(**own, costs={name: value for name, value in entry.items() if name not in own})
+        costs = {name: value for name, value in entry.items() if name not in own}
+        return _checked(cls, own | {"costs": costs})
 
 
 @dataclass(frozen=True)
@@ -256,7 +258,7 @@ class RunResult:
         """Reads what `to_json` gives, from JSON.
 
         Raises:
-            KeyError: a key is missing; TypeError: likewise, of an entry.
+            KeyError, TypeError, ValueError: a key is missing, or a value is of another type.
         """
         finetuned = content["finetuned"]
         own = _known(cls, content) | {
@@ -274,8 +276,9 @@ class RunResult:
         if "layers" in content:
             layers = {name: _read(LayerRow, entry) for name, entry in content["layers"].items()}
             pattern = _read(Pattern, content["pattern"]) if "pattern" in content else None
-            own["masked"] = MaskedFigures(layers, content["storage"], pattern)
-        return cls(**own)
+            masked = {"layers": layers, "storage": content["storage"], "pattern": pattern}
+            own["masked"] = _checked(MaskedFigures, masked)
+        return _checked(cls, own)
 
     def write(self, folder: Path) -> None:
         """Writes result.json."""
@@ -288,13 +291,9 @@ class RunResult:
         Raises:
             UserError: it is missing or not readable, as in a run that has not ended.
         """
-        try:
-            return cls.from_json(json.loads((folder / FILE).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"no readable {FILE} in {folder} ({error}); a run writes it when it ends: "
-                "start the same command with hydra.run.dir set to this folder to finish it"
-            ) from error
+        advice = "a run writes it when it ends: start the same command with hydra.run.dir set to this folder to finish it"
+        with files.reading(folder / FILE, advice):
+            return cls.from_json(files.read_json(folder / FILE, advice=advice))
 
 
 def _known(cls: type[Any], entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -304,7 +303,15 @@ def _known(cls: type[Any], entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(cls: type[Figures], entry: Mapping[str, Any]) -> Figures:
-    return cls(**_known(cls, entry))
+    return _checked(cls, _known(cls, entry))
+
+
+def _checked(cls: type[Figures], values: Mapping[str, Any]) -> Figures:
+    """The dataclass with these values, whose types are those of its fields."""
+    for name, kind in get_type_hints(cls).items():
+        if name in values:
+            TypeAdapter(kind).validate_python(values[name], strict=True)
+    return cls(**values)
 
 
 def _without_none(entry: dict[str, Any], *optional: str) -> dict[str, Any]:

@@ -92,7 +92,8 @@ class CsvTracker(NoTracker):
         self._columns: list[str] = ["phase", "step"]
         self._rows: dict[Row, dict[str, str]] = {}
         if self.path.exists():
-            self._load()
+            with files.reading(self.path, "delete it, and a resumed run writes it again"):
+                self._load()
         self._write_all()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -107,15 +108,17 @@ class CsvTracker(NoTracker):
         if new or known is not None:
             self._write_all()
         else:
-            with self.path.open("a", newline="") as file:
+            with files.writing(self.path), self.path.open("a", newline="") as file:
                 file.write(self._line(row))
 
     def _load(self) -> None:
-        text = self.path.read_text()
+        text = self.path.read_text(encoding="utf-8")
         complete = text[: text.rfind("\n") + 1]
         reader = csv.DictReader(io.StringIO(complete))
         self._columns = list(reader.fieldnames or self._columns)
         for cells in reader:
+            if None in cells:
+                raise ValueError(f"line {reader.line_num} has more cells than there are columns")
             # A metric that a row lacks is an empty cell; a nan is written as 'nan'.
             row = {name: cell for name, cell in cells.items() if cell}
             self._rows[row["phase"], int(row["step"])] = row
@@ -133,7 +136,8 @@ class CsvTracker(NoTracker):
 class WandbTracker:
     """A Weights & Biases run whose files are under `<folder>/wandb`.
 
-    The run's id is kept in `<folder>/wandb_id.txt`, so a resumed search continues the same W&B run. W&B says which
+    The run's id is kept in `<folder>/wandb_id.txt`, so a resumed search continues the same W&B run. Under a W&B sweep
+    agent the run is the agent's (WANDB_RUN_ID). W&B says which
     rows that run already has, and only newer ones are logged. Offline it cannot say: a resumed search then logs all
     its rows again, into a second set of files for `wandb sync <folder>/wandb`.
 
@@ -200,7 +204,7 @@ class WandbTracker:
         chosen: Any = mode or os.environ.get("WANDB_MODE") or ("online" if _has_key(wandb) else "offline")
         self.run = wandb.init(
             dir=str(self.folder.resolve()),
-            id=note.read_text().strip() if note.exists() else os.environ.get("WANDB_RUN_ID"),
+            id=_run_id(note),
             resume="allow",
             reinit="create_new",  # several runs in one process: a multirun
             mode=chosen,
@@ -245,7 +249,8 @@ class TensorboardTracker(NoTracker):
             ) from error
         events = Path(folder) / "tensorboard"
         shutil.rmtree(events, ignore_errors=True)
-        self._writer = SummaryWriter(log_dir=str(events), flush_secs=10)
+        with files.writing(events):
+            self._writer = SummaryWriter(log_dir=str(events), flush_secs=10)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         phase_of(metrics)
@@ -282,6 +287,14 @@ class Trackers:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _run_id(note: Path) -> str | None:
+    """The run to continue: a sweep agent's own, else the folder's, else the one that the environment names."""
+    given = os.environ.get("WANDB_RUN_ID")
+    if note.exists() and not (given and os.environ.get("WANDB_SWEEP_ID")):
+        return note.read_text().strip()
+    return given
 
 
 def _has_key(wandb: Any) -> bool:

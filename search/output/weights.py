@@ -9,7 +9,6 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ CHANNELS_FORMAT = 1
 _SIDES: tuple[Side, ...] = ("in", "out")
 _PROBLEMS_SHOWN = 8
 _ERROR_WIDTH = 300
+_AGAIN = "it is no file of save_pruned: export it again"
 _WAY_OUT = "give a fresh, unpruned instance of the class that was pruned"
 
 
@@ -86,10 +86,8 @@ def load_pruned(module: nn.Module, folder: str | Path) -> nn.Module:
         raise UserError(f"no folder {folder}: load_pruned wants the run folder that holds {CHANNELS_FILE}")
     weights = _existing(folder / WEIGHTS_FILE)
     keeps = _read_channels(module, _existing(folder / CHANNELS_FILE))
-    try:
+    with files.reading(weights, _AGAIN):
         state = load_file(weights)
-    except SafetensorError as error:
-        raise UserError(f"{weights} cannot be read as safetensors ({error}): export it again") from error
     resize(module, keeps)
     if problems := _misfits(module.state_dict(), state):
         raise UserError(f"{weights} does not fit {type(module).__name__}: {_listed(problems)}; {_WAY_OUT}")
@@ -127,14 +125,10 @@ def _size(module: nn.Module, side: Side) -> int:
 
 
 def _read_channels(module: nn.Module, path: Path) -> Keeps:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+    with files.reading(path, _AGAIN):
+        record = files.read_json(path, advice=_AGAIN)
         version, channels = record["format"], record["channels"]
         entries = [(name, entry, _sides(entry)) for name, entry in channels.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not a file of save_pruned ({one_line(error)}): export it again"
-        ) from error
     if version != CHANNELS_FORMAT:
         raise UserError(f"{path} has format {version!r}: this version reads {CHANNELS_FORMAT}")
     modules = dict(module.named_modules())
@@ -150,6 +144,8 @@ def _read_channels(module: nn.Module, path: Path) -> Keeps:
 
 
 def _sides(entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"an entry is {type(entry).__name__}, not an object of channel numbers")
     sides = {side: entry[side] for side in _SIDES if side in entry}
     for side, keep in sides.items():
         if not (isinstance(keep, list) and keep and all(type(index) is int for index in keep)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from agents.base import Agent, SearchTask
 from amc_env import space as budget
 from amc_env.errors import UserError
 from amc_env.space import Grid, Removed, SearchSpace, Strategy
+from search import files
 
 log = logging.getLogger(__name__)
 
@@ -30,16 +30,19 @@ def read_strategy(path: str) -> dict[str, Any]:
         UserError: There is no such file, or it holds no decisions.
     """
     file = Path(path) / FILE if Path(path).is_dir() else Path(path)
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
-        raise UserError(
-            f"strategy={path} cannot be read ({reason}); give the {FILE} of a run, or ratio=0.5"
-        ) from error
+    content = files.read_json(file, f"strategy={path}", f"give the {FILE} of a run, or ratio=0.5")
     if not isinstance(content, dict) or not isinstance(content.get("decisions"), dict):
         raise UserError(
-            f"strategy={path} has no object 'decisions' of {{name: {{removed, total}}}}; give the {FILE} of a run"
+            f"strategy={path} has no object 'decisions' of {{name: {{removed, total}}}}; give the {FILE} of a run",
+            code="wrong_type",
+            field="decisions",
+        )
+    start = content.get("start", [])
+    if not isinstance(start, list) or not all(isinstance(name, str) for name in start):
+        raise UserError(
+            f"strategy={path} has start={start}, which must be a list of names; give the {FILE} of a run",
+            code="wrong_type",
+            field="start",
         )
     return content
 

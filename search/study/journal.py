@@ -2,29 +2,50 @@
 
 evaluations.jsonl starts with a header (what the evaluations depend on), then one flushed line per unique
 evaluation in the order of proposals. A run started again in the same folder runs its agent from the seed;
-what the agent asks for is read back here instead of scored.
+what the agent asks for is read back here instead of scored. Between evaluations stand the hashes of weights that
+the run keeps in files. Every line ends with a checksum; a damaged one is scored again, in its place.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Annotated, Any, Self
+
+from pydantic import Field
 
 from amc_env.errors import UserError
 from amc_env.evaluation.evaluator import Key
 from amc_env.space import SearchSpace, Trial
-from search import files
+from amc_env.validation import Count, Listed, Natural, settings
+from search import files, interrupts
 
 log = logging.getLogger(__name__)
 
 
 FILE = "evaluations.jsonl"
+_WEIGHTS = "weights"
+
+
+@settings
+class _Line:
+    """The line of an evaluation; see `Trial`."""
+
+    number: Count
+    start: str
+    repair: str
+    removed: Listed[Natural]
+    score: float
+    costs: Annotated[dict[str, float], Field(min_length=1)]
+    met: bool
+    reward: float | None
+    seconds: dict[str, float]
 
 
 class Journal:
@@ -38,8 +59,8 @@ class Journal:
         ordered: Whether evaluations will be asked for in the order of the file; if not, none is missed.
 
     Raises:
-        UserError: Another run holds the folder, the file is damaged, or the header differs (every difference
-            is named).
+        UserError: Another run holds the folder, the file cannot be read or written, its header is damaged, or the
+            header differs (every difference is named).
     """
 
     def __init__(
@@ -51,38 +72,66 @@ class Journal:
         may_grow: tuple[str, ...] = (),
         ordered: bool = True,
     ):
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
         self._lock = _locked(folder)
+        files.sweep(folder)
         self._path = folder / FILE
         self._space = space
         self._known: dict[Key, Trial] = {}
         self._replay: list[Key] = []
         self._asked = 0
         self._warned = False
+        self._hashes: dict[str, str] = {}
+        self._lost: list[int] = []  # numbers of damaged lines, from 0
         try:
-            lines = self._read()
-            if lines:
-                _check(lines[0].get("header", {}), header, may_grow, folder)
-            self._remember(lines[1:])
+            self._lines = self._read()
+            if self._lines:
+                _check(self._header(), header, may_grow, folder)
+            self._remember(self._lines[1:])
+            self._lines[:1] = [files.sealed({"header": dict(header)}).encode()]
+            self._write_back()
+            with files.writing(self._path):
+                self._file: IO[bytes] = self._path.open("ab")
         except BaseException:
             self._lock.close()
             raise
         self._found = len(self._known)
         if not ordered:
             self._replay.clear()
-        self._write_back([{"header": dict(header)}, *lines[1:]])
-        self._file: IO[str] = self._path.open("a", encoding="utf-8")
 
-    def _remember(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        for number, line in enumerate(lines, start=2):
+    def _header(self) -> Mapping[str, Any]:
+        """What the file's evaluations depend on.
+
+        Raises:
+            UserError: Its line is damaged.
+        """
+        header = (files.unsealed(self._lines[0]) or {}).get("header")
+        if not isinstance(header, Mapping):
+            raise UserError(
+                f"{self._path} is damaged in its first line, which says what its scores depend on; give another "
+                "hydra.run.dir, or remove it to start over",
+                code="damaged",
+            )
+        return header
+
+    def _remember(self, lines: Sequence[bytes]) -> None:
+        for number, line in enumerate(lines, start=1):
+            entry = files.unsealed(line) or {}
+            if _WEIGHTS in entry:
+                self._hashes[entry[_WEIGHTS]] = entry["sha256"]
+                continue
             try:
-                trial = self._trial(line)
-            except (KeyError, TypeError, ValueError, AssertionError) as error:
-                raise self._damaged(f"line {number} is no evaluation of this network") from error
+                trial = self._trial(entry)
+            except (UserError, AssertionError):
+                self._lost.append(number)
+                continue
             key = Key(trial.start, trial.repair, trial.removed)
             self._known[key] = trial
             if not self._replay or key.repair == self._replay[0].repair:  # finalists come after the search
                 self._replay.append(key)
+        if self._lost:
+            numbers = ", ".join(str(number + 1) for number in self._lost)
+            log.warning("damaged lines of %s are scored again: %s", self._path, numbers)
 
     def __enter__(self) -> Self:
         return self
@@ -105,10 +154,37 @@ class Journal:
         """The trial of an evaluation, or None where it is not known yet."""
         if self._asked < len(self._replay) and key == self._replay[self._asked]:
             self._asked += 1
-        return self._known.get(key)
+        known = self._known.get(key)
+        if known is None:
+            interrupts.scoring_starts()
+        return known
 
     def __setitem__(self, key: Key, trial: Trial, /) -> None:
-        """Keep a trial; it is on disk when this returns."""
+        """Keep a trial; it is on disk when this returns.
+
+        Raises:
+            Stopped: The run was asked to end while the trial was scored.
+        """
+        self._known[key] = trial
+        if self._lost:
+            number = 1 + sum(b'"number": ' in line for line in self._lines[: self._lost[0]])
+            trial = replace(trial, number=number)
+        else:
+            self._warn_of_another_way(key)
+        self._keep(_line(trial))
+        interrupts.scoring_ends()
+
+    def weights_hash(self, name: str) -> str | None:
+        """The SHA-256 of a file of weights; None where it is not known."""
+        return self._hashes.get(name)
+
+    def keep_weights_hash(self, name: str, digest: str) -> None:
+        """Keep the SHA-256 of a file of weights."""
+        if self._hashes.get(name) != digest:
+            self._hashes[name] = digest
+            self._keep({_WEIGHTS: name, "sha256": digest})
+
+    def _warn_of_another_way(self, key: Key) -> None:
         other_way = self._asked < len(self._replay) and key.repair == self._replay[0].repair
         if other_way and not self._warned:
             self._warned = True
@@ -118,39 +194,45 @@ class Journal:
                 self._asked,
                 len(self._replay),
             )
-        self._known[key] = trial
-        self._file.write(json.dumps(_line(trial)) + "\n")
-        self._file.flush()
+
+    def _keep(self, entry: Mapping[str, Any]) -> None:
+        """Write an entry over the first damaged line, as what is missed comes in the order of the file; else at the end."""
+        line = files.sealed(entry).encode()
+        if self._lost:
+            self._lines[self._lost.pop(0)] = line
+            self._file.close()
+            self._write_back()
+            self._file = self._path.open("ab")
+            return
+        self._lines.append(line)
+        with files.writing(self._path):
+            self._file.write(line)
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file and release the folder."""
         self._file.close()
         self._lock.close()
 
-    def _read(self) -> list[dict[str, Any]]:
+    def _read(self) -> list[bytes]:
         if not self._path.exists():
             return []
-        raw = self._path.read_text(encoding="utf-8").split("\n")
-        whole, torn = raw[:-1], raw[-1]
+        with files.reading(self._path, "give another hydra.run.dir"):
+            *whole, torn = self._path.read_bytes().split(b"\n")
         if torn:
             log.warning("dropped a torn last line of %s", self._path)
-        try:
-            lines = [json.loads(line) for line in whole]
-        except json.JSONDecodeError as error:
-            raise self._damaged(str(error)) from error
-        if not all(isinstance(line, dict) for line in lines):
-            raise self._damaged("a line is no object")
-        return lines
+        return [line + b"\n" for line in whole]
 
-    def _damaged(self, reason: str) -> UserError:
-        return UserError(
-            f"{self._path} is damaged ({reason}); give another hydra.run.dir, or remove it to start over"
-        )
-
-    def _write_back(self, lines: list[dict[str, Any]]) -> None:
-        files.write(self._path, "".join(json.dumps(line) + "\n" for line in lines))
+    def _write_back(self) -> None:
+        files.write(self._path, b"".join(self._lines))
 
     def _trial(self, line: Mapping[str, Any]) -> Trial:
+        """The trial of a line.
+
+        Raises:
+            UserError: The line is no evaluation of this network.
+        """
+        _Line(**line)
         reward = line["reward"]
         return Trial(
             number=line["number"],
@@ -181,14 +263,18 @@ def _line(trial: Trial) -> dict[str, Any]:
 
 
 def _locked(folder: Path) -> IO[str]:
-    file = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise UserError(
-            f"another run is using {folder}; wait for it, or give another hydra.run.dir"
-        ) from error
+    path = folder / ".lock"
+    with files.writing(path):
+        file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666), "w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            if not isinstance(error, BlockingIOError):
+                raise
+            raise UserError(
+                f"another run is using {folder}; wait for it, or give another hydra.run.dir", code="in_use"
+            ) from error
     return file
 
 

@@ -15,6 +15,7 @@ from agents.base import SearchTask
 from amc_env.encoding import Encoder, describe
 from amc_env.env import EnvHandle, PruningVectorEnv
 from amc_env.evaluation.pruner import ORIGINAL, BaseWeights
+from amc_env.graph.copying import module_copy
 from amc_env.graph.surgery import Keeps
 from amc_env.space import Trial
 from search import files
@@ -28,13 +29,17 @@ from search.settings import Settings
 from search.study.evaluation import layer_errors_of, make_evaluator, start_of
 from search.study.identity import MAY_GROW, identity
 from search.study.journal import Journal
+from search.study.kept_weights import KeptWeights
 from search.study.problem import PruningProblem, announce
 from search.study.results import delivered_of, result_of, strategy_json, write_json
-from search.study.stages import Stage, adopted, first_start, forget, next_start, stage_of
+from search.study.stages import Stage, adopted, first_start, next_start, stage_of
 from search.study.study import Study
 from search.study.tuning import Tuner, finetuned, penalty_of
 
 log = logging.getLogger(__name__)
+
+_TRIED = 0.3
+"""Pruning ratio of the network that a step of training is tried on."""
 
 
 @dataclass(frozen=True)
@@ -84,13 +89,13 @@ def search(
     """Runs the agent; what earlier runs in the folder have scored is read back from the journal."""
     problem, settings = stage.problem, stage.problem.settings
     latest: dict[str, float] = {}
-    evaluator = make_evaluator(problem, journal, start)
+    evaluator, kept = make_evaluator(problem, journal, start), KeptWeights(context.folder, journal)
     before = (stage.number - 1) * settings.episodes
     show = _watcher(problem, context, progress, latest, before)
     study = Study(
         evaluator,
         lambda trial: show(trial, study),
-        lambda trial, number: adopted(problem, evaluator, trial, number, context.folder),
+        lambda trial, number: adopted(problem, evaluator, trial, number, kept),
     )
     task = SearchTask(
         space=problem.space,
@@ -188,8 +193,8 @@ def refuse_early(problem: PruningProblem) -> None:
     """Finds what cannot be done before anything is trained or scored.
 
     Raises:
-        UserError: The agent cannot do the search, a stage is out of reach, or the criterion or the regulariser
-            does not fit the network.
+        UserError: The agent cannot do the search, a stage is out of reach, the criterion or the regulariser does not
+            fit the network, or a pruned network cannot be trained.
     """
     settings = problem.settings
     settings.agent.check(problem.space, settings.episodes)
@@ -198,6 +203,10 @@ def refuse_early(problem: PruningProblem) -> None:
         stage_of(problem, len(settings.stages), start)
     if settings.regularization.before_epochs or settings.regularization.during:
         penalty_of(problem, problem.model)
+    if settings.finetune.epochs:
+        removed = problem.space.project([_TRIED] * len(problem.grids))
+        network = module_copy(start.candidates.cut(removed))
+        Tuner(problem, lambda *_: None).try_step(network, start.candidates.masks(removed))
 
 
 def _run(problem: PruningProblem, context: Context, journal: Journal) -> Finished:
@@ -205,7 +214,7 @@ def _run(problem: PruningProblem, context: Context, journal: Journal) -> Finishe
     if journal.replayed:
         log.info("resuming with %d evaluations of %s", journal.replayed, context.folder)
     else:
-        forget(context.folder)
+        KeptWeights(context.folder, journal).forget()
     planned = settings.agent.planned(problem.space, settings.episodes) * max(1, len(settings.stages))
     with Progress(episodes=planned, epochs=settings.all_epochs) as progress:
         tune = Tuner(problem, _epoch_watcher(context, progress))
@@ -235,14 +244,15 @@ def _searched(
     problem: PruningProblem, context: Context, progress: Progress, journal: Journal, tune: Tuner
 ) -> tuple[PruningProblem, Trial, Study]:
     """All searches of a run; the last stage with its best strategy and the study that found it."""
-    start = first_start(problem, context.folder, tune)
+    kept = KeptWeights(context.folder, journal)
+    start = first_start(problem, kept, tune)
     for number in count(1):
         stage = stage_of(problem, number, start)
         progress.start("search")
         best, study = search(stage, start, context, progress, journal)
         if stage.last:
             break
-        start = next_start(stage, study.evaluator, best, context.folder, tune)
+        start = next_start(stage, study.evaluator, best, kept, tune)
     return stage.problem, best, study
 
 

@@ -7,28 +7,19 @@ Weights between stages are kept in the run folder: a stopped run does not train 
 
 from __future__ import annotations
 
-import copy
-import json
 import logging
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import cast
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-
 from amc_env.evaluation.evaluator import Evaluator
-from amc_env.evaluation.pruner import ORIGINAL, BaseWeights, Pruned
-from amc_env.pruning.candidate import Candidates, MaskedCandidates, widen
+from amc_env.evaluation.pruner import ORIGINAL, BaseWeights
+from amc_env.graph.copying import module_copy
+from amc_env.pruning.candidate import Candidates, MaskedCandidates
 from amc_env.space import Trial
-from search import files
 from search.settings import SHORT_TERM, Settings
 from search.study.evaluation import start_of
+from search.study.kept_weights import KeptWeights, Weights
 from search.study.problem import PruningProblem, builder_of
 from search.study.tuning import Tuner, finetuned
 
@@ -84,7 +75,7 @@ def stage_of(problem: PruningProblem, number: int, start: BaseWeights) -> Stage:
     return Stage(number, problem, last=number >= len(ratios))
 
 
-def first_start(problem: PruningProblem, folder: Path, tune: Tuner) -> BaseWeights:
+def first_start(problem: PruningProblem, kept: KeptWeights, tune: Tuner) -> BaseWeights:
     """The weights that the search starts from: the network's own, or those after sparse training."""
     epochs = problem.settings.regularization.before_epochs
     if not epochs:
@@ -92,78 +83,24 @@ def first_start(problem: PruningProblem, folder: Path, tune: Tuner) -> BaseWeigh
     log.info("training with the regulariser for %d epochs before anything is cut", epochs)
 
     def trained() -> Weights:
-        return Weights(tune(copy.deepcopy(problem.model), epochs, regularized=True))
+        return Weights(tune(module_copy(problem.model), epochs, regularized=True))
 
-    path = folder / FOLDER / "regularised.safetensors"
-    return start_at(problem, REGULARISED, kept(path, problem.model, trained, partial(tune.skip, epochs)))
+    weights = kept.get("regularised", problem.model, trained, partial(tune.skip, epochs))
+    return start_at(problem, REGULARISED, weights)
 
 
-def next_start(stage: Stage, evaluator: Evaluator, best: Trial, folder: Path, tune: Tuner) -> BaseWeights:
+def next_start(
+    stage: Stage, evaluator: Evaluator, best: Trial, kept: KeptWeights, tune: Tuner
+) -> BaseWeights:
     """The weights that the next stage starts from: this stage's best strategy, applied and fine-tuned."""
     problem, epochs = stage.problem, stage.problem.settings.finetune.epochs
 
     def trained() -> Weights:
         return Weights.after(finetuned(problem, evaluator, best, tune), problem.model)
 
-    path = folder / FOLDER / f"stage-{stage.number}.safetensors"
-    weights = kept(path, problem.model, trained, partial(tune.skip, epochs))
+    weights = kept.get(f"stage-{stage.number}", problem.model, trained, partial(tune.skip, epochs))
     name = _name(stage.number, problem.settings.stages[stage.number - 1])
     return start_at(problem, name, weights)
-
-
-FOLDER = "starts"
-"""Of these weights, in the run folder."""
-
-
-_UNITS = "units"
-
-
-@dataclass(frozen=True, eq=False)
-class Weights:
-    """A state of the weights that strategies can be cut from.
-
-    Attributes:
-        network: In the uncut network's shapes.
-        units: The units that earlier cuts left of every channel group; none where nothing was cut out.
-    """
-
-    network: nn.Module
-    units: tuple[Tensor, ...] = ()
-
-    @classmethod
-    def after(cls, pruned: Pruned, original: nn.Module) -> Weights:
-        """Those of a pruned network, between zeros where channels were cut out."""
-        return cls(widen(pruned.network, pruned.keeps, original), pruned.units)
-
-
-def kept(
-    path: Path, model: nn.Module, make: Callable[[], Weights], skipped: Callable[[], object] = lambda: None
-) -> Weights:
-    """Weights from a file, or made and written there.
-
-    Args:
-        path: The file: a safetensors file of the state, the units in its metadata.
-        model: Gives the class and the shapes.
-        make: Trains them.
-        skipped: Called where the file is there and nothing is trained.
-    """
-    if path.exists():
-        skipped()
-        return _read(path, model)
-    weights = make()
-    state = weights.network.state_dict()
-    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
-    units = json.dumps([unit.tolist() for unit in weights.units])
-    files.write(path, lambda unfinished: save_file(tensors, unfinished, {_UNITS: units}))
-    return weights
-
-
-def _read(path: Path, model: nn.Module) -> Weights:
-    network = copy.deepcopy(model)
-    network.load_state_dict(load_file(path))
-    with safe_open(path, "pt") as file:
-        units = json.loads((file.metadata() or {}).get(_UNITS, "[]"))
-    return Weights(network.eval(), tuple(torch.tensor(unit, dtype=torch.int64) for unit in units))
 
 
 def start_at(
@@ -181,7 +118,7 @@ def start_at(
 
 
 def adopted(
-    problem: PruningProblem, evaluator: Evaluator, trial: Trial, number: int, folder: Path
+    problem: PruningProblem, evaluator: Evaluator, trial: Trial, number: int, kept: KeptWeights
 ) -> BaseWeights:
     """The start with the weights of an trial's network, as it was repaired and shortly fine-tuned.
 
@@ -190,7 +127,7 @@ def adopted(
         evaluator: The one that scored the trial.
         trial: Whose network.
         number: Of the round that it ends, from 1.
-        folder: The run folder.
+        kept: The run's files of weights.
     """
     repair = SHORT_TERM if problem.settings.short_term_steps else trial.repair
 
@@ -198,7 +135,7 @@ def adopted(
         pruned = evaluator.apply(trial.strategy, start=trial.start, repair=repair)
         return Weights.after(pruned, problem.model)
 
-    weights = kept(folder / FOLDER / f"round-{number}.safetensors", problem.model, tuned)
+    weights = kept.get(f"round-{number}", problem.model, tuned)
     return start_at(problem, round_name(number), weights, trial.removed)
 
 
@@ -210,8 +147,3 @@ def round_name(number: int) -> str:
 def round_number(start: str) -> int:
     """The number in a `round_name`."""
     return int(start.removeprefix("round "))
-
-
-def forget(folder: Path) -> None:
-    """Removes the weights of an earlier run whose journal is gone: they may be of another configuration."""
-    shutil.rmtree(folder / FOLDER, ignore_errors=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-from amc_env.errors import UserError
+from amc_env.errors import UserError, first_line
 from amc_env.evaluation.evaluator import Evaluator
 from amc_env.evaluation.pruner import Pruned
 from amc_env.graph.tracing import trace
@@ -15,8 +15,8 @@ from amc_env.pruning.regularization import GroupLasso, LossTerm
 from amc_env.space import Strategy, Trial
 from search.study.evaluation import start_of
 from search.study.problem import PruningProblem, builder_of
-from search.training.batches import training_batches
-from search.training.finetune import finetune, forget_weights
+from search.training.batches import Batches, FirstBatches, training_batches
+from search.training.finetune import OnEpoch, finetune, forget_weights
 
 
 class Tuner:
@@ -48,18 +48,53 @@ class Tuner:
             masks: Weights that stay, by layer; the others are held at zero.
             regularized: Whether the regulariser's loss term is added.
         """
-        settings, chosen = self._problem.settings, self._problem.settings.finetune
         before = self._done
 
         def on_epoch(epoch: int, loss: float, lr: float, seconds: float) -> None:
             self._on_epoch(before + epoch, loss, lr)
 
+        self._train(network, self._batches(), epochs, masks, regularized, on_epoch)
+        self._done += epochs
+        return network.eval()
+
+    def try_step(self, network: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
+        """Trains ``network`` for one step, which shows whether fine-tuning works at all.
+
+        Raises:
+            UserError: It does not: the loader's batches do not fit, nothing can be trained, or the network fails in train
+                mode, as with auxiliary heads, whose layers a cut does not know.
+        """
+        regularized = self._problem.settings.regularization.during
+        try:
+            self._train(network, FirstBatches(self._batches(), 1), 1, masks, regularized, None)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a user's network and loader do not agree on
+            raise UserError(
+                f"a pruned network cannot be trained: {type(error).__name__}: {first_line(error)}; are there auxiliary heads "
+                "that run in train mode only, or batches that are no (images, labels)? Leave them out, or set {field}=0",
+                code="cannot_train",
+                field="finetune.epochs",
+            ) from error
+
+    def _batches(self) -> Batches:
+        settings, size = self._problem.settings, self._problem.settings.finetune.batch_size
+        return training_batches(self._problem.data, size, settings.seed + self._done, settings.device)
+
+    def _train(
+        self,
+        network: nn.Module,
+        batches: Batches,
+        epochs: int,
+        masks: Mapping[str, Tensor] | None,
+        regularized: bool,
+        on_epoch: OnEpoch | None,
+    ) -> None:
+        settings, chosen = self._problem.settings, self._problem.settings.finetune
         try:
             finetune(
                 network,
-                training_batches(
-                    self._problem.data, chosen.batch_size, settings.seed + before, settings.device
-                ),
+                batches,
                 epochs=epochs,
                 lr=chosen.lr_fraction * settings.original_lr,
                 momentum=chosen.momentum,
@@ -76,8 +111,6 @@ class Tuner:
             )
         except UserError as error:
             raise error.inside("finetune") from error
-        self._done += epochs
-        return network.eval()
 
     def skip(self, epochs: int) -> None:
         """Counts epochs that an earlier session of the run has trained."""

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from itertools import islice
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -14,7 +18,10 @@ from amc_env.errors import UserError, out_of_range
 from search.data.base import Data, Split
 from search.data.loaders import Reseeded, class_labels
 
+log = logging.getLogger(__name__)
+
 CROP_PADDING = 4
+_MOST_BATCHES = 100_000
 
 
 class Batches(Protocol):
@@ -93,21 +100,18 @@ def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
 class LoaderBatches:
     """The user's own training loader, with its own order and augmentation, brought to the device.
 
-    What it draws at random comes from a seed, whoever used it before, and whatever the training draws meanwhile.
+    What it draws at random comes from a seed, whoever used it before, and whatever the training draws meanwhile. A last
+    batch of one image is left out.
     """
 
     def __init__(self, data: Data, device: str | torch.device, seed: int) -> None:
         """Take the loader that `data` came with.
 
         Raises:
-            UserError: a loader that does not say how many batches it has.
+            UserError: as `batches_of`.
         """
         loader: Any = data.loader
-        if not hasattr(loader, "__len__"):
-            raise UserError(
-                "train_loader has no length: the learning rate schedule needs its number of batches"
-            )
-        self._length = len(loader)
+        self._length = batches_of(loader)
         self.device = torch.device(device)
         self.example = data.normalise(data.train.images[:2].to(device))
         self._batches = Reseeded(loader, seed)
@@ -116,8 +120,66 @@ class LoaderBatches:
         return self._length
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        largest = 0
         for images, labels in self._batches:
+            largest = max(largest, len(images))
+            if len(images) == 1 < largest:  # an incomplete last batch, in which batch norm has no variance
+                continue
             yield images.to(self.device, torch.float32), class_labels("train_loader", labels).to(self.device)
+
+
+_counted: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
+
+
+def batches_of(loader: Any) -> int:
+    """How many batches a loader gives; they are counted once where it has no length, like that of an iterable dataset.
+
+    Raises:
+        UserError: The loader can be read once only, or seems to have no end.
+    """
+    with suppress(TypeError):
+        return len(loader)
+    if isinstance(loader, Iterator):
+        raise UserError(
+            "{field} is an iterator, which can be read once: give a DataLoader or a list of batches",
+            code="one_pass",
+            field="train_loader",
+        )
+    if loader not in _counted:
+        log.info("train_loader has no length: its batches are counted")
+        _counted[loader] = sum(1 for _ in islice(Reseeded(loader, 0), _MOST_BATCHES + 1))
+    if _counted[loader] > _MOST_BATCHES:
+        raise UserError(
+            f"{{field}} has no length and gives more than {_MOST_BATCHES} batches: give it a length",
+            code="endless",
+            field="train_loader",
+        )
+    return _counted[loader]
+
+
+class FirstBatches:
+    """So many batches as one epoch, however many epochs of the data they take."""
+
+    def __init__(self, batches: Batches, steps: int):
+        self._batches, self._steps = batches, steps
+        self.example = batches.example
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        done = 0
+        while done < self._steps:
+            before = done
+            for batch in islice(self._batches, self._steps - done):
+                done += 1
+                yield batch
+            if done == before:
+                raise UserError(
+                    f"the training data gave no batch after {done} of {self._steps} steps: its loader must start "
+                    "again each time",
+                    code="one_pass",
+                )
 
 
 def training_batches(data: Data, batch_size: int, seed: int, device: str | torch.device) -> Batches:

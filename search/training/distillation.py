@@ -5,7 +5,6 @@ Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531,
 
 from __future__ import annotations
 
-import copy
 import math
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from amc_env.errors import UserError, out_of_range
+from amc_env.graph.copying import module_copy
 from amc_env.graph.memory_format import fastest_format
 
 
@@ -41,7 +41,7 @@ class Teacher:
 
     def __init__(self, network: nn.Module, example: Tensor, share: float, temperature: float) -> None:
         """Copy `network` to where `example` lies, which is two of its inputs."""
-        self.network = copy.deepcopy(network).to(example.device).requires_grad_(False)
+        self.network = module_copy(network).to(example.device).requires_grad_(False)
         self.layout = fastest_format(self.network, example)
         self.share = share
         self.temperature = temperature

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from amc_env.errors import UserError, out_of_range
+from amc_env.graph.copying import forget_activations
 from amc_env.graph.memory_format import training_format
 from amc_env.pruning.regularization import LossTerm
 from amc_env.system import using_threads
@@ -110,6 +111,7 @@ def finetune(
             loss = _epoch(step, batches, schedule, epoch)
             if on_epoch is not None:
                 on_epoch(epoch + 1, loss, schedule((epoch + 1) * steps - 1), time.perf_counter() - started)
+    forget_activations(model)
     model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
 
 

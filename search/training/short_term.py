@@ -5,11 +5,10 @@ Yang et al., "NetAdapt", ECCV 2018, section 3.3. It is a repair like the others,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 from zlib import crc32
 
-from torch import Tensor, nn
+from torch import nn
 
 from amc_env.errors import UserError
 from amc_env.graph.surgery import Keeps
@@ -17,7 +16,7 @@ from amc_env.pruning.candidate import Builder
 from amc_env.pruning.repair.base import Repair
 from search.data.base import Data
 from search.settings import SHORT_TERM, Settings
-from search.training.batches import Batches, training_batches
+from search.training.batches import FirstBatches, training_batches
 from search.training.finetune import finetune
 
 
@@ -58,7 +57,7 @@ class ShortTerm:
         batches = training_batches(self._data, chosen.batch_size, self._seed, settings.device)
         finetune(
             model,
-            _Steps(batches, settings.short_term_steps),
+            FirstBatches(batches, settings.short_term_steps),
             epochs=1,
             lr=chosen.lr_fraction * settings.original_lr,
             momentum=chosen.momentum,
@@ -67,30 +66,6 @@ class ShortTerm:
             device=settings.device,
             masks=self._builder.masks(removed) or None,
         )
-
-
-class _Steps:
-    """So many batches as one epoch, however many epochs of the data they take."""
-
-    def __init__(self, batches: Batches, steps: int):
-        self._batches, self._steps = batches, steps
-        self.example = batches.example
-
-    def __len__(self) -> int:
-        return self._steps
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        done = 0
-        while done < self._steps:
-            before = done
-            for batch in islice(self._batches, self._steps - done):
-                done += 1
-                yield batch
-            if done == before:
-                raise UserError(
-                    f"the training data gave no batch after {done} of short_term.steps={self._steps}: its loader must start "
-                    "again each time"
-                )
 
 
 def check_loader(data: Data) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from dataclasses import replace
@@ -91,6 +92,119 @@ def test_compress_gives_a_smaller_network_that_loads_onto_the_class(tmp_path: Pa
     with torch.no_grad():
         assert torch.equal(restored(x), small.model(x))
     assert (tmp_path / "report.html").exists()
+
+
+class Storing(Own):
+    """Keeps an activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.features = torch.relu(self.stem(x))
+        return super().forward(x)
+
+
+def test_a_network_that_stores_activations_is_pruned_and_trained(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = Storing()
+    module(torch.ones(2, 1, 6, 6))
+    with caplog.at_level("INFO"):
+        small = compress(module, loader(64, 1), loader(32, 2), finetune=1, folder=tmp_path, settings=quick())
+    assert any("features" in record.getMessage() for record in caplog.records)
+    assert module.features is not None
+    copy.deepcopy(small.model)
+
+
+class Auxiliary(Own):
+    """Has a second head in train mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        if self.training:
+            logits = logits + self.second(torch.relu(self.stem(x)).mean((2, 3)))
+        return logits
+
+
+class Tuples(Own):
+    """Gives two outputs in train mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return (logits, logits) if self.training else logits
+
+
+@pytest.mark.parametrize("kind", [Auxiliary, Tuples])
+def test_what_cannot_be_trained_is_found_before_the_search(tmp_path: Path, kind: type[Own]) -> None:
+    with refused("cannot_train", "finetune.epochs"):
+        compress(kind(), loader(64, 1), loader(32, 2), finetune=1, folder=tmp_path, settings=quick())
+    assert not (tmp_path / "evaluations.jsonl").exists()
+    small = compress(kind(), loader(64, 1), loader(32, 2), finetune=0, folder=tmp_path, settings=quick())
+    assert small.result.finetuned is None
+
+
+def test_a_network_without_anything_to_train_is_found_before_the_search(tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        compress(
+            own().requires_grad_(False),
+            loader(64, 1),
+            loader(32, 2),
+            finetune=1,
+            folder=tmp_path,
+            settings=quick(),
+        )
+    assert not (tmp_path / "evaluations.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fields"),
+    [
+        ({"budget": "half"}, ["budget"]),
+        ({"budget": object()}, ["budget.ratio"]),
+        ({"budget": {"macs": "half"}}, ["budget.ratio"]),
+        ({"budget": {3: 0.5}}, ["budget.cost"]),
+        ({"budget": [0.5]}, ["budget"]),
+        ({"seed": "one"}, ["seed"]),
+        ({"seed": 1.5}, ["seed"]),
+        ({"episodes": "many"}, ["episodes"]),
+        ({"finetune": "much"}, ["finetune"]),
+        ({"finetune": True}, ["finetune.epochs"]),
+        ({"agent": 3}, ["agent"]),
+        (
+            {"budget": "half", "seed": "one", "episodes": [3], "finetune": 1.5},
+            ["budget", "episodes", "finetune", "seed"],
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("settings", [None, Settings()], ids=["defaults", "settings"])
+def test_arguments_of_a_wrong_type_come_in_one_error(
+    arguments: dict[str, object], fields: list[str], settings: Settings | None
+) -> None:
+    with pytest.raises(UserError) as error:
+        compress(own(), loader(64, 1), loader(32, 2), settings=settings, **arguments)  # type: ignore[arg-type]
+    assert sorted(part.field for part in error.value.parts) == fields
+    assert {part.code for part in error.value.parts} <= {"wrong_type", "out_of_range"}
+
+
+def test_scalars_of_numpy_and_torch_are_numbers(tmp_path: Path) -> None:
+    small = compress(
+        own(),
+        loader(64, 1),
+        loader(32, 2),
+        budget=np.float32(0.5),
+        episodes=np.int64(2),
+        finetune=torch.tensor(0),
+        original_lr=torch.tensor(0.1),
+        seed=np.uint8(3),
+        device=torch.device("cpu"),
+        folder=tmp_path,
+        settings=quick(),
+    )
+    assert (small.result.search.episodes, small.result.search.seed) == (2, 3)
+    assert json.loads((tmp_path / "config.yaml").read_text())["device"] == "cpu"
 
 
 def test_several_budgets_all_hold_and_the_test_split_is_named(tmp_path: Path) -> None:

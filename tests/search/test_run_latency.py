@@ -298,7 +298,9 @@ def test_the_shape_is_known_for_our_data_and_read_from_the_user_s(monkeypatch: p
     assert input_of(ours) == ((3, 224, 224), 100)
     theirs = SimpleNamespace(image_shape=(2, 9, 9), classes=("a", "b", "c"))
     monkeypatch.setattr("search.config.compose.data_of", lambda cfg: theirs)
-    assert input_of(OmegaConf.create({"data": {"_target_": "types.SimpleNamespace"}})) == ((2, 9, 9), 3)
+    assert input_of(
+        OmegaConf.create({"data": {"_target_": "types.SimpleNamespace"}, "trusted": ["types"]})
+    ) == ((2, 9, 9), 3)
 
 
 def unit(**other: Any) -> Unit:

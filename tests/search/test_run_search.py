@@ -203,6 +203,32 @@ def test_a_multirun_gives_each_job_its_own_folder(amc_search: Command, tmp_path:
     assert [len(journal_of(job)) for job in jobs] == [3, 3, 3, 3]
 
 
+def test_a_refused_job_of_a_multirun_lets_the_others_run(amc_search: Command, tmp_path: Path) -> None:
+    grid = ("seed=1", "budget.ratio=7,0.7,0.001")
+    ended = amc_search("--multirun", *RANDOM, "search.episodes=2", *grid, "hydra.sweep.dir=sweep")
+    assert ended.code == 2
+    first, second = ended.err.splitlines()[-2:]
+    assert first.startswith("error: job 0: ")
+    assert second.startswith("error: job 2: ")
+    assert result_of(tmp_path / "sweep" / "1")["budget"]["ratio"] == 0.7
+
+
+def test_an_export_that_failed_is_exit_code_1(
+    amc_search: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: object) -> None:
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr("search.output.export.TorchExport.save", refuses)
+    ended = amc_search(*RANDOM, "export=[safetensors,pt2]", "hydra.run.dir=run")
+    assert ended.code == 1
+    line = ended.err.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert "model.pt2" in line
+    assert (tmp_path / "run" / "report.html").exists()
+    assert (tmp_path / "run" / "model.safetensors").exists()
+
+
 def test_wandb_offline_keeps_its_run(
     amc_search: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -361,14 +387,17 @@ def test_a_changed_configuration_is_refused_by_name_and_changes_nothing(
     assert amc_search(*RANDOM, "finetune.lr_fraction=0.05", "hydra.run.dir=run").code == 0
 
 
-def test_ctrl_c_says_how_to_go_on_and_a_second_run_is_kept_out(amc_search: Command, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_says_how_to_go_on_and_a_second_run_is_kept_out(
+    amc_search: Command, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     run = tmp_path / "a run's folder"
     process = start(run, *LONGER, "search.episodes=4000")
     wait_for_lines(run, 6, process)
     second = amc_search(*LONGER, "search.episodes=4000", f'hydra.run.dir="{run}"')
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "Traceback" not in out + err
     assert_refused(second, "another run is using", str(run))
     (line,) = [text for text in out.splitlines() if text.startswith("stopped")]
@@ -378,6 +407,20 @@ def test_ctrl_c_says_how_to_go_on_and_a_second_run_is_kept_out(amc_search: Comma
     lines = len(journal_of(run))
     ended = amc_search(*[a for a in arguments[1:] if "episodes" not in a], f"search.episodes={lines}")
     assert_refused(ended, "episodes: 4000 then")  # the right folder, and its lock is free again
+
+
+@pytest.mark.parametrize("pause", [0.0, 0.05, 0.5])
+def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, pause: float) -> None:
+    run = tmp_path / "run"
+    process = start(run, *LONGER, "search.episodes=4000")
+    wait_for_lines(run, 6, process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(pause)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode in (130, -signal.SIGINT)  # the latter while Python itself ends
+    assert "Traceback" not in out + err
+    assert not list(run.glob("**/.tmp-*"))
 
 
 # ---------------------------------------------------------------------------------------------- mistakes
@@ -418,13 +461,20 @@ ALL_MODELS = ("digits_cnn", "digits_mlp", "mobilenet", "plain20", "resnet20", "r
         (["max_ratio=2"], ("max_ratio=2",)),
         (["agent=uniform", "budget=none"], ("agent.ratio",)),
         (["reward=infinity"], ("enforce_budget=false",)),
-        (["reward={_target_:nowhere.at_all}"], ("reward._target_=nowhere.at_all cannot be found",)),
-        (["agent={_target_:builtins.dict}"], ("agent must be of type Agent, not dict",)),
+        (["reward={_target_:nowhere.at_all}"], ("reward._target_=nowhere.at_all is no class or function",)),
+        (["reward={_target_:search.at_all}"], ("reward._target_=search.at_all cannot be found",)),
+        (["agent={_target_:builtins.dict}"], ("agent._target_=builtins.dict is no class or function",)),
+        (["agent=null"], ("agent=null chooses nothing",)),
+        (["model=null"], ("model=null chooses nothing",)),
+        (["data="], ("data= chooses nothing",)),
+        (["~agent"], ("agent is needed",)),
+        (["~model"], ("model is needed",)),
+        (["+foo=1"], ("unknown key foo",)),
         (["search=5"], ("search=5 is no section",)),
         (["device=abacus"], ("device=abacus", "device=cpu")),
         (["export=[tflite]"], ("tflite", "safetensors, pt2, onnx")),
         (["seed=[1"], ("seed=[1 cannot be read",)),
-        (["model.weights=nowhere.pt"], ("model.weights=nowhere.pt: no such file",)),
+        (["model.weights=nowhere.pt"], ("model.weights=nowhere.pt", "no such file")),
         (["model=resnet20", "data=cifar10", "data.path=nowhere"], ("data.path=nowhere: no such folder",)),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -503,7 +553,7 @@ def nan_reward() -> object:
 
 
 def test_a_reward_of_nan_ends_the_search(amc_search: Command) -> None:
-    ended = amc_search(*RANDOM, f"reward={{_target_:{__name__}.nan_reward}}")
+    ended = amc_search(*RANDOM, f"reward={{_target_:{__name__}.nan_reward}}", f"trusted=[{__name__}]")
     assert ended.code == 2
     assert ended.err.splitlines()[-1].startswith("error: the reward of score")
     assert "Traceback" not in ended.err
@@ -515,7 +565,7 @@ def broken_data(**settings: object) -> object:
 
 def test_a_bug_keeps_its_traceback(amc_search: Command) -> None:
     with pytest.raises(ValueError, match="a bug of ours"):
-        amc_search(f"data={{_target_:{__name__}.broken_data}}")
+        amc_search(f"data={{_target_:{__name__}.broken_data}}", f"trusted=[{__name__}]")
 
 
 def test_mistakes_in_a_process_of_their_own(tmp_path: Path) -> None:

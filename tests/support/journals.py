@@ -1,4 +1,4 @@
-"""Journals compared without the seconds that trials took."""
+"""Journals compared without the seconds that trials took and the checksums over them."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def content(file: Path) -> bytes:
-    """A file's bytes; a journal's without the seconds of its trials."""
+    """A file's bytes; a journal's without the seconds and checksums of its trials."""
     if file.name != "evaluations.jsonl":
         return file.read_bytes()
     return "".join(map(_without_seconds, file.read_text().splitlines(keepends=True))).encode()
@@ -18,4 +18,5 @@ def _without_seconds(line: str) -> str:
     except json.JSONDecodeError:  # a last line that a kill left unfinished
         return line
     trial.pop("seconds", None)
+    trial.pop("check", None)
     return json.dumps(trial) + "\n"

@@ -110,9 +110,17 @@ class Latency(NetworkCost):
         """Predicts from the network's table, which is read or built.
 
         Raises:
-            UserError: The table is another network's, or was measured under other conditions.
+            UserError: The table is another network's, was measured under other conditions, or predicts no time above 0.
         """
-        return cls(problem.model, problem.graph, *problem.latency_table(settings))
+        latency = cls(problem.model, problem.graph, *problem.latency_table(settings))
+        unpruned = latency([0] * len(problem.graph.groups))
+        if not unpruned > 0:
+            raise UserError(
+                f"the latency table predicts {unpruned:g} ms for the unpruned network: its correction cannot be right; "
+                "build one with amc-latency build",
+                code="wrong_table",
+            )
+        return latency
 
     @classmethod
     def format(cls, value: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import sys
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from amc_env import onnx as onnx_files
 from amc_env.costs.latency.timing import Call
 from amc_env.errors import UserError, first_line
+from amc_env.graph.copying import module_copy
 
 _CAPTURE_WARMUP = (
     3  # passes before a CUDA graph is captured, in which libraries choose kernels and take memory
@@ -148,7 +148,7 @@ class Cuda:
         """See Runtime; the network is copied to the example's graphics processor, or to the current one."""
         self.check()
         device = example.device if example.is_cuda else torch.device("cuda", torch.cuda.current_device())
-        network = copy.deepcopy(model).to(device)
+        network = module_copy(model).to(device)
         batch = example.detach().to(device)
         with torch.cuda.device(device):
             return _between_events(self._run(network, batch), device)

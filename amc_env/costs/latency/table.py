@@ -17,8 +17,6 @@ row. The correction may be left out, as may the last three, which say what build
 from __future__ import annotations
 
 import json
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -31,6 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from amc_env.costs.latency.units import Unit
 from amc_env.errors import UserError
+from amc_env.files import read_json, reading, write
 from amc_env.system import machine
 
 Floats = NDArray[np.float64]
@@ -253,10 +252,7 @@ class LatencyTable:
             "forwards": self.forwards,
             "seconds": round(self.seconds, 3),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
-        unfinished.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        os.replace(unfinished, path)
+        write(path, json.dumps(content, indent=1))
 
     @classmethod
     def load(cls, path: Path) -> LatencyTable:
@@ -265,19 +261,12 @@ class LatencyTable:
         Raises:
             UserError: There is no such file, or it is no latency table.
         """
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"latency table {path}: no such file; amc-latency build makes one") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(f"latency table {path} cannot be read as JSON: {error}") from error
+        subject = f"latency table {path}"
+        content = read_json(path, subject, "amc-latency build makes one")
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise UserError(f'{path} is no latency table: a JSON object with "format": "{_FORMAT}" is needed')
-        try:
+        with reading(subject):
             return cls._of(content)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise UserError(f"latency table {path}: {what}") from error
 
     @classmethod
     def _of(cls, content: Mapping[str, Any]) -> LatencyTable:
@@ -285,10 +274,13 @@ class LatencyTable:
             Unit.from_json(each["unit"]): Times.fitted(each["inputs"], each["outputs"], each["ms"])
             for each in content["units"]
         }
+        correction = Correction(**content.get("correction", {}))
+        if not correction.scale > 0:
+            raise ValueError(f"correction.scale={correction.scale} must be above 0")
         return cls(
             Conditions(**content["conditions"]),
             units,
-            Correction(**content.get("correction", {})),
+            correction,
             content.get("points", 0),
             content.get("forwards", 0),
             content.get("seconds", 0.0),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from amc_env.errors import UserError
+from amc_env.graph.copying import module_copy
 from amc_env.graph.layers import Layer, LayerGraph, Member
 from amc_env.pruning.calibration import Moments, record, repairable
 from amc_env.pruning.criteria.base import CHANNEL, Sample, calibration_sample, scoring_layers, scoring_members
@@ -69,7 +69,7 @@ class APoZ:
 @torch.no_grad()
 def zero_shares(model: nn.Module, layers: Sequence[Layer], images: Tensor) -> dict[str, Tensor]:
     """The share of zeros among the inputs of layers, float64 [in_channels] each, padding not counted."""
-    copied = copy.deepcopy(model).eval()
+    copied = module_copy(model).eval()
     zeros = {layer.name: torch.zeros(layer.in_channels, dtype=torch.int64) for layer in layers}
     counts = dict.fromkeys(zeros, 0)
 
@@ -122,7 +122,7 @@ class Lasso:
         sample = calibration_sample(self, sample)
         layers = [x for x in scoring_layers(graph, "consumers") if repairable(model.get_submodule(x.name), x)]
         ranks: dict[Member, Tensor] = {}
-        copied = copy.deepcopy(model).eval()
+        copied = module_copy(model).eval()
         for layer, moments in self._recorded(copied, layers, sample):
             gram = contributions(copied.get_submodule(layer.name), layer, moments.centred())
             for group in graph.groups:

@@ -6,7 +6,6 @@ come apart exactly into those of its examples.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, Literal
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from amc_env.errors import UserError
+from amc_env.graph.copying import module_copy
 from amc_env.graph.layers import Layer, LayerGraph, Member
 from amc_env.pruning.criteria.base import (
     EVERY,
@@ -104,7 +104,7 @@ def per_example_gradients(
 
 def _copy_of(model: nn.Module, layers: Sequence[Layer]) -> tuple[nn.Module, list[Tensor]]:
     """A copy in eval mode, and the weights of layers in it, which alone have gradients."""
-    copied = copy.deepcopy(model).eval().requires_grad_(False)
+    copied = module_copy(model).eval().requires_grad_(False)
     weights = [_weight(copied, layer).requires_grad_(True) for layer in layers]
     return copied, weights
 

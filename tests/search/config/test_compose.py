@@ -1,5 +1,6 @@
 """From YAML to objects: what is checked before anything is built."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -81,16 +82,101 @@ def refusing() -> None:
     raise UserError("not that")
 
 
+def own(section: str, function: str, **settings: object) -> DictConfig:
+    """A configuration that names a function of this file."""
+    return OmegaConf.create(
+        {section: {"_target_": f"{__name__}.{function}", **settings}, "trusted": [__name__]}
+    )
+
+
+called: list[str] = []
+
+
+def notes() -> None:
+    called.append("called")
+
+
+@pytest.mark.parametrize(
+    ("target", "trusted"),
+    [
+        ("builtins.int", []),
+        ("os.system", []),
+        (f"{__name__}.notes", []),
+        (f"{__name__}.notes", [f"{__name__}s", "tests"]),
+        ("search.files.os.system", []),
+        ("search.files.log", []),
+        ("search.files.json.loads", []),
+        ("searching.notes", []),
+        ("this.s", ["th"]),
+    ],
+)
+def test_code_that_is_not_trusted_is_neither_imported_nor_called(target: str, trusted: list[str]) -> None:
+    cfg = OmegaConf.create({"x": {"_target_": target}, "trusted": trusted})
+    with refused("untrusted_target", "x._target_"):
+        wiring.built(cfg, "x")
+    assert not called
+    assert "this" not in sys.modules
+
+
+def test_a_target_inside_a_section_is_checked_too() -> None:
+    for place, value in {
+        "a": {"_target_": "os.getcwd"},
+        "a.b": {"b": {"_target_": "os.getcwd"}},
+        "a.0": [{"_target_": "os.getcwd"}],
+    }.items():
+        cfg = OmegaConf.create({"x": {"_target_": "search.settings.FinetuneSettings", "a": value}})
+        with refused("untrusted_target", f"x.{place}._target_"):
+            wiring.built(cfg, "x")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "field"),
+    [
+        (["agent.hidden=[]"], "out_of_range", "agent.hidden"),
+        (["agent.hidden=[-3]"], "out_of_range", "agent.hidden[0]"),
+        (["agent.hidden=[1000000000]"], "out_of_range", "agent.hidden[0]"),
+        (["evaluator.threads=100000"], "out_of_range", "evaluator.threads"),
+        (["latency.batch=1e9"], "wrong_type", "latency.batch"),
+        (["latency.batch=1000000000"], "out_of_range", "latency.batch"),
+        (["data.split_seed=99999999999999999999999"], "out_of_range", "data.split_seed"),
+        (["data.split_seed=-1"], "out_of_range", "data.split_seed"),
+        (["finetune.epochs=1000000000000"], "out_of_range", "finetune.epochs"),
+        (["finetune.weight_decay=inf"], "out_of_range", "finetune.weight_decay"),
+        (["finetune.temperature=inf"], "out_of_range", "finetune.temperature"),
+        (["finetune.lr_fraction=inf"], "out_of_range", "finetune.lr_fraction"),
+        (["repair.ridge=inf"], "out_of_range", "repair.ridge"),
+        (["agent.actor_lr=inf"], "out_of_range", "agent.actor_lr"),
+        (["budget.limit=inf"], "out_of_range", "budget.limit"),
+        (["+also.params=inf"], "out_of_range", "also.params"),
+        (["max_ratio=inf"], "out_of_range", "max_ratio"),
+        (["model.original_lr=inf"], "out_of_range", "model.original_lr"),
+        (["model.original_lr=-1"], "out_of_range", "model.original_lr"),
+        (["data=cifar10", "data.std=[inf,1,1]"], "out_of_range", "data.std[0]"),
+        (["regularization=l1", "regularization.weight=inf"], "out_of_range", "regularization.weight"),
+        (["search.images=0"], "out_of_range", "search.images"),
+        (["+latency.foo=1"], "unknown_key", "latency.foo"),
+        (["+tracker.foo=1"], "unknown_key", "tracker.foo"),
+        (["budget=none", "+budget.ratio=0.3"], "unknown_key", "budget.ratio"),
+        (["trusted=mine"], "wrong_type", "trusted"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_settings_that_no_run_can_have(overrides: list[str], code: str, field: str) -> None:
+    with pytest.raises(UserError) as error:
+        wiring.settings_of(config(*overrides))
+    assert {(part.code, part.field) for part in error.value.parts} == {(code, field)}
+
+
 def test_arguments_may_be_called_as_those_of_hydra() -> None:
-    cfg = OmegaConf.create({"tracker": {"_target_": f"{__name__}.takes_config", "folder": "here"}})
+    cfg = own("tracker", "takes_config", folder="here")
     assert wiring.built(cfg, "tracker", config={"a": 1}) == ("here", {"a": 1})
 
 
 def test_only_refusals_are_the_user_s_mistakes() -> None:
     with pytest.raises(UserError, match="not that"):
-        wiring.built(OmegaConf.create({"x": {"_target_": f"{__name__}.refusing"}}), "x")
+        wiring.built(own("x", "refusing"), "x")
     with pytest.raises(ValueError, match="a bug") as error:
-        wiring.built(OmegaConf.create({"x": {"_target_": f"{__name__}.broken"}}), "x")
+        wiring.built(own("x", "broken"), "x")
     assert not isinstance(error.value, UserError)
 
 

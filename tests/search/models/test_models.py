@@ -19,9 +19,10 @@ from search.data.digits import digits
 from search.models import digits as digits_models
 from search.models import mobilenet, resnet
 from search.models import source as models
+from search.models.checkpoint import read_checkpoint
 from search.models.mobilenet import MobileNet, MobileNetV2
 from search.models.resnet import FixedSelection, ResNet, ResNet50
-from search.models.source import ModelSource, load_weights, read_checkpoint
+from search.models.source import ModelSource, load_weights
 from search.training.finetune import Recipe
 
 CONF = Path(__file__).parents[3] / "conf" / "model"
@@ -225,7 +226,7 @@ def test_a_whole_pickled_module_is_refused_with_a_way_out(tmp_path: Path) -> Non
     ("name", "content", "message"),
     [
         ("absent.pt", None, "no such file"),
-        ("net.bin", b"x", "not '.bin'"),
+        ("net.zip", b"x", "not '.zip'"),
         ("net.pt", b"not a pickle", "cannot be read"),
         ("net.safetensors", b"not a header", "cannot be read"),
     ],
@@ -293,13 +294,13 @@ def test_a_published_file_is_fetched_and_checked(tmp_path: Path, monkeypatch: py
     load_weights(other, None, published(tmp_path, model))
     assert torch.equal(other.conv1.weight, model.conv1.weight)
     wrong = published(tmp_path, model, "0" * 8)
-    with pytest.raises(UserError, match="could not be fetched.*hash.*model.weights=FILE"):
+    with pytest.raises(UserError, match="cannot be read.*hash.*model.weights=FILE"):
         load_weights(other, None, wrong)
 
 
 def test_a_failing_network_names_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(UserError, match="could not be fetched.*model.weights=FILE"):
+    with pytest.raises(UserError, match="cannot be read.*model.weights=FILE"):
         load_weights(ResNet(8), None, "http://127.0.0.1:9/net-01234567.th")
     with pytest.raises(UserError, match="NAME-SHA256PREFIX"):
         load_weights(ResNet(8), None, "http://127.0.0.1:9/net.th")

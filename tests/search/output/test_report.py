@@ -22,6 +22,7 @@ from made_results import (
     search,
 )
 
+from search.files import sealed, unsealed
 from search.output.plots import plot_finetune
 from search.output.report import headline, write_report
 from search.output.run_result import RunResult
@@ -47,7 +48,7 @@ def leave_run(folder: Path, made: RunResult) -> Path:
     rows += [f"finetune,{epoch},,,{1 / (epoch + 1)}" for epoch in range(5)]
     made.write(folder)
     (folder / "strategy.json").write_text(json.dumps({"decisions": decisions}))
-    (folder / "evaluations.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"start": "torn')
+    (folder / "evaluations.jsonl").write_text("".join(map(sealed, lines)) + '{"start": "torn')
     (folder / "metrics.csv").write_text("\n".join(rows) + "\n")
     (folder / "config.yaml").write_text("seed: 1\nnote: 'a <b> & c'\n")
     return folder
@@ -243,10 +244,10 @@ def test_stages_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     folder = leave_run(tmp_path, result(search=staged))
     rows = (folder / "metrics.csv").read_text().replace("search,0,", "search,40,")  # steps count from 1
     (folder / "metrics.csv").write_text(rows)
-    lines = [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()[:-1]]
+    lines = [unsealed(line) for line in (folder / "evaluations.jsonl").read_bytes().splitlines()[:-1]]
     for number, line in enumerate(lines[1:]):
         line["start"] = chain[number >= 20]
-    (folder / "evaluations.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (folder / "evaluations.jsonl").write_text("".join(map(sealed, lines)))
     page = Page(write_report(folder).read_text())
     rewards, arguments, _ = drawn["reward"]
     note_beside, boundaries = arguments[-2:]

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from made_results import budget, masked_result, network, pattern_result, result, search
+from refusals import refused
 
-from amc_env.errors import UserError
 from search.output.run_result import FILE, RunResult
 
 STORAGE = budget(cost="storage", format="eie", ratio=0.7)
@@ -68,5 +68,26 @@ def test_keys_may_be_added(tmp_path: Path) -> None:
 def test_a_run_that_has_not_ended_is_a_users_mistake(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         (tmp_path / FILE).write_text(text)
-    with pytest.raises(UserError, match=r"no readable result\.json.*hydra\.run\.dir"):
+    with refused("unreadable", ""):
+        RunResult.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("base", "accuracy", "<b>1</b>"),
+        ("base", "macs", "many"),
+        ("search", "episodes", None),
+        ("budgets", "limit", [1]),
+        (None, "latency_batch", "1"),
+    ],
+)
+def test_text_where_a_number_belongs_is_refused(
+    tmp_path: Path, section: str | None, name: str, value: object
+) -> None:
+    content = result().to_json()
+    entry = content if section is None else content[section]
+    (entry[0] if isinstance(entry, list) else entry)[name] = value
+    (tmp_path / FILE).write_text(json.dumps(content))
+    with refused("unreadable", ""):
         RunResult.read(tmp_path)

@@ -33,7 +33,7 @@ def read_rows(folder: Path) -> list[dict[str, str]]:
 @pytest.fixture(autouse=True)
 def no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """W&B without an account, whatever the machine has: no key, no mode, no netrc."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_RUN_ID"):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_RUN_ID", "WANDB_SWEEP_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
@@ -142,6 +142,9 @@ class TestWandb:
         assert (asked["id"], asked["resume"]) == ("given", "allow")
         WandbTracker(tmp_path)
         assert asked["id"] == run.id == (tmp_path / "wandb_id.txt").read_text().strip()
+        monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
+        WandbTracker(tmp_path)
+        assert asked["id"] == "given"
 
     def test_without_wandb_a_search_goes_on_with_one_warning(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refusals import refused
 
 from amc_env.errors import UserError
 from amc_env.evaluation.evaluator import Key
 from amc_env.evaluation.pruner import ORIGINAL
 from amc_env.space import Grid, SearchSpace, Trial
+from search.files import sealed
 from search.study.journal import FILE, Journal
 
 HEADER: Mapping[str, Any] = {"config": {"seed": 1, "search": {"episodes": 10}}, "weights": "abc"}
@@ -75,29 +77,80 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path, space: SearchSpace, torn: s
     assert (tmp_path / FILE).read_text() == before
 
 
-def test_damage_elsewhere_is_refused_and_left_as_it_is(tmp_path: Path, space: SearchSpace) -> None:
+def test_a_damaged_header_is_refused_and_left_as_it_is(tmp_path: Path, space: SearchSpace) -> None:
     with open_(tmp_path, space) as journal:
         fill(journal, space, (1, 2))
-    damaged = (tmp_path / FILE).read_text().replace('"removed"', '"rem')
+    damaged = (tmp_path / FILE).read_text().replace('"weights": "abc"', '"weights": "abd"')
     (tmp_path / FILE).write_text(damaged)
     for _ in range(2):  # the refusal lets go of the folder
-        with pytest.raises(UserError, match="is damaged"):
+        with refused("damaged", ""):
             open_(tmp_path, space)
     assert (tmp_path / FILE).read_text() == damaged
 
 
 @pytest.mark.parametrize(
-    "line",
-    ['{"index": 0}', "[1]", '{"start": "original", "repair": "none", "removed": [1, 2, 3]}'],
-    ids=["keys", "no object", "another network"],
+    ("good", "bad"),
+    [
+        ("0.9", "0.8"),
+        ('"score": 0.9', '"score": null'),
+        ('"score": 0.9', '"score": "high"'),
+        ('"costs": {"kept": 9.0}', '"costs": {}'),
+        ('"costs": {"kept": 9.0}', f'"costs": {"[" * 100_000}'),
+        ('"number": 2', f'"number": {"9" * 5000}'),
+        ('"start": "original"', '"start": "\udcff"'),
+        ('"check": ', '"chick": '),
+        ("{", ""),
+    ],
+    ids=["digit", "null", "text", "no costs", "deep", "huge", "no UTF-8", "no checksum", "no object"],
 )
-def test_a_line_that_is_no_evaluation_is_damage_too(tmp_path: Path, space: SearchSpace, line: str) -> None:
+def test_a_damaged_line_is_named_and_scored_again_in_its_place(
+    tmp_path: Path, space: SearchSpace, caplog: pytest.LogCaptureFixture, good: str, bad: str
+) -> None:
+    strategies = (1, 2), (2, 1), (0, 3), (3, 0)
+    with open_(tmp_path, space) as journal:
+        fill(journal, space, *strategies)
+    whole = (tmp_path / FILE).read_bytes()
+    lines = whole.splitlines(keepends=True)
+    changed = lines[2].replace(good.encode(), bad.encode("utf-8", "surrogateescape"))
+    assert changed != lines[2]
+    (tmp_path / FILE).write_bytes(b"".join([*lines[:2], changed, *lines[3:]]))
+    for _ in range(2):  # a run that does not come so far leaves the line
+        with open_(tmp_path, space) as journal:
+            assert journal.replayed == 3
+    with open_(tmp_path, space) as journal:
+        fill(journal, space, *strategies)
+    assert (tmp_path / FILE).read_bytes() == whole
+    assert [message.rsplit(": ", 1)[1] for message in warnings(caplog)] == ["3"] * 3
+
+
+def test_a_sound_line_of_another_network_is_scored_again(
+    tmp_path: Path, space: SearchSpace, caplog: pytest.LogCaptureFixture
+) -> None:
     with open_(tmp_path, space):
         pass
     with (tmp_path / FILE).open("a") as file:
-        file.write(line + "\n")
-    with pytest.raises(UserError, match="is damaged"):
+        file.write(sealed({"start": "original", "repair": "none", "removed": [1, 2, 3]}))
+    with open_(tmp_path, space) as journal:
+        assert journal.replayed == 0
+    assert len(warnings(caplog)) == 1
+
+
+def test_a_folder_in_the_journal_s_place_is_refused(tmp_path: Path, space: SearchSpace) -> None:
+    (tmp_path / FILE).mkdir()
+    with refused("unreadable", ""):
         open_(tmp_path, space)
+
+
+@pytest.mark.parametrize("lock", ["folder", "link"])
+def test_a_lock_that_cannot_be_written_is_refused(tmp_path: Path, space: SearchSpace, lock: str) -> None:
+    if lock == "folder":
+        (tmp_path / ".lock").mkdir()
+    else:
+        (tmp_path / "other").write_text("kept")
+        (tmp_path / ".lock").symlink_to(tmp_path / "other")
+    with refused("unwritable", ""):
+        open_(tmp_path, space)
+    assert lock == "folder" or (tmp_path / "other").read_text() == "kept"
 
 
 def test_a_second_run_is_kept_out_until_the_first_is_done(tmp_path: Path, space: SearchSpace) -> None:

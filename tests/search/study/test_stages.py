@@ -29,7 +29,8 @@ STAGED = {"stages": (0.6, 0.4), "episodes": 5}
 
 
 def journal(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()][1:]
+    lines = map(json.loads, (folder / "evaluations.jsonl").read_text().splitlines())
+    return [line for line in lines if "score" in line]
 
 
 def best(lines: list[dict[str, Any]], start: str) -> dict[str, Any]:

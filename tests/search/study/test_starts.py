@@ -11,6 +11,7 @@ import torch
 from journals import content
 from masking import weight
 from networks import network, same_state
+from refusals import refused
 from safetensors.torch import load_file
 from small_runs import Stopped, Tracked, go, small
 
@@ -24,8 +25,9 @@ from search.data.base import Data
 from search.output.report import write_report
 from search.settings import SHORT_TERM, FinalistSettings, Settings, ShortTermSettings
 from search.study.evaluation import make_evaluator
+from search.study.kept_weights import KeptWeights, Weights
 from search.study.problem import PruningProblem
-from search.study.stages import Weights, kept, start_at
+from search.study.stages import start_at
 
 ADAPTS = {
     "agent": NetAdapt(reduction=0.05, decay=1.0),
@@ -34,7 +36,8 @@ ADAPTS = {
 
 
 def journal(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()][1:]
+    lines = map(json.loads, (folder / "evaluations.jsonl").read_text().splitlines())
+    return [line for line in lines if "score" in line]
 
 
 def states(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -170,16 +173,50 @@ def test_masked_weights_stay_zero_through_the_steps(small_data: Data, tmp_path: 
 
 
 def test_weights_and_units_come_back_from_their_file(tmp_path: Path) -> None:
-    model, path = network("concat"), tmp_path / "w.safetensors"
+    model, kept = network("concat"), KeptWeights(tmp_path, Hashes())  # type: ignore[arg-type]
     units = (torch.tensor([4, 1]), torch.tensor([0]))
     made = Weights(network("concat", seed=5), units)
     skipped: list[str] = []
-    assert kept(path, model, lambda: made, lambda: skipped.append("skipped")) is made
+    assert kept.get("w", model, lambda: made, lambda: skipped.append("skipped")) is made
     assert not skipped
-    read = kept(path, model, lambda: pytest.fail("made again"), lambda: skipped.append("skipped"))
+    read = kept.get("w", model, lambda: pytest.fail("made again"), lambda: skipped.append("skipped"))
     assert skipped == ["skipped"]
     assert same_state(read.network, made.network)
     assert [unit.tolist() for unit in read.units] == [[4, 1], [0]]
+
+
+class Hashes(dict[str, str]):
+    """Stands for a journal."""
+
+    weights_hash = dict.get
+    keep_weights_hash = dict.__setitem__
+
+
+@pytest.mark.parametrize("damage", [b"", b"cut", None], ids=["empty", "truncated", "another round's"])
+def test_weights_that_are_not_the_run_s_are_refused(
+    small_data: Data, tmp_path: Path, damage: bytes | None
+) -> None:
+    settings = small("channel", **ADAPTS)
+    whole = go(tmp_path, small_data, settings)
+    first, second = (tmp_path / "starts" / f"round-{number}.safetensors" for number in (1, 2))
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes() if damage is None else content[: len(damage)])
+    with refused("damaged", ""):
+        go(tmp_path, small_data, settings)
+    first.unlink()
+    assert same_state(go(tmp_path, small_data, settings).model, whole.model)
+    assert first.read_bytes() == content
+
+
+def test_what_killed_runs_left_is_swept(small_data: Data, tmp_path: Path) -> None:
+    (tmp_path / "starts").mkdir()
+    left = [tmp_path / "starts" / ".tmp-0a0a0a0a-round-1.safetensors", tmp_path / ".tmp-0a0a0a0a-result.json"]
+    for path in left:
+        path.touch()
+    (tmp_path / ".hidden").touch()
+    go(tmp_path, small_data, small("channel"))
+    assert {path.name for path in tmp_path.glob(".*")} == {".hidden", ".lock"}
+    assert not any(path.exists() for path in left)
 
 
 def test_a_start_s_own_strategy_is_not_repaired(small_data: Data) -> None:

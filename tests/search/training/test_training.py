@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from networks import network, traced
+from refusals import refused
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from amc_env.errors import UserError
 from amc_env.graph.layers import keeps_of
@@ -598,7 +599,7 @@ def test_processes_of_a_loader_draw_from_the_seed_too(small_data: Data) -> None:
 
 
 def test_loaders_that_cannot_be_trained_on_are_refused(small_data: Data) -> None:
-    with pytest.raises(UserError, match="train_loader has no length"):
+    with refused("one_pass", "train_loader"):
         training_batches(loader_data(small_data, iter([])), 16, 0, "cpu")
 
     class Once:
@@ -618,6 +619,44 @@ def test_loaders_that_cannot_be_trained_on_are_refused(small_data: Data) -> None
     batches = training_batches(loader_data(small_data, once), 16, 0, "cpu")
     with pytest.raises(UserError, match="no batch in epoch 2"):
         finetune(FlattenByView(), batches, epochs=2, lr=0.01)
+
+
+class Stream(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Images without a number of them."""
+
+    def __init__(self, data: Data, count: int) -> None:
+        self.images, self.labels = data.normalise(data.train.images[:count]), data.train.labels[:count]
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return iter(zip(self.images, self.labels, strict=True))
+
+
+def test_batches_of_an_iterable_dataset_are_counted(small_data: Data) -> None:
+    data = loader_data(small_data, DataLoader(Stream(small_data, 60), 16))
+    before = torch.get_rng_state()
+    batches = training_batches(data, 99, 0, "cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len(batches) == len(list(batches)) == 4
+    losses: list[float] = []
+    finetune(
+        ResNet(8, classes=4), batches, epochs=2, lr=0.05, on_epoch=lambda *figures: losses.append(figures[1])
+    )
+    assert losses[1] < losses[0]
+
+
+def test_a_stream_without_end_is_refused(small_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("search.training.batches._MOST_BATCHES", 3)
+    with refused("endless", "train_loader"):
+        training_batches(loader_data(small_data, DataLoader(Stream(small_data, 60), 10)), 16, 0, "cpu")
+
+
+def test_a_last_batch_of_one_image_is_left_out(small_data: Data) -> None:
+    data = loader_data(small_data, DataLoader(Stream(small_data, 33), 16))
+    assert [len(images) for images, _ in training_batches(data, 99, 0, "cpu")] == [16, 16]
+    single = loader_data(small_data, DataLoader(Stream(small_data, 3), 1))
+    assert [len(images) for images, _ in training_batches(single, 99, 0, "cpu")] == [1, 1, 1]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.BatchNorm1d(8), nn.Linear(8, 4))
+    finetune(model, training_batches(data, 99, 0, "cpu"), epochs=1, lr=0.01)
 
 
 # ---------------------------------------------------------------------------------------------- from scratch

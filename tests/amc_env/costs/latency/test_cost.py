@@ -1,11 +1,14 @@
 """Predicted latency as a cost."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from networks import SMALL, images, problem, random_removed
+from refusals import refused
 from test_table import HERE
 
-from amc_env.costs.latency.cost import Latency
+from amc_env.costs.latency.cost import Latency, LatencyBudget
 from amc_env.costs.latency.table import Correction, LatencyTable, Times
 from amc_env.costs.latency.units import inside_units, units_of
 from amc_env.costs.memory import Activations
@@ -73,6 +76,16 @@ def test_a_table_that_does_not_reach_is_refused_where_it_is_asked() -> None:
     latency = Latency(candidates.original, candidates.graph, table_of("mlp", least=10))
     with pytest.raises(UserError, match="does not reach 5 with 16 inputs .* and 4 outputs"):
         latency([0, 0])
+
+
+def test_a_table_that_predicts_no_time_is_refused() -> None:
+    candidates, _ = problem("mlp")
+    table = table_of("mlp", Correction(constant_ms=-1e9))
+    inputs = SimpleNamespace(
+        model=candidates.original, graph=candidates.graph, latency_table=lambda _: (table, None)
+    )
+    with refused("wrong_table", ""):
+        Latency.build(inputs, LatencyBudget())  # type: ignore[arg-type]
 
 
 def test_a_correction_for_elements_needs_them() -> None:

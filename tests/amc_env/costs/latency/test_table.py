@@ -107,9 +107,9 @@ def test_a_table_written_elsewhere_needs_no_more_than_times_and_conditions(tmp_p
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("times", "cannot be read as JSON"),
+        ("times", "cannot be read"),
         ("[]", 'a JSON object with "format": "latency table 1" is needed'),
-        ('{"format": "latency table 1"}', "lacks 'units'"),
+        ('{"format": "latency table 1"}', "'units' is missing"),
         ('{"format": "latency table 1", "units": [3]}', "not subscriptable"),
         ('{"format": "latency table 1", "units": [], "conditions": {"runtime": "eager"}}', "threads"),
     ],
@@ -121,7 +121,7 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: Path, content: str, says: 
 
 
 def test_a_missing_file_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"latency\.json: no such file; amc-latency build makes one"):
+    with pytest.raises(UserError, match=r"no such file.*amc-latency build makes one"):
         LatencyTable.load(tmp_path / "latency.json")
 
 
@@ -157,14 +157,14 @@ def test_onnx_runs_on_the_processor_wherever_the_network_lies(monkeypatch: pytes
 
 
 def test_a_table_half_written_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, whole = tmp_path / "latency.json", Path.write_text
+    path, whole = tmp_path / "latency.json", Path.write_bytes
     table(seconds=1.5).save(path)
 
-    def killed(self: Path, text: str, **options: Any) -> None:
-        whole(self, text[:100], **options)
+    def killed(self: Path, content: bytes) -> None:
+        whole(self, content[:100])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "write_text", killed)
+    monkeypatch.setattr(Path, "write_bytes", killed)
     with pytest.raises(KeyboardInterrupt):
         table(seconds=2.5).save(path)
     assert LatencyTable.load(path).seconds == 1.5

@@ -1,0 +1,48 @@
+"""Signals wait for the candidate at hand, and a second one does not."""
+
+import os
+import signal
+
+import pytest
+
+from search import interrupts
+from search.interrupts import Stopped, handled
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_waits_for_the_candidate(number: signal.Signals, code: int) -> None:
+    before = signal.getsignal(number)
+    scored = False
+    with pytest.raises(Stopped) as stopped, handled():
+        interrupts.scoring_starts()
+        os.kill(os.getpid(), number)
+        scored = True
+        interrupts.scoring_ends()
+    assert scored
+    assert stopped.value.exit_code == code
+    signal.signal(number, before)
+
+
+def test_a_second_signal_does_not_wait() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(Stopped), handled():
+        interrupts.scoring_starts()
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("went on")
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        signal.signal(number, handler)
+
+
+def test_without_a_signal_the_handlers_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with handled():
+        assert signal.getsignal(signal.SIGTERM) is not before
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with handled():
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    signal.signal(signal.SIGINT, before)
