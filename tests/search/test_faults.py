@@ -77,6 +77,15 @@ def test_a_file_of_a_run_that_may_not_be_written(tmp_path: Path, small_data: Dat
     assert [path for path in tmp_path.iterdir() if path.name.startswith(".tmp")] == []
 
 
+@pytest.mark.parametrize("override", ["hydra.run.dir=", "hydra.run.dir=''", "hydra.sweep.dir=null"])
+def test_an_empty_run_folder_is_not_the_current_one(
+    amc_search: Command, tmp_path: Path, override: str
+) -> None:
+    ended = amc_search(*SMALL, override)
+    assert (ended.code, len(ended.err.splitlines())) == (2, 1), ended.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_link_in_a_run_folder_is_replaced_and_not_followed(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("kept")
     (tmp_path / "report.html").symlink_to(tmp_path / "precious")
@@ -148,7 +157,6 @@ def test_channels_whose_entry_is_no_object(tmp_path: Path, entry: Any) -> None:
 @pytest.mark.parametrize(
     "correction",
     [
-        {"scale": 0},
         {"per_weight_ms": -1},
         {"scale": int("9" * 400)},
         {"scale": "1"},

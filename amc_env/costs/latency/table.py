@@ -274,13 +274,10 @@ class LatencyTable:
             Unit.from_json(each["unit"]): Times.fitted(each["inputs"], each["outputs"], each["ms"])
             for each in content["units"]
         }
-        correction = Correction(**content.get("correction", {}))
-        if not correction.scale > 0:
-            raise ValueError(f"correction.scale={correction.scale} must be above 0")
         return cls(
             Conditions(**content["conditions"]),
             units,
-            correction,
+            Correction(**content.get("correction", {})),
             content.get("points", 0),
             content.get("forwards", 0),
             content.get("seconds", 0.0),

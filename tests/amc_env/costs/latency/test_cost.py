@@ -78,9 +78,10 @@ def test_a_table_that_does_not_reach_is_refused_where_it_is_asked() -> None:
         latency([0, 0])
 
 
-def test_a_table_that_predicts_no_time_is_refused() -> None:
+@pytest.mark.parametrize("correction", [Correction(constant_ms=-1e9), Correction(scale=0.0)])
+def test_a_table_that_predicts_no_time_is_refused(correction: Correction) -> None:
     candidates, _ = problem("mlp")
-    table = table_of("mlp", Correction(constant_ms=-1e9))
+    table = table_of("mlp", correction)
     inputs = SimpleNamespace(
         model=candidates.original, graph=candidates.graph, latency_table=lambda _: (table, None)
     )
