@@ -162,7 +162,7 @@ def test_a_network_without_anything_to_train_is_found_before_the_search(tmp_path
     ("arguments", "fields"),
     [
         ({"budget": "half"}, ["budget"]),
-        ({"budget": object()}, ["budget.ratio"]),
+        ({"budget": b"half"}, ["budget"]),
         ({"budget": {"macs": "half"}}, ["budget.ratio"]),
         ({"budget": {3: 0.5}}, ["budget.cost"]),
         ({"budget": [0.5]}, ["budget"]),
