@@ -99,6 +99,9 @@ def run_command(command: Callable[[], object]) -> int:
             command()
     except _REPORTED as error:
         return _refused(error)
+    except BrokenPipeError:  # what read the output, like head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return INCOMPLETE
     except (OSError, ValueError) as error:
         refusal = _of_the_file_system(error)
         if refusal is None:
@@ -110,17 +113,30 @@ def run_command(command: Callable[[], object]) -> int:
 
 
 def _check_overrides(overrides: list[str]) -> None:
-    """Refuses what Hydra takes for the current folder, and choices of nothing, which it ends on with a traceback.
+    """Refuses what Hydra takes for the current folder, choices of nothing, which end in a traceback, and dashes.
 
     Raises:
         UserError: Such an override.
     """
-    groups = {path.name for path in resources.files("conf").iterdir() if path.is_dir()}
+    groups, sections = _names()
     for override in overrides:
+        option = re.fullmatch(r"--((\w+)[\w.]*)=(.*)", override)
+        if option and option[2] in groups | sections:
+            raise UserError(
+                f"{override}: settings have no dashes; write {option[1]}={option[3]}", code="dashes"
+            )
         name, _, value = override.lstrip("+").partition("=")
         nothing = value in ("", "''", '""', "null")
         if "=" in override and nothing and name in {"hydra.run.dir", "hydra.sweep.dir", *groups}:
             raise UserError(f"{override} chooses nothing; see --help", code="missing", field=name)
+
+
+def _names() -> tuple[set[str], set[str]]:
+    """The groups of conf, and the names at the top of its files."""
+    files = list(resources.files("conf").iterdir())
+    texts = [file.read_text(encoding="utf-8") for file in files if file.name.endswith(".yaml")]
+    sections = {name for text in texts for name in re.findall(r"^(\w+):", text, flags=re.MULTILINE)}
+    return {file.name for file in files if file.is_dir()}, sections - {"defaults"}
 
 
 def _of_the_file_system(error: BaseException) -> UserError | None:
@@ -148,9 +164,11 @@ def _line(error: BaseException) -> str:
             there = ", ".join(str(key) for key in known.parent_node)
             return f"unknown key {known.full_key}; there are {there}"
     text = " ".join(str(e) for e in (error, cause) if e is not None)
-    if isinstance(error, OverrideParseException):
-        text = f"{error.override} cannot be read: {text}"
-    return _NOISE.sub("", " ".join(text.split()))
+    text = _NOISE.sub("", " ".join(text.split()))
+    if not isinstance(error, OverrideParseException):
+        return text
+    name, _, value = str(error.override).partition("=")
+    return f'{error.override} cannot be read: {text}; put such a value in quotes: "{name}={_quoted(value)}"'
 
 
 def run_folder() -> Path:

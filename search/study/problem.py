@@ -106,7 +106,17 @@ class PruningProblem:
             Budget.of(costs[b.cost], len(self.grids), ratio=None if b.limit else b.ratio, limit=b.limit)
             for b in self.settings.budgets
         ]
-        return SearchSpace(self.grids, list(costs.values()), budgets)
+        try:
+            return SearchSpace(self.grids, list(costs.values()), budgets)
+        except UserError as error:
+            if not self.graph.skipped:
+                raise
+            names = ", ".join(f"{layer.name} ({layer.reason})" for layer in self.graph.skipped[:_NAMES_SHOWN])
+            more = len(self.graph.skipped) - _NAMES_SHOWN
+            rest = f" and {more} more" if more > 0 else ""
+            raise UserError(
+                f"{error}. Not pruned: {names}{rest}", code=error.code, field=error.field
+            ) from error
 
     @cached_property
     def builder(self) -> Candidates | MaskedCandidates:

@@ -474,6 +474,9 @@ ALL_MODELS = ("digits_cnn", "digits_mlp", "mobilenet", "plain20", "resnet20", "r
         (["device=abacus"], ("device=abacus", "device=cpu")),
         (["export=[tflite]"], ("tflite", "safetensors, pt2, onnx")),
         (["seed=[1"], ("seed=[1 cannot be read",)),
+        (["--seed=3"], ("write seed=3",)),
+        (["data.path=a=b"], ("put such a value in quotes: \"data.path='a=b'\"",)),
+        (["budget.ratio=0.001"], ("the least is", "Not pruned: linear (its channels are the network's output)")),
         (["model.weights=nowhere.pt"], ("model.weights=nowhere.pt", "no such file")),
         (["model=resnet20", "data=cifar10", "data.path=nowhere"], ("data.path=nowhere: no such folder",)),
     ],
@@ -586,3 +589,10 @@ def test_help_says_what_it_does_and_what_there_is(amc_search: Command) -> None:
     ):
         assert text in ended.out
     assert "Powered by Hydra" not in ended.out
+
+
+def test_output_that_nobody_reads_ends_without_a_traceback() -> None:
+    command = f"{sys.executable} -m search.run_search --help | head -1"
+    ended = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert ended.stdout.startswith("amc-search makes")
+    assert ended.stderr == ""
