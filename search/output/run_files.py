@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from search import files
 from search.output.run_result import RunResult
 
 METRICS = "metrics.csv"
+log = logging.getLogger(__name__)
+
 CONFIGURATION = "config.yaml"
 """The file of the resolved configuration. Hydra's own copy is that of the last command in the folder, even if it failed."""
 
@@ -121,7 +124,11 @@ def _journal(path: Path) -> Iterator[dict[str, Any]]:
     """The entries of a journal; damaged lines and the incomplete last line of a killed run are left out."""
     with files.reading(path):
         lines = path.read_bytes().splitlines() if path.exists() else []
-    yield from (entry for line in lines if (entry := files.unsealed(line)) is not None)
+    entries = [files.unsealed(line) for line in lines]
+    damaged = sum(entry is None for entry in entries[:-1])
+    if damaged:
+        log.warning("%d damaged lines of %s are left out", damaged, path)
+    yield from (entry for entry in entries if entry is not None)
 
 
 def _text(path: Path) -> str:

@@ -476,7 +476,10 @@ ALL_MODELS = ("digits_cnn", "digits_mlp", "mobilenet", "plain20", "resnet20", "r
         (["seed=[1"], ("seed=[1 cannot be read",)),
         (["--seed=3"], ("write seed=3",)),
         (["data.path=a=b"], ("put such a value in quotes: \"data.path='a=b'\"",)),
-        (["budget.ratio=0.001"], ("the least is", "Not pruned: linear (its channels are the network's output)")),
+        (
+            ["budget.ratio=0.001"],
+            ("the least is", "Not pruned: linear (its channels are the network's output)"),
+        ),
         (["model.weights=nowhere.pt"], ("model.weights=nowhere.pt", "no such file")),
         (["model=resnet20", "data=cifar10", "data.path=nowhere"], ("data.path=nowhere: no such folder",)),
     ],

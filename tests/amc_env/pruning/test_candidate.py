@@ -7,9 +7,7 @@ from masking import SUITABLE, masked, weight
 from networks import NETWORKS, SMALL, images, network, problem, random_removed, same_state, with_state
 from torch import nn
 
-from amc_env.graph.tracing import trace_layers
 from amc_env.pruning.candidate import Candidates, MaskedCandidates
-from amc_env.pruning.granularity import FineGrained
 from search.models.resnet import ResNet
 
 
@@ -141,40 +139,6 @@ def test_a_masked_network_does_not_depend_on_those_before_it(name: str, granular
     assert again is candidates.skeleton
     assert all(torch.equal(before[key], value) for key, value in again.state_dict().items())
     assert same_state(candidates.cut([0] * len(grids)), network(name))
-
-
-class Tied(nn.Module):
-    """An autoencoder's two layers, each the other's transpose in spirit: one square weight for both."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.into, self.hidden, self.back = nn.Linear(192, 8), nn.Linear(8, 8), nn.Linear(8, 8)
-        self.back.weight = self.hidden.weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.back(self.hidden(self.into(x.flatten(1))))
-
-
-def test_a_shared_weight_loses_what_either_layer_loses() -> None:
-    torch.manual_seed(0)
-    model = Tied().eval()
-    before = with_state(model)
-    _, grids = FineGrained().decisions(trace_layers(model, images(1)))
-    order = torch.arange(64, dtype=torch.int32).view(8, 8)
-    removal_rank = {
-        "into": torch.arange(8 * 192, dtype=torch.int32).view(8, 192),
-        "hidden": order,
-        "back": 63 - order,
-    }
-    candidates = MaskedCandidates(model, grids, removal_rank)
-    for removed, zeros in (((0, 16, 0), 16), ((0, 16, 8), 24), ((0, 8, 0), 8), ((0, 40, 40), 64)):
-        cut = candidates.cut(removed)
-        assert cut.back.weight is cut.hidden.weight
-        assert int((cut.hidden.weight == 0).sum()) == zeros
-        kept = cut.hidden.weight != 0
-        assert torch.equal(cut.hidden.weight[kept], before["hidden.weight"][kept])
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    assert same_state(candidates.cut((0, 0, 0)), model)
 
 
 def test_masked_layers_that_are_frozen_stay_frozen() -> None:

@@ -132,9 +132,9 @@ def test_a_target_inside_a_section_is_checked_too() -> None:
 @pytest.mark.parametrize(
     ("overrides", "code", "field"),
     [
-        (["agent.hidden=[]"], "out_of_range", "agent.hidden"),
-        (["agent.hidden=[-3]"], "out_of_range", "agent.hidden[0]"),
-        (["agent.hidden=[1000000000]"], "out_of_range", "agent.hidden[0]"),
+        (["agent=ddpg", "agent.hidden=[]"], "out_of_range", "agent.hidden"),
+        (["agent=ddpg", "agent.hidden=[-3]"], "out_of_range", "agent.hidden[0]"),
+        (["agent=ddpg", "agent.hidden=[1000000000]"], "out_of_range", "agent.hidden[0]"),
         (["evaluator.threads=100000"], "out_of_range", "evaluator.threads"),
         (["latency.batch=1e9"], "wrong_type", "latency.batch"),
         (["latency.batch=1000000000"], "out_of_range", "latency.batch"),
@@ -145,7 +145,7 @@ def test_a_target_inside_a_section_is_checked_too() -> None:
         (["finetune.temperature=inf"], "out_of_range", "finetune.temperature"),
         (["finetune.lr_fraction=inf"], "out_of_range", "finetune.lr_fraction"),
         (["repair.ridge=inf"], "out_of_range", "repair.ridge"),
-        (["agent.actor_lr=inf"], "out_of_range", "agent.actor_lr"),
+        (["agent=ddpg", "agent.actor_lr=inf"], "out_of_range", "agent.actor_lr"),
         (["budget.limit=inf"], "out_of_range", "budget.limit"),
         (["+also.params=inf"], "out_of_range", "also.params"),
         (["max_ratio=inf"], "out_of_range", "max_ratio"),

@@ -1,7 +1,6 @@
 """Runs side by side: groups, the best score after so many evaluations, what amc-report prints and writes."""
 
 import csv
-import json
 import math
 import sys
 from dataclasses import replace
@@ -12,6 +11,7 @@ from made_results import result, search
 from refusals import refused
 
 from search import run_report
+from search.files import sealed
 from search.output.comparing import best_so_far, find_runs, grouped, rows
 from search.output.plots import DPI
 from search.output.run_files import RunFiles
@@ -24,14 +24,14 @@ def leave(folder: Path, agent: str, seed: int, shift: float = 0.0, episodes: int
     made = result(search=replace(search(), agent=agent, seed=seed, seconds=60.0))
     made.write(folder)
     header = {"seed": seed, "agent": {"class": agent}, "episodes": episodes, "weights": "abc"}
-    lines: list[object] = [{"header": header}]
+    lines: list[dict[str, object]] = [{"header": header}]
     for number, score in enumerate(SCORES[agent]):
         line = {"start": "original", "repair": "least_squares", "removed": [number], "costs": {"macs": 1.0}}
         lines.append(line | {"score": score + shift, "met": number > 0})
     lines.append(
         {"start": "original", "repair": "sequential", "removed": [3], "costs": {}, "score": 1.0, "met": True}
     )
-    (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "evaluations.jsonl").write_text("".join(map(sealed, lines)))
     return folder
 
 
