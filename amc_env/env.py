@@ -123,12 +123,13 @@ class PruningEnv(gymnasium.Env[Observation, Action]):
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 -- declared so by gymnasium.Env
 
-    def __init__(self, handle: EnvHandle) -> None:
+    def __init__(self, handle: EnvHandle | None = None) -> None:
         """Builds the environment around what ``handle`` refers to.
 
         Raises:
-            UserError: The reward judges missed budgets and the bound would let none occur.
+            UserError: There is no handle, or the reward judges missed budgets and the bound would let none occur.
         """
+        handle = _given(handle)
         _check_reward(handle)
         self.handle = handle
         self.observation_space, self.action_space = _spaces(handle)
@@ -177,12 +178,14 @@ class PruningVectorEnv(VectorEnv[Observation, Action, npt.NDArray[Any]]):
         "autoreset_mode": AutoresetMode.SAME_STEP,
     }
 
-    def __init__(self, handle: EnvHandle, num_envs: int = 1) -> None:
+    def __init__(self, handle: EnvHandle | None = None, num_envs: int = 1) -> None:
         """Builds the environments around what ``handle`` refers to.
 
         Raises:
-            UserError: There would be none, or the reward judges missed budgets and the bound would let none occur.
+            UserError: There is no handle, there would be no environment, or the reward judges missed budgets and the
+                bound would let none occur.
         """
+        handle = _given(handle)
         if num_envs < 1:
             raise UserError(f"num_envs={num_envs} must be at least 1: the episodes side by side")
         _check_reward(handle)
@@ -250,6 +253,18 @@ class PruningVectorEnv(VectorEnv[Observation, Action, npt.NDArray[Any]]):
             trials = self.handle.score_all(strategies)
         ends = zip(self._episodes, strategies, trials, infos, strict=True)
         return [episode.judge(strategy, trial, info) for episode, strategy, trial, info in ends]
+
+
+def _given(handle: EnvHandle | None) -> EnvHandle:
+    """The handle, without which there is no network to prune."""
+    if handle is None:
+        raise UserError(
+            "this environment needs a network and its data: make it with search.make_env(network, train_loader, "
+            "val_loader), or give handle=EnvHandle(...)",
+            code="missing",
+            field="handle",
+        )
+    return handle
 
 
 class _Episode:

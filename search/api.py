@@ -8,11 +8,13 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import torch
+from rich.console import Console
 from torch import nn
 
 import amc_env  # noqa: F401 -- registers the environment
@@ -28,6 +30,8 @@ from amc_env.validation import plain
 from search import files
 from search.data.base import Data
 from search.data.loaders import from_loaders, seeded
+from search.output.formatting import percent, split_name
+from search.output.progress import final_table
 from search.output.run_result import RunResult
 from search.output.tracking import CsvTracker
 from search.settings import (
@@ -66,6 +70,21 @@ class Compressed:
     folder: Path
     keeps: Keeps
 
+    def __repr__(self) -> str:
+        base, delivered = self.result.base, self.result.delivered
+        share = delivered.costs["macs"] / base.costs["macs"]
+        accuracies = (
+            f"{percent(base.accuracy)} -> {percent(delivered.accuracy)} on the {split_name(delivered.split)}"
+        )
+        return f"Compressed({accuracies}, {percent(share, 1)} of the MACs, folder={str(self.folder)!r})"
+
+    def table(self) -> str:
+        """Original, pruned and fine-tuned network side by side, as `compress` prints it."""
+        console = Console(file=StringIO(), width=160)
+        final_table(self.result, self.folder, console=console)
+        assert isinstance(console.file, StringIO)
+        return console.file.getvalue()
+
 
 def compress(
     module: nn.Module,
@@ -83,6 +102,7 @@ def compress(
     device: str | None = None,
     keep: Sequence[str] | None = None,
     settings: Settings | None = None,
+    verbose: bool = True,
 ) -> Compressed:
     """Searches pruning ratios for a trained classifier, prunes and fine-tunes it.
 
@@ -115,6 +135,7 @@ def compress(
             that is given wins over the same field; one that is not leaves it alone. Without settings, half of the
             MACs, the agent ``surrogate``, 300 episodes, 10 epochs of fine-tuning and seed 0 are used, and layers keep
             multiples of 2 channels, under a latency budget of its ``vector_width``.
+        verbose: Print the table of the result at the end.
 
     Raises:
         UserError: Whatever is wrong with network, data or settings, in one message, before anything expensive.
@@ -131,8 +152,10 @@ def compress(
     finished = run(network, data, base.in_folder(place), _context(place, type(module).__name__, base))
     from search.output.report import write_report  # matplotlib takes a third of a second to import
 
-    write_report(place)
-    return Compressed(finished.model.cpu(), finished.result.strategy, finished.result, place, finished.keeps)
+    report, result = write_report(place), finished.result
+    if verbose:
+        final_table(result, place, report)
+    return Compressed(finished.model.cpu(), result.strategy, result, place, finished.keeps)
 
 
 def make_env(

@@ -17,6 +17,7 @@ from gymnasium.utils.env_checker import data_equivalence
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from masking import masked
+from refusals import refused
 from stable_baselines3.common.env_checker import check_env as sb3_check
 
 from amc_env.costs.counts import Macs, Params
@@ -325,3 +326,9 @@ def test_what_episodes_side_by_side_cannot_do_is_refused() -> None:
         PruningVectorEnv(handle(), 0)
     with pytest.raises(UserError, match="enforce_budget=False"):
         PruningVectorEnv(handle(reward=Infinity()), 2)
+
+
+@pytest.mark.parametrize("make", [PruningEnv, PruningVectorEnv])
+def test_an_environment_without_a_network_says_how_to_make_one(make) -> None:
+    with refused("missing", "handle"):
+        make()

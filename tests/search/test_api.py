@@ -403,6 +403,20 @@ def test_layers_that_are_to_be_kept_are_left_alone(
         )
 
 
+def test_the_result_is_short_in_print_and_has_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = {"finetune": 0, "settings": quick(), "folder": tmp_path}
+    small = compress(own(), loader(64, 1), loader(32, 2), **arguments)
+    assert "budget: MACs at most" in capsys.readouterr().out
+    assert repr(small).startswith("Compressed(")
+    assert len(repr(small)) < 200
+    assert "original" in small.table()
+    assert "MACs" in small.table()
+    compress(own(), loader(64, 1), loader(32, 2), **arguments, verbose=False)
+    assert capsys.readouterr().out == ""
+
+
 class Untraceable(nn.Module):
     """Branches on data, which no symbolic trace follows, and flattens by view, which channels-last images break."""
 
