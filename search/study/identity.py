@@ -48,7 +48,7 @@ def score_identity(problem: PruningProblem) -> dict[str, Any]:
     if settings.short_term_steps:  # its learning rate is a fraction of the original one
         names += ["original_lr"]
     return _described(settings, *names) | {
-        "weights": _fingerprint(problem.model),
+        "weights": weights_fingerprint(problem.model),
         "data": {
             "fingerprint": problem.data.fingerprint,
             "search_images": len(problem.data.search),
@@ -98,7 +98,7 @@ def _predicted_latency(problem: PruningProblem) -> dict[str, Any]:
     return {"latency_ms": predicted[0]} if predicted else {}
 
 
-def _fingerprint(model: nn.Module) -> str:
+def weights_fingerprint(model: nn.Module) -> str:
     """Short SHA-256 of all weights and buffers."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():

@@ -217,7 +217,7 @@ def _run(problem: PruningProblem, context: Context, journal: Journal) -> Finishe
         KeptWeights(context.folder, journal).forget()
     planned = settings.agent.planned(problem.space, settings.episodes) * max(1, len(settings.stages))
     with Progress(episodes=planned, epochs=settings.all_epochs) as progress:
-        tune = Tuner(problem, _epoch_watcher(context, progress))
+        tune = Tuner(problem, _epoch_watcher(context, progress), context.folder)
         last, best, study = _searched(problem, context, progress, journal, tune)
         write_json(context.folder / "strategy.json", strategy_json(last, best))
         candidates = {"pruned": study.evaluator.network(best)}
@@ -237,6 +237,7 @@ def _run(problem: PruningProblem, context: Context, journal: Journal) -> Finishe
         resumed=journal.replayed > 0,
     )
     result.write(context.folder)
+    tune.forget()
     return Finished(chosen.network, chosen.keeps, result)
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from amc_env.errors import UserError, first_line
@@ -14,9 +18,14 @@ from amc_env.pruning.candidate import widen
 from amc_env.pruning.regularization import GroupLasso, LossTerm
 from amc_env.space import Strategy, Trial
 from search.study.evaluation import start_of
+from search.study.identity import describe, weights_fingerprint
 from search.study.problem import PruningProblem, builder_of
 from search.training.batches import Batches, FirstBatches, training_batches
 from search.training.finetune import OnEpoch, finetune, forget_weights
+from search.training.training_file import TrainingFile
+
+TRAINING_FOLDER = "training"
+"""Of the state of each training after its last epoch, in the run folder, until the run is over."""
 
 
 class Tuner:
@@ -25,11 +34,18 @@ class Tuner:
     Args:
         problem: The run.
         on_epoch: Called with (epoch of the whole run from 1, mean loss, learning rate).
+        folder: The run folder, where the state after each epoch is kept; None: it is not kept.
     """
 
-    def __init__(self, problem: PruningProblem, on_epoch: Callable[[int, float, float], None]):
+    def __init__(
+        self,
+        problem: PruningProblem,
+        on_epoch: Callable[[int, float, float], None],
+        folder: Path | None = None,
+    ):
         self._problem = problem
         self._on_epoch = on_epoch
+        self._folder = folder
         self._done = 0
 
     def __call__(
@@ -53,7 +69,8 @@ class Tuner:
         def on_epoch(epoch: int, loss: float, lr: float, seconds: float) -> None:
             self._on_epoch(before + epoch, loss, lr)
 
-        self._train(network, self._batches(), epochs, masks, regularized, on_epoch)
+        file = self._file(network, epochs) if self._folder else None
+        self._train(network, self._batches(), epochs, masks, regularized, on_epoch, file)
         self._done += epochs
         return network.eval()
 
@@ -77,6 +94,31 @@ class Tuner:
                 field="finetune.epochs",
             ) from error
 
+    def _file(self, network: nn.Module, epochs: int) -> TrainingFile:
+        """Of the training that begins now: known by its place in the run, the weights and the settings."""
+        assert self._folder is not None
+        settings = self._problem.settings
+        named = (
+            settings.finetune,
+            settings.regularization,
+            settings.original_lr,
+            settings.seed,
+            settings.device,
+        )
+        key = {
+            "weights": weights_fingerprint(network),
+            "data": self._problem.data.fingerprint,
+            "epochs": [self._done, epochs],
+            "threads": torch.get_num_threads(),
+            "settings": describe(named),
+        }
+        return TrainingFile(self._folder / TRAINING_FOLDER / f"{self._done}.pt", json.dumps(key))
+
+    def forget(self) -> None:
+        """Remove the state of trainings that are over."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder / TRAINING_FOLDER, ignore_errors=True)
+
     def _batches(self) -> Batches:
         settings, size = self._problem.settings, self._problem.settings.finetune.batch_size
         return training_batches(self._problem.data, size, settings.seed + self._done, settings.device)
@@ -89,6 +131,7 @@ class Tuner:
         masks: Mapping[str, Tensor] | None,
         regularized: bool,
         on_epoch: OnEpoch | None,
+        file: TrainingFile | None = None,
     ) -> None:
         settings, chosen = self._problem.settings, self._problem.settings.finetune
         try:
@@ -108,6 +151,7 @@ class Tuner:
                 distillation=chosen.distillation,
                 temperature=chosen.temperature,
                 masks=masks or None,
+                file=file,
             )
         except UserError as error:
             raise error.inside("finetune") from error

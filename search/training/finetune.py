@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -24,6 +25,7 @@ from search.data.base import Data
 from search.data.loaders import seeded
 from search.training.batches import AugmentedBatches, Batches
 from search.training.distillation import Teacher, distillation_problems
+from search.training.training_file import TrainingFile
 
 # A look at the loss makes a GPU wait for it, so not at every step.
 STEPS_BETWEEN_CHECKS = 20
@@ -67,6 +69,7 @@ def finetune(
     distillation: float = 0.0,
     temperature: float = 4.0,
     masks: Mapping[str, Tensor] | None = None,
+    file: TrainingFile | None = None,
 ) -> None:
     """SGD in place, cosine schedule by step down to 0; the last epoch's weights are kept, in eval mode.
 
@@ -85,6 +88,7 @@ def finetune(
         temperature: that both networks' logits are divided by in the teacher's share.
         masks: for layers by name, a bool tensor like their weight: where it is False the weight is exactly 0
             from before the first step to after the last, whatever momentum and weight decay would do.
+        file: keeps the state after each epoch; a killed training continues from there, to the same bits.
 
     Raises:
         UserError: a setting out of range, nothing to train, or a loss that is no longer finite.
@@ -105,12 +109,14 @@ def finetune(
     step = _Step(model, optimizer, layout, where, zeros, penalty, source, scaler)
     schedule = LearningRate(lr, epochs * steps, round(warmup_epochs * steps))
     with seeded(seed):
-        for epoch in range(epochs):
+        for epoch in range(_resumed(file, step, batches), epochs):
             started = time.perf_counter()
             model.train()
             loss = _epoch(step, batches, schedule, epoch)
             if on_epoch is not None:
                 on_epoch(epoch + 1, loss, schedule((epoch + 1) * steps - 1), time.perf_counter() - started)
+            if file is not None:
+                file.save(epoch + 1, model, optimizer, scaler)
     forget_activations(model)
     model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
 
@@ -188,6 +194,18 @@ class _Step:
         if self.teacher is None:
             return F.cross_entropy(logits, labels)
         return self.teacher.loss(images, logits, labels)
+
+
+def _resumed(file: TrainingFile | None, step: _Step, batches: Batches) -> int:
+    """Takes up the training on file, if there is one; the number of its epochs."""
+    done = file.load(step.model, step.optimizer, step.scaler) if file is not None else 0
+    for _ in range(
+        done
+    ):  # the batches that were trained on are drawn again, so that the next ones are the same
+        deque(islice(batches, len(batches)), maxlen=0)
+    if file is not None and done:
+        file.restore_random_state()
+    return done
 
 
 def _epoch(step: _Step, batches: Batches, schedule: LearningRate, epoch: int) -> float:

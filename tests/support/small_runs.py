@@ -49,15 +49,17 @@ def small(granularity: str = "fine_grained", **more: Any) -> Settings:
 
 
 class Tracked:
-    """What a run tracked; with ``stop_at``, an error at that episode, as if the run had been stopped there."""
+    """What a run tracked; with ``stop_at``, an error at that episode (or epoch), as if the run had been stopped there."""
 
-    def __init__(self, stop_at: int | None = None):
-        self.stop_at = stop_at
+    def __init__(self, stop_at: int | None = None, stop_at_epoch: int | None = None):
+        self.stop_at, self.stop_at_epoch = stop_at, stop_at_epoch
         self.episodes: list[int] = []
         self.epochs: list[int] = []
 
     def __call__(self, metrics: Mapping[str, float], step: int) -> None:
         if "finetune/loss" in metrics:
+            if step == self.stop_at_epoch:
+                raise Stopped
             self.epochs.append(step)
             return
         if step == self.stop_at:

@@ -19,6 +19,7 @@ from agents.baselines import Uniform
 from agents.ddpg import DDPGAgent
 from amc_env.costs.storage import StorageBudget, follows_pattern
 from amc_env.graph.tracing import trace_layers
+from amc_env.pruning.schedule import Schedule
 from search import load_pruned
 from search.config.compose import default_agent
 from search.data.base import Data
@@ -187,3 +188,19 @@ def test_episodes_at_once_end_the_same_after_a_kill(small_data: Data, tmp_path: 
     journal = content(killed / "evaluations.jsonl")
     assert journal.startswith(left)
     assert journal != left
+
+
+@pytest.mark.parametrize("more", [{}, {"schedule": Schedule("cubic", 2)}])
+def test_a_run_stopped_in_fine_tuning_continues_at_the_epoch(
+    small_data: Data, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    settings = small("channel", finetune=FinetuneSettings(epochs=4, batch_size=16), **more)
+    once = go(tmp_path / "once", small_data, settings)
+    with pytest.raises(Stopped):
+        go(tmp_path / "run", small_data, settings, track=Tracked(stop_at_epoch=4))
+    assert list((tmp_path / "run" / "training").iterdir())
+    notes = Tracked()
+    again = go(tmp_path / "run", small_data, settings, track=notes)
+    assert notes.epochs == [4]
+    assert same_state(once.model, again.model)
+    assert not (tmp_path / "run" / "training").exists()
