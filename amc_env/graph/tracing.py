@@ -32,7 +32,6 @@ from amc_env.graph.layers import (
 from amc_env.graph.surgery import resize, silence_inputs
 from amc_env.graph.topology import Topology
 
-_TIED = "shares a parameter with another layer"
 Coupled = tuple[object, Side, list[int], list[int]]
 """A module or parameter, its side, entries of that dimension, and the root channels that they go with."""
 
@@ -262,7 +261,7 @@ def _channel_group(
 def _unsupported(module: object, names: Mapping[object, str], layers: Mapping[str, Layer]) -> str | None:
     name = names.get(module, "")
     if name in layers and layers[name].tied:
-        return f"its channels meet {name}, which {_TIED}"
+        return f"its channels meet {name}, which shares a parameter with another layer"
     if isinstance(module, nn.Parameter):
         return f"its channels meet a parameter outside a module, of shape {tuple(module.shape)}"
     known = isinstance(module, (nn.Conv2d, nn.Linear, *CHANNELWISE)) or module not in names
