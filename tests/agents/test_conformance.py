@@ -33,7 +33,7 @@ NEAR = {"warmup": "near_uniform", "warmup_episodes": 10, "sigma": 0.1, "rescale"
         (partial(NetAdapt, choice="exchange"), {"seeded": False}),
         (Sensitivity, {"seeded": False}),
         (Evolution, {}),
-        (Surrogate, {}),
+        (partial(Surrogate, pool=40), {}),
         (CmaEs, {}),
         (Tpe, {}),
         (Random, {"learns": False}),

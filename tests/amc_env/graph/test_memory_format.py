@@ -87,12 +87,12 @@ from amc_env.graph.memory_format import training_format
 from test_memory_format import Wide
 
 torch.set_num_threads({threads})
-for kernel, stride, channels in itertools.product((1, 2, 3), (1, 2, 3), (1, 3, 4, 6, 8, 12, 16)):
+for kernel, stride, channels in itertools.product((1, 3), (1, 2), (1, 3, 6, 8, 16)):
     torch.manual_seed(0)
     plain, x = Wide(channels, kernel, stride), torch.randn(32, channels, 16, 16)
     trained = copy.deepcopy(plain)
     layout = training_format(trained, x[:2])
-    for _ in range(20):
+    for _ in range(12):
         trained.zero_grad()
         trained(x.contiguous(memory_format=layout)).mean().backward()
     plain(x).mean().backward()
