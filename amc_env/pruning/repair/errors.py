@@ -88,8 +88,8 @@ def _error(
     total = int(places.max()) + 1
     kept = [int((places < total - count).sum()) * area for count in counts]
     energy = [float(explained[columns_kept - 1]) if columns_kept else 0.0 for columns_kept in kept]
-    whole = float(explained[-1])
-    return 1.0 - np.array(energy) / whole if whole > 0 else np.zeros(len(counts))
+    total_energy = float(explained[-1])
+    return 1.0 - np.array(energy) / total_energy if total_energy > 0 else np.zeros(len(counts))
 
 
 def _completed(found: Sequence[Floats | None], grids: Sequence[Grid]) -> tuple[Floats, ...]:
