@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from zlib import crc32
@@ -60,6 +60,15 @@ def cached(path: Path, make: Callable[[Path], object], read: Callable[[Path], Co
     sweep(path.parent, _A_DAY)
     write(path, make)
     return read(path)
+
+
+def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested objects with their dotted names."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from flat(inner, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
 
 
 def sealed(entry: Mapping[str, Any]) -> str:

@@ -138,14 +138,6 @@ def _spread(shares: Sequence[float]) -> str:
 
 
 def _identity(run: RunFiles) -> dict[str, Any]:
-    found = dict(_flat(run.header))
+    found = dict(files.flat(run.header))
     found.pop("seed", None)
     return found | {"agent": run.result.search.agent, "model": run.result.model}
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _flat(inner, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, value

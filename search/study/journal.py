@@ -12,7 +12,7 @@ import fcntl
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -281,7 +281,7 @@ def _locked(folder: Path) -> IO[str]:
 def _check(
     before: Mapping[str, Any], now: Mapping[str, Any], may_grow: tuple[str, ...], folder: Path
 ) -> None:
-    old, new = dict(_flat(before)), dict(_flat(now))
+    old, new = dict(files.flat(before)), dict(files.flat(now))
     problems = []
     for key in sorted(old.keys() | new.keys()):
         was, is_now = old.get(key), new.get(key)
@@ -294,11 +294,3 @@ def _check(
             f"the run in {folder} was started with another configuration: {'; '.join(problems)}. Start it with "
             "the old one, or give another hydra.run.dir"
         )
-
-
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from _flat(inner, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, value
