@@ -12,7 +12,14 @@ PACKAGES = ("amc_env", "agents", "search")
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 LONGEST = 45  # lines of a function, its docstring left out
 FLOORS = (
-    ("amc_env.errors", "amc_env.files", "amc_env.validation", "amc_env.system", "amc_env.rewards"),
+    (
+        "amc_env.errors",
+        "amc_env.files",
+        "amc_env.inputs",
+        "amc_env.validation",
+        "amc_env.system",
+        "amc_env.rewards",
+    ),
     ("amc_env.space", "amc_env.graph", "amc_env.onnx"),
     ("amc_env.encoding",),
     ("amc_env.pruning",),
