@@ -38,7 +38,6 @@ SEARCH_FLOORS = (
 )
 
 ONLY_HERE = {
-    "torch_pruning": "amc_env/graph/tracing.py",
     "onnxruntime": "amc_env/onnx.py",
     "hydra": "search/",
     "omegaconf": "search/",

@@ -52,13 +52,13 @@ class _Products:
         for layer in graph.layers:
             sizes[layer.name, "in"], sizes[layer.name, "out"] = layer.in_channels, layer.out_channels
         for module in graph.channelwise:
-            sizes[module.name, "out"] = module.channels
+            sizes[module.name, module.side] = module.channels
         index = {key: i for i, key in enumerate(sizes)}
         self._constant = constant
         self._sizes = np.array([*sizes.values(), 1.0])  # the last entry stands for a missing factor
         self._per_unit = np.zeros((len(self._sizes), len(graph.groups)))
         for key, counts in per_unit.items():
-            for g, count in counts.items():
+            for g, count in counts.items() if key in index else ():
                 self._per_unit[index[key], g] = count
         self._coefficients = np.array([term.coefficient for term in terms])
         self._first = np.array([index[term.first] for term in terms])
@@ -97,7 +97,7 @@ def _sum(
 
 
 class Macs(NetworkCost):
-    """Multiply-accumulates of one example: convolutions without bias, linear layers with theirs.
+    """Multiply-accumulates of one example: convolutions without bias, linear layers with theirs, attention's products.
 
     This is the counting of the AMC release: MobileNet-V1 has 568,741,352.
 
@@ -123,7 +123,9 @@ class Macs(NetworkCost):
             terms.append(_weights(layer, layer.positions))
             if layer.kind == "linear" and layer.bias:
                 terms.append(_Term(float(layer.positions), (layer.name, "out")))
-        self._sum = _sum(graph, terms, float(graph.other_macs), masked)
+        terms += [_Term(product.macs, product.dimension) for product in graph.attention if product.dimension]
+        fixed = graph.other_macs + sum(product.macs for product in graph.attention if not product.dimension)
+        self._sum = _sum(graph, terms, float(fixed), masked)
 
     def __call__(self, removed: Sequence[int]) -> float:
         """MACs of the pruned network."""
@@ -156,7 +158,7 @@ class Params(NetworkCost):
             if layer.bias:
                 terms.append(_Term(1.0, (layer.name, "out")))
         for module in graph.channelwise:
-            terms.append(_Term(float(module.params_per_channel), (module.name, "out")))
+            terms.append(_Term(float(module.params_per_channel), (module.name, module.side)))
         self._sum = _sum(graph, terms, float(graph.other_params), masked)
 
     def __call__(self, removed: Sequence[int]) -> float:

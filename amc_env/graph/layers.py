@@ -9,14 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from amc_env.graph.surgery import Keeps
+from amc_env.graph.surgery import CHANNELWISE, Keeps
 from amc_env.graph.topology import UNTRACED, Topology
-
-Side = Literal["in", "out"]
-
-
-CHANNELWISE = (nn.BatchNorm1d, nn.BatchNorm2d, nn.PReLU)
-"""Modules with one entry per channel: they are cut with the channels that pass through them."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +68,20 @@ class Layer:
 
 @dataclass(frozen=True)
 class ChannelWise:
-    """A module with ``params_per_channel`` parameters for each of its channels, e.g. a batch norm."""
+    """A module with ``params_per_channel`` parameters for each entry of a side, e.g. a batch norm."""
 
     name: str
     channels: int
     params_per_channel: int
+    side: str = "out"
+
+
+@dataclass(frozen=True)
+class AttentionMacs:
+    """Multiply-accumulates of products of activations, ``macs`` for each entry of a side, or in all where it is None."""
+
+    macs: float
+    dimension: tuple[str, str] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,13 +90,13 @@ class Member:
 
     Attributes:
         module: Qualified module name.
-        side: ``out`` or ``in``; modules with one channel dimension have ``out`` only.
+        side: See `amc_env.graph.surgery.Keeps`; modules with one channel dimension have ``out`` only.
         size: Entries of the uncut dimension.
         positions: int64, shape [units, m]: the entries of the dimension that go with each unit of the group.
     """
 
     module: str
-    side: Side
+    side: str
     size: int
     positions: Tensor
 
@@ -141,6 +144,7 @@ class LayerGraph:
         other_params: Parameters outside the modules above.
         other_macs: MACs of convolutions that are counted but never pruned (1d, 3d, transposed).
         topology: The order of operations, from a symbolic trace.
+        attention: Products of activations, as in attention; none where channels were not traced.
     """
 
     layers: tuple[Layer, ...]
@@ -150,6 +154,7 @@ class LayerGraph:
     other_params: int
     other_macs: int = 0
     topology: Topology = UNTRACED
+    attention: tuple[AttentionMacs, ...] = ()
 
     def layer(self, name: str) -> Layer:
         """The layer of that name."""
@@ -171,23 +176,38 @@ class LayerGraph:
         return replace(self, groups=groups, skipped=self.skipped + skipped)
 
 
-def channels_of(module: nn.Module, side: Side) -> int:
-    """Size of a module's channel dimension; 0 for a module that has none that we know of."""
+def channels_of(module: nn.Module, side: str) -> int:
+    """Entries of a module's side, see `amc_env.graph.surgery.Keeps`; 0 where it has none."""
+    if side.startswith("."):
+        value = vars(module).get(side[1:])
+        return value if type(value) is int else 0
+    if side not in ("in", "out"):
+        key, _, dimension = side.rpartition(".")
+        tensor = module._parameters.get(key, module._buffers.get(key))
+        known = isinstance(tensor, Tensor) and dimension in map(str, range(tensor.ndim))
+        return tensor.shape[int(dimension)] if known and tensor is not None else 0
     if isinstance(module, nn.Conv2d):
         return module.in_channels if side == "in" else module.out_channels
     if isinstance(module, nn.Linear):
         return module.in_features if side == "in" else module.out_features
-    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-        return module.num_features
+    return _channels(module) if isinstance(module, CHANNELWISE) else 0
+
+
+def _channels(module: nn.Module) -> int:
+    """Channels of a module with one entry per channel; 0 where all share one entry, or it has several dimensions."""
     if isinstance(module, nn.PReLU):
         return module.num_parameters if module.num_parameters > 1 else 0
-    return 0
+    if isinstance(module, nn.LayerNorm):
+        return module.normalized_shape[0] if len(module.normalized_shape) == 1 else 0
+    found = module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features
+    assert isinstance(found, int)
+    return found
 
 
 def keeps_of(groups: Sequence[ChannelGroup], kept_units: Sequence[Tensor]) -> Keeps:
     """What stays of every dimension when ``kept_units`` (ascending, a tensor for each) stay of the groups."""
-    sizes: dict[tuple[str, Side], int] = {}
-    gone: dict[tuple[str, Side], list[Tensor]] = {}
+    sizes: dict[tuple[str, str], int] = {}
+    gone: dict[tuple[str, str], list[Tensor]] = {}
     for group, kept in zip(groups, kept_units, strict=True):
         lost = torch.ones(group.total, dtype=torch.bool)
         lost[kept] = False

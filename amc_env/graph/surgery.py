@@ -10,9 +10,28 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 Keeps = dict[str, dict[str, Tensor]]
-"""Module name to {"in": kept entries, "out": kept entries}, int64 and ascending; an absent side is unpruned."""
+"""Module name to {side: kept entries}, int64 and ascending; an absent side is unpruned.
+
+Sides are ``in`` and ``out`` of layers and of modules with one entry per channel. ``NAME.DIMENSION`` is a dimension of
+another tensor of the module, like ``gamma.0``, and ``.NAME`` a number that its forward pass reshapes by, like
+``.num_heads``.
+"""
+
+CHANNELWISE = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
+"""Modules with one entry per channel: they are cut with the channels that pass through them."""
+
+
+def side_of(module: nn.Module, key: str, dimension: int) -> str:
+    """The side that one dimension of a module's tensor belongs to."""
+    if isinstance(module, nn.Conv2d | nn.Linear) and dimension < 2:
+        return "in" if dimension else "out"
+    if isinstance(module, CHANNELWISE) and getattr(module, key).ndim == 1:
+        return "out"
+    return f"{key}.{dimension}"
 
 
 def resize(model: nn.Module, keeps: Keeps) -> nn.Module:
@@ -85,14 +104,12 @@ def _cut_dimensions(
 ) -> list[tuple[int, Tensor]]:
     """Dimensions of one of the module's tensors that ``sides`` cut, with the entries that stay."""
     dimensions: list[tuple[int, Tensor]] = []
-    if value.ndim == 0:
-        return dimensions
-    if "out" in sides:
-        dimensions.append((0, sides["out"]))
-    if "in" in sides and key == "weight" and isinstance(module, nn.Conv2d | nn.Linear):
-        local = _local_inputs(module, sides["in"])
-        if local is not None:
-            dimensions.append((1, local))
+    for dimension in range(value.ndim):
+        kept: Tensor | None = sides.get(side_of(module, key, dimension))
+        if kept is not None and dimension == 1 and isinstance(module, nn.Conv2d | nn.Linear):
+            kept = _local_inputs(module, kept)
+        if kept is not None:
+            dimensions.append((dimension, kept))
     return dimensions
 
 
@@ -119,10 +136,17 @@ def set_sizes(module: nn.Module, sides: Mapping[str, Tensor]) -> None:
     elif isinstance(module, nn.Linear):
         module.in_features = module.in_features if into is None else into
         module.out_features = module.out_features if out is None else out
-    elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and out is not None:
+    elif isinstance(module, _BatchNorm | _InstanceNorm) and out is not None:
         module.num_features = out
+    elif isinstance(module, nn.GroupNorm) and out is not None:
+        module.num_groups, module.num_channels = module.num_groups * out // module.num_channels, out
+    elif isinstance(module, nn.LayerNorm) and out is not None:
+        module.normalized_shape = (out,)
     elif isinstance(module, nn.PReLU) and out is not None:
         module.num_parameters = out
+    for side, kept in sides.items():
+        if side.startswith("."):
+            setattr(module, side[1:], len(kept))
 
 
 def silence_inputs(module: nn.Module, gone: Tensor) -> None:

@@ -1,86 +1,75 @@
-"""Tracing a network: its layers, and its coupled channels by torch-pruning (Fang et al., "DepGraph", CVPR 2023).
+"""Tracing a network: its layers, and the channels of them that can only be removed together.
 
-The tracer's index maps are merged by (module, side) in original coordinates and proved on the network itself. No network
-is traced during a search.
+Channel groups are read off one run (see `amc_env.graph.coupling`) and proved on the network itself: with channels cut
+out it must compute what it computes with them silenced. No network is traced during a search.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_leaves
 
 from amc_env.errors import UserError, first_line
 from amc_env.graph.copying import module_copy
+from amc_env.graph.coupling import labelled_run
+from amc_env.graph.grouping import channel_groups
+from amc_env.graph.labels import Labels
 from amc_env.graph.layers import (
-    CHANNELWISE,
+    AttentionMacs,
     ChannelGroup,
     ChannelWise,
     Layer,
     LayerGraph,
-    Member,
-    Side,
     Skipped,
     channels_of,
     keeps_of,
 )
-from amc_env.graph.surgery import resize, silence_inputs
+from amc_env.graph.surgery import CHANNELWISE, resize, silence_inputs
 from amc_env.graph.topology import Topology
+from amc_env.inputs import Inputs, call, each, take, tensors_of
 
-Coupled = tuple[object, Side, list[int], list[int]]
-"""A module or parameter, its side, entries of that dimension, and the root channels that they go with."""
+_UNPRUNED = "only Conv2d and Linear are pruned; its MACs are counted"
 
 
-def trace(model: nn.Module, example: Tensor) -> LayerGraph:
+def trace(model: nn.Module, example: Inputs) -> LayerGraph:
     """Trace the layers and coupled channels of a network.
 
     Args:
         model: The network; its weights and modules stay as they are.
-        example: A batch of inputs, [N, ...]; one example is enough.
+        example: A batch of inputs, [N, ...] each; one example is enough.
 
     Raises:
-        UserError: The network cannot be traced at all, or no channel of it can be pruned.
+        UserError: The network cannot be run, or no channel of it can be pruned.
     """
     copied = module_copy(model).eval()
-    for parameter in copied.parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(True)
     layers = _layers(copied, example)
     others = _other_convolutions(copied, example)
-    groups: list[ChannelGroup] = []
-    skipped = [Skipped(name, "only Conv2d and Linear are pruned; its MACs are counted") for name in others]
-    for raw in _raw_groups(copied, example[:1]):
-        found = _channel_group(raw, copied, layers)
-        if isinstance(found, ChannelGroup):
-            groups.append(found)
-        else:
-            skipped.extend(found)
+    labels = labelled_run(copied, take(example, slice(1)))
+    groups, skipped = channel_groups(copied, labels, layers, _unsupported(copied, layers, others))
     groups, refuted = _proved(copied, example, groups)
-    seen = {member.module for group in groups for member in group.members if member.side == "out"}
-    untraced = [Skipped(name, "its channels could not be traced") for name in layers]
-    first_reasons = {w.name: w for w in reversed(skipped + refuted + untraced) if w.name not in seen}
-    skipped = list(first_reasons.values())
-    if not groups:
-        reasons = (
-            "; ".join(f"{w.name}: {w.reason}" for w in skipped[:8])
-            or "no convolution or linear layer was run"
-        )
-        raise UserError(f"no channel of this network can be pruned ({reasons})")
     order = {name: layer.index for name, layer in layers.items()}
-    groups.sort(key=lambda group: (order[group.consumers[0]], order[group.name]))
-    channelwise, other = _rest(copied, layers)
-    skipped.sort(key=lambda w: order.get(w.name, len(order)))
+    skipped = [*(Skipped(name, _UNPRUNED) for name in others), *skipped, *refuted]
+    skipped.sort(key=lambda s: order.get(s.name, len(order)))
+    if not groups:
+        reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:8])
+        raise UserError(
+            f"no channel of this network can be pruned ({reasons or 'no convolution or linear layer was run'})"
+        )
+    groups.sort(key=lambda group: (order[group.consumers[0]], order[group.producers[0]]))
+    channelwise, other = _rest(copied, layers, groups)
+    attention = _attention(labels, groups, copied)
     counts = other, sum(others.values())
     topology = Topology.of(model)
-    return LayerGraph(tuple(layers.values()), channelwise, tuple(groups), tuple(skipped), *counts, topology)
+    graph = LayerGraph(tuple(layers.values()), channelwise, tuple(groups), tuple(skipped), *counts, topology)
+    return replace(graph, attention=attention)
 
 
-def trace_layers(model: nn.Module, example: Tensor) -> LayerGraph:
+def trace_layers(model: nn.Module, example: Inputs) -> LayerGraph:
     """Trace the layers alone, without coupled channels: all that masks need, and every network has it.
 
     Raises:
@@ -90,14 +79,14 @@ def trace_layers(model: nn.Module, example: Tensor) -> LayerGraph:
     if not layers:
         raise UserError("the network has no Conv2d or Linear layer that is run: nothing can be pruned")
     others = _other_convolutions(model, example)
-    reason = "only Conv2d and Linear are pruned; its MACs are counted"
-    skipped = tuple(Skipped(name, reason) for name in others)
-    channelwise, other = _rest(model, layers)
-    counts = other, sum(others.values())
+    skipped = tuple(Skipped(name, _UNPRUNED) for name in others)
+    channelwise, other = _rest(model, layers, ())
+    products = labelled_run(module_copy(model).eval(), take(example, slice(1))).products
+    counts = other, sum(others.values()) + sum(product.macs for product in products)
     return LayerGraph(tuple(layers.values()), channelwise, (), skipped, *counts, Topology.of(model))
 
 
-def _layers(model: nn.Module, example: Tensor) -> dict[str, Layer]:
+def _layers(model: nn.Module, example: Inputs) -> dict[str, Layer]:
     """Runs the network once and writes down its layers by name, in forward order."""
     layers: dict[str, Layer] = {}
     names = {module: name for name, module in model.named_modules()}
@@ -114,11 +103,11 @@ def _layers(model: nn.Module, example: Tensor) -> dict[str, Layer]:
     handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     try:
         with torch.no_grad():
-            model(example[:1])
+            call(model, take(example, slice(1)))
     except Exception as error:  # a user's network may raise anything
-        shape = tuple(example[:1].shape)
+        shapes = ", ".join(str((1, *tensor.shape[1:])) for tensor in tensors_of(example))
         raise UserError(
-            f"the network does not run on inputs of shape {shape}: {first_line(error)}"
+            f"the network does not run on inputs of shape {shapes}: {first_line(error)}"
         ) from error
     finally:
         for handle in handles:
@@ -136,7 +125,7 @@ def _tied(model: nn.Module) -> set[str]:
     return {name for names in owners.values() if len(names) > 1 for name in names}
 
 
-def _other_convolutions(model: nn.Module, example: Tensor) -> dict[str, int]:
+def _other_convolutions(model: nn.Module, example: Inputs) -> dict[str, int]:
     """MACs of the convolutions that are no `Layer`, by name."""
     macs: dict[str, int] = {}
     names = {module: name for name, module in model.named_modules()}
@@ -151,7 +140,7 @@ def _other_convolutions(model: nn.Module, example: Tensor) -> dict[str, int]:
     handles = [module.register_forward_hook(hook) for module in others]
     try:
         with torch.no_grad():
-            model(example[:1])
+            call(model, take(example, slice(1)))
     finally:
         for handle in handles:
             handle.remove()
@@ -183,7 +172,9 @@ def _layer(name: str, index: int, module: nn.Module, inputs: Tensor, output: Ten
     )
 
 
-def _rest(model: nn.Module, layers: Mapping[str, Layer]) -> tuple[tuple[ChannelWise, ...], int]:
+def _rest(
+    model: nn.Module, layers: Mapping[str, Layer], groups: Sequence[ChannelGroup]
+) -> tuple[tuple[ChannelWise, ...], int]:
     """Channel-wise modules, and the number of parameters outside of them and of the layers.
 
     Parameters that several layers share are counted with each of those, and taken off here.
@@ -202,122 +193,122 @@ def _rest(model: nn.Module, layers: Mapping[str, Layer]) -> tuple[tuple[ChannelW
             if channels and size % channels == 0:
                 channelwise.append(ChannelWise(name, channels, size // channels))
                 counted.update(id(p) for p in own)
+    for name, side, parameter in _cut_parameters(model, groups):
+        if id(parameter) not in counted:
+            channels = channels_of(model.get_submodule(name), side)
+            channelwise.append(ChannelWise(name, channels, parameter.numel() // channels, side))
+            counted.add(id(parameter))
     other = sum(p.numel() for p in model.parameters() if id(p) not in counted)
     return tuple(channelwise), other - repeated
 
 
-def _raw_groups(model: nn.Module, example: Tensor) -> Iterator[list[Coupled]]:
-    """torch-pruning's groups as plain lists, the root first."""
-    try:
-        # Fresh dictionaries: the library's mutable defaults would keep the copy alive.
-        with torch.enable_grad():  # it walks autograd's graph
-            graph = tp.DependencyGraph().build_dependency(
-                model, example_inputs=example, unwrapped_parameters=None, customized_pruners={}, verbose=False
-            )
-        groups = list(graph.get_all_groups(ignored_layers=[], root_module_types=[nn.Conv2d, nn.Linear]))
-    except Exception as error:  # the tracer gives up in many ways
-        raise UserError(f"the network cannot be traced for coupled channels: {first_line(error)}") from error
-    for group in groups:
-        items = []
-        for item in group:
-            side: Side = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
-            items.append((item.dep.target.module, side, list(item.idxs), list(item.root_idxs)))
-        yield items
+def _cut_parameters(
+    model: nn.Module, groups: Sequence[ChannelGroup]
+) -> dict[tuple[str, str, nn.Parameter], None]:
+    """Parameters that belong to no layer and are cut: (module, side, parameter)."""
+    sides = {(m.module, m.side): None for group in groups for m in group.members if "." in m.side.lstrip(".")}
+    found: dict[tuple[str, str, nn.Parameter], None] = {}
+    for name, side in sides:
+        parameter = model.get_submodule(name)._parameters.get(side.rpartition(".")[0])
+        if parameter is not None:
+            found[name, side, parameter] = None
+    return found
 
 
-def _channel_group(
-    raw: Sequence[Coupled], model: nn.Module, layers: Mapping[str, Layer]
-) -> ChannelGroup | list[Skipped]:
-    """Merges one raw group by (module, side), or says of all its layers why their channels are skipped."""
-    modules = dict(model.named_modules())
-    names: dict[object, str] = {module: name for name, module in modules.items()}
-    reason = next((r for module, *_ in raw if (r := _unsupported(module, names, layers))), None)
-    pairs: dict[tuple[str, Side], set[tuple[int, int]]] = {}
-    for module, side, positions, roots in raw:
-        name = names.get(module, "")
-        if module not in names or not channels_of(modules[name], side):
-            continue  # an operation of the tracer without a dimension of its own
-        if not isinstance(module, nn.Conv2d | nn.Linear) or (name in layers and layers[name].depthwise):
-            side = "out"
-        pairs.setdefault((name, side), set()).update(zip(roots, positions, strict=True))
-    ran = sorted((layers[n].index, n, side) for n, side in pairs if n in layers and not layers[n].depthwise)
-    producers = tuple(name for _, name, side in ran if side == "out")
-    consumers = tuple(name for _, name, side in ran if side == "in")
-    if not (producers and consumers):
-        reason = reason or f"its channels are the network's {'output' if producers else 'input'}"
-    channels = channels_of(modules[names[raw[0][0]]], "out")
-    blocks = math.lcm(*(layers[name].groups for _, name, _ in ran))
-    members = []
-    for (name, side), links in pairs.items():
-        try:
-            members.append(_member((name, side), channels_of(modules[name], side), links, channels, blocks))
-        except ValueError as error:
-            reason = reason or str(error)
-    if reason:
-        return [Skipped(name, reason) for name, side in pairs if side == "out" and name in layers]
-    return ChannelGroup(producers[0], channels // blocks, channels, tuple(members), producers, consumers)
+def _attention(labels: Labels, groups: Sequence[ChannelGroup], model: nn.Module) -> tuple[AttentionMacs, ...]:
+    """The products of activations of a run, by the channels that they are in proportion to."""
+    consumers = {
+        (m.module, m.side): m.size
+        for g in groups
+        for m in g.members
+        if m.module in g.consumers and m.side == "in"
+    }
+    owners: dict[int, tuple[str, str]] = {}
+    for name, side in consumers:
+        module = model.get_submodule(name)
+        assert isinstance(module, nn.Conv2d | nn.Linear)
+        own = labels.dims(module.weight)[1].labels
+        assert own is not None
+        owners |= dict.fromkeys(labels.roots(own).tolist(), (name, side))
+    fixed, found = 0, []
+    for product in labels.products:
+        roots = [] if product.labels is None else labels.roots(product.labels).tolist()
+        dimension = owners.get(roots[0]) if roots else None
+        if dimension is None:
+            fixed += product.macs
+        else:
+            found.append(AttentionMacs(product.macs / consumers[dimension], dimension))
+    return (*found, *([AttentionMacs(fixed, None)] if fixed else []))
 
 
-def _unsupported(module: object, names: Mapping[object, str], layers: Mapping[str, Layer]) -> str | None:
-    name = names.get(module, "")
-    if name in layers and layers[name].tied:
-        return f"its channels meet {name}, which shares a parameter with another layer"
-    if isinstance(module, nn.Parameter):
-        return f"its channels meet a parameter outside a module, of shape {tuple(module.shape)}"
-    known = isinstance(module, (nn.Conv2d, nn.Linear, *CHANNELWISE)) or module not in names
-    return None if known else f"its channels pass through {names[module]}, a {type(module).__name__}"
-
-
-def _member(
-    key: tuple[str, Side], size: int, links: Iterable[tuple[int, int]], channels: int, blocks: int
-) -> Member:
-    """Positions by unit. With grouped convolutions, unit u is channel u of every block."""
-    name, side = key
-    by_root: dict[int, list[int]] = {}
-    for root, position in sorted(links):
-        by_root.setdefault(root, []).append(position)
-    inside = all(position < size for positions in by_root.values() for position in positions)
-    if not inside or len(by_root) != channels or len({len(p) for p in by_root.values()}) != 1:
-        raise ValueError(f"its channels do not map evenly onto {name}")
-    if channels % blocks:
-        raise ValueError(f"{channels} channels do not split into the {blocks} groups of {name}")
-    table = torch.tensor([by_root[root] for root in range(channels)])
-    units = channels // blocks
-    table = table.reshape(blocks, units, -1).transpose(0, 1).reshape(units, -1)
-    if len(set(table.flatten().tolist())) != table.numel():
-        raise ValueError(f"its channels overlap in {name}")
-    return Member(name, side, size, table.sort(dim=1).values)
+def _unsupported(model: nn.Module, layers: Mapping[str, Layer], others: Mapping[str, int]) -> dict[str, str]:
+    """Modules whose channels are left alone, with the reason."""
+    found = {
+        name: f"its channels pass through {name}, a {type(model.get_submodule(name)).__name__}"
+        for name in others
+    }
+    for name, layer in layers.items():
+        if layer.tied:
+            found[name] = f"its channels meet {name}, which shares a parameter with another layer"
+    return found
 
 
 def _proved(
-    model: nn.Module, example: Tensor, groups: list[ChannelGroup]
+    model: nn.Module, example: Inputs, groups: list[ChannelGroup]
 ) -> tuple[list[ChannelGroup], list[Skipped]]:
-    """Keeps the groups whose cut network computes what the network with those channels silenced computes."""
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn((2, *example.shape[1:]), generator=generator).to(example.device, example.dtype)
-    taken: dict[tuple[str, Side], set[int]] = {}
-    good: list[ChannelGroup] = []
-    bad: list[Skipped] = []
-    for group in groups:
-        reason = _refuted(model, inputs, [group])
-        claimed = {(m.module, m.side): set(m.positions.flatten().tolist()) for m in group.members}
-        if reason is None and any(taken.get(key, set()) & positions for key, positions in claimed.items()):
-            reason = "its channels overlap with those of another group"
+    """Keeps the groups whose cut network computes what the network with those channels silenced computes.
+
+    All are tried together, and halves of them again where that fails.
+    """
+    inputs = _random_inputs(example)
+    stirred = _stirred(model)
+    bad: dict[str, str] = {}
+
+    def search(some: Sequence[ChannelGroup]) -> None:
+        reason = _refuted(stirred, inputs, some) if some else None
         if reason is None:
-            good.append(group)
-            for key, positions in claimed.items():
-                taken.setdefault(key, set()).update(positions)
-        else:
-            bad.extend(Skipped(name, reason) for name in group.producers)
-    if len(good) > 1:
-        reason = _refuted(model, inputs, good)
-        if reason is not None:
-            raise UserError(f"the network cannot be cut in several places at once: {reason}")
-    return good, bad
+            return
+        if len(some) == 1:
+            bad[some[0].name] = reason
+            return
+        middle = len(some) // 2
+        search(some[:middle])
+        search(some[middle:])
+
+    search(groups)
+    good = [group for group in groups if group.name not in bad]
+    if bad and (reason := _refuted(stirred, inputs, good)) is not None:
+        raise UserError(f"the network cannot be cut in several places at once: {reason}")
+    skipped = [Skipped(name, bad[g.name]) for g in groups if g.name in bad for name in g.producers]
+    kept = {name for group in good for name in group.producers}
+    return good, [s for s in skipped if s.name not in kept]
+
+
+def _random_inputs(example: Inputs) -> Inputs:
+    """Two examples: random numbers in place of floats, the given ones where inputs are integers."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor[torch.arange(2, device=tensor.device) % len(tensor)]
+        return torch.randn((2, *tensor.shape[1:]), generator=generator).to(tensor.device, tensor.dtype)
+
+    return each(example, drawn)
+
+
+def _stirred(model: nn.Module) -> nn.Module:
+    """A copy where parameters that are almost zero are not: what they multiply would not be seen otherwise."""
+    copied = module_copy(model)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in copied.parameters():
+        if parameter.is_floating_point() and parameter.numel() and parameter.detach().abs().max() < 1e-2:
+            noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.data = noise.to(parameter.device, parameter.dtype)
+    return copied
 
 
 @torch.no_grad()
-def _refuted(model: nn.Module, inputs: Tensor, groups: Sequence[ChannelGroup]) -> str | None:
+def _refuted(model: nn.Module, inputs: Inputs, groups: Sequence[ChannelGroup]) -> str | None:
     """Cuts every second unit of the groups; why that is not the same as silencing them, or None."""
     units = [torch.arange(0, group.total, 2) for group in groups]
     keeps = keeps_of(groups, units)
@@ -329,17 +320,22 @@ def _refuted(model: nn.Module, inputs: Tensor, groups: Sequence[ChannelGroup]) -
         for member in group.members:
             if member.side == "in" and member.module in group.consumers:
                 silence_inputs(modules[member.module], member.positions[gone].flatten())
-    want = masked(inputs)
+    want = _tensors(call(masked, inputs))
     try:
-        got = small(inputs)
-    except Exception as error:  # shapes no longer fit: the coupling is not what the tracer believes
+        got = _tensors(call(small, inputs))
+    except Exception as error:  # shapes no longer fit: more depends on these channels than was found
         return f"cut there the network no longer runs, so other channels hang on them ({first_line(error)})"
-    if not isinstance(got, Tensor) or not isinstance(want, Tensor):
-        return "the network's output is not one tensor"
-    if got.shape != want.shape:
+    if [tensor.shape for tensor in got] != [tensor.shape for tensor in want]:
         return "its channels are the network's output"
+    if all(_agree(*pair) for pair in zip(got, want, strict=True)):
+        return None
+    return "cut and masked networks disagree (the channels are mixed elsewhere)"
+
+
+def _tensors(outputs: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def _agree(got: Tensor, want: Tensor) -> bool:
     gap = (got - want).abs().max().item()
-    scale = max(want.abs().max().item(), 1e-6)
-    return (
-        None if gap <= 1e-3 * scale else "cut and masked networks disagree (the channels are mixed elsewhere)"
-    )
+    return gap <= 1e-3 * max(want.abs().max().item(), 1e-6)

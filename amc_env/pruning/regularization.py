@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from amc_env.errors import UserError
-from amc_env.graph.layers import LayerGraph, Side
+from amc_env.graph.layers import LayerGraph
 from amc_env.validation import Natural, Positive, settings
 
 LossTerm = Callable[[nn.Module], Tensor]
@@ -144,9 +144,9 @@ class _Channels:
 
     def __init__(self, model: nn.Module, graph: LayerGraph) -> None:
         modules = dict(model.named_modules())
-        self._shapes: dict[tuple[str, Side], torch.Size] = {}
+        self._shapes: dict[tuple[str, str], torch.Size] = {}
         self._count = sum(group.total for group in graph.groups)
-        owners: dict[tuple[str, Side], Tensor] = {}
+        owners: dict[tuple[str, str], Tensor] = {}
         sizes: list[Tensor] = []
         first = 0
         for group in graph.groups:
@@ -188,7 +188,7 @@ class _Channels:
         return total[: self._count]
 
 
-def _squares(module: nn.Conv2d | nn.Linear, side: Side) -> Tensor:
+def _squares(module: nn.Conv2d | nn.Linear, side: str) -> Tensor:
     """The sum of squares of each row (``out``) or column (``in``) of a weight, [channels of that side]."""
     square = module.weight.square()
     if side == "out":
@@ -198,7 +198,7 @@ def _squares(module: nn.Conv2d | nn.Linear, side: Side) -> Tensor:
     return blocks.sum((1, *range(3, blocks.ndim))).flatten()
 
 
-def _length(module: nn.Conv2d | nn.Linear, side: Side) -> int:
+def _length(module: nn.Conv2d | nn.Linear, side: str) -> int:
     """Rows or columns of its weight; those of all groups of a convolution."""
     rows, columns = module.weight.shape[:2]
     return rows if side == "out" else columns * (module.groups if isinstance(module, nn.Conv2d) else 1)

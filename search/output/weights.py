@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from amc_env.errors import UserError
-from amc_env.graph.layers import Side, channels_of
+from amc_env.graph.layers import channels_of
 from amc_env.graph.surgery import Keeps, resize
 from search import files
 
@@ -21,7 +21,8 @@ WEIGHTS_FILE = "model.safetensors"
 CHANNELS_FILE = "channels.json"
 CHANNELS_FORMAT = 1
 
-_SIDES: tuple[Side, ...] = ("in", "out")
+_TOTAL = "_total"
+"""Ending of the entry that holds a side's size in the unpruned network."""
 _PROBLEMS_SHOWN = 8
 _ERROR_WIDTH = 300
 _AGAIN = "it is no file of save_pruned: export it again"
@@ -109,17 +110,17 @@ def _channels(model: nn.Module, keeps: Keeps, original: nn.Module | None) -> dic
             problems.append(f"no module {name!r}")
             continue
         entries[name] = {side: keep.tolist() for side, keep in sides.items()}
-        for side in _SIDES:
+        for side, keep in sides.items():
             size = _size(modules[name], side)
-            if side in sides and size != len(sides[side]):
-                problems.append(f"{name}.{side} has {size} channels, {len(sides[side])} are kept")
-            entries[name][f"{side}_total"] = channels_of(unpruned[name], side) if name in unpruned else None
+            if size != len(keep):
+                problems.append(f"{name}.{side} has {size} channels, {len(keep)} are kept")
+            entries[name][side + _TOTAL] = channels_of(unpruned[name], side) if name in unpruned else None
     if problems:
         raise ValueError(f"keeps do not describe {type(model).__name__}: {_listed(problems)}")
     return entries
 
 
-def _size(module: nn.Module, side: Side) -> int:
+def _size(module: nn.Module, side: str) -> int:
     """Channels of a pruned module; a PReLU that kept one of several looks like one that all channels share."""
     return module.num_parameters if isinstance(module, nn.PReLU) else channels_of(module, side)
 
@@ -146,7 +147,7 @@ def _read_channels(module: nn.Module, path: Path) -> Keeps:
 def _sides(entry: Mapping[str, Any]) -> dict[str, Tensor]:
     if not isinstance(entry, Mapping):
         raise ValueError(f"an entry is {type(entry).__name__}, not an object of channel numbers")
-    sides = {side: entry[side] for side in _SIDES if side in entry}
+    sides = {side: keep for side, keep in entry.items() if not side.endswith(_TOTAL)}
     for side, keep in sides.items():
         if not (isinstance(keep, list) and keep and all(type(index) is int for index in keep)):
             raise ValueError(f"{side!r} must be a list of channel numbers, not empty")
@@ -162,12 +163,12 @@ def _unfit(
     if module is None:
         yield f"no module {name!r}"
         return
-    for side in _SIDES:
-        size, total = channels_of(module, side), entry.get(f"{side}_total")
+    for side, keep in sides.items():
+        size, total = channels_of(module, side), entry.get(side + _TOTAL)
         if total is not None and total != size:
             yield f"{name}.{side} has {size} channels, the file expects {total}"
-        elif side in sides and int(sides[side][-1]) >= size:
-            yield f"{name}.{side} has {size} channels, the file keeps number {int(sides[side][-1])}"
+        elif int(keep[-1]) >= size:
+            yield f"{name}.{side} has {size} channels, the file keeps number {int(keep[-1])}"
 
 
 # Weights

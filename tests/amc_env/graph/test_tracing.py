@@ -12,6 +12,7 @@ from amc_env.errors import UserError
 from amc_env.graph.layers import Skipped
 from amc_env.graph.surgery import resize, silence_inputs
 from amc_env.graph.tracing import trace, trace_layers
+from amc_env.pruning.candidate import Candidates
 from amc_env.pruning.granularity import Channel, FineGrained
 from search.models.resnet import ResNet
 
@@ -47,7 +48,7 @@ def test_resnet20_groups(shortcut: str, groups: int) -> None:
     assert skipped.pop("linear") == "its channels are the network's output"
     streams = {layer.name for layer in graph.layers if layer.name == "conv1" or layer.name.endswith("conv2")}
     assert set(skipped) == (streams if shortcut == "pad" else set())
-    assert all("no longer runs" in reason for reason in skipped.values())
+    assert all("padded" in reason for reason in skipped.values())
 
 
 def test_selection_shortcut_couples_the_streams() -> None:
@@ -140,10 +141,9 @@ class Scaled(nn.Module):
 @pytest.mark.parametrize(
     ("norm", "reason"),
     [
-        (nn.GroupNorm(2, 8), "its channels pass through norm, a GroupNorm"),
-        (nn.LayerNorm([8, 8, 8]), "its channels pass through norm, a LayerNorm"),
+        (nn.GroupNorm(1, 8), "its channels are normalised together by norm"),
+        (nn.LayerNorm([8, 8, 8]), "its channels are normalised together by norm"),
         (nn.ConvTranspose2d(8, 8, 1), "its channels pass through norm, a ConvTranspose2d"),
-        (Scaled(), "its channels meet a parameter outside a module, of shape (1, 8, 1, 1)"),
     ],
 )
 def test_what_cannot_be_pruned_is_left_whole_with_its_reason(norm: nn.Module, reason: str) -> None:
@@ -154,13 +154,36 @@ def test_what_cannot_be_pruned_is_left_whole_with_its_reason(norm: nn.Module, re
     assert reasons["middle"] == reason
 
 
+@pytest.mark.parametrize(
+    ("norm", "params"),
+    [
+        (nn.GroupNorm(2, 8), 8),
+        (nn.InstanceNorm2d(8, affine=True), 8),
+        (Scaled(), 4),
+    ],
+)
+def test_channels_are_cut_through_norms_of_their_own_and_free_parameters(
+    norm: nn.Module, params: int
+) -> None:
+    model = Normed(norm).eval()
+    graph = trace(model, images(1))
+    group = next(group for group in graph.groups if group.name == "middle")
+    assert group.total == (2 if isinstance(norm, nn.GroupNorm) else 8)  # a GroupNorm loses whole groups
+    small = Candidates(model, graph, [torch.arange(g.total) for g in graph.groups]).build(
+        [0, group.total // 2]
+    )
+    assert sum(p.numel() for p in small.norm.parameters()) == params
+    removed = [0, group.total // 2]
+    assert Params(graph)(removed) == sum(p.numel() for p in small.parameters())
+    assert small(images(2)).shape == (2, 4)
+
+
 def test_depthwise_multiplier_loses_the_same_filters_of_every_channel() -> None:
     model = Normed(nn.Conv2d(8, 16, 1, groups=8))
     model.last = nn.Conv2d(16, 4, 1)
     graph = trace(model.eval(), images(1))
     assert {group.name: (group.total, group.channels) for group in graph.groups} == {
         "first": (8, 8),
-        "middle": (1, 8),
         "norm": (2, 16),
     }
     graph, grids = Channel(multiple=1, max_ratio=0.9).decisions(graph)

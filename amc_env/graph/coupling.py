@@ -1,0 +1,123 @@
+"""Which entries of which parameters can only be removed together, read off one run of a network.
+
+The run is watched operation by operation (`torch.utils._python_dispatch`), whatever Python code led there, and each
+operation's rule says how labels pass through it. The idea of grouping by dependencies is that of Fang et al.,
+"DepGraph: Towards Any Structural Pruning", CVPR 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from amc_env.graph.labels import Axis, Dim, Labels
+from amc_env.graph.rules import RULES, pointwise, split
+from amc_env.inputs import Inputs, call, tensors_of
+
+_OUTPUT = "its channels are the network's output"
+_INPUT = "its channels are the network's input"
+
+
+def labelled_run(model: nn.Module, inputs: Inputs) -> Labels:
+    """The labels of all parameters' entries after a run without gradients.
+
+    A second run follows where the first one found attention: its heads can only be told from other reshapes by what
+    is done with them.
+
+    Args:
+        model: The network, in eval mode.
+        inputs: A batch of one example.
+    """
+    labels = _run(model, inputs, frozenset())
+    return _run(model, inputs, frozenset(labels.heads)) if labels.heads else labels
+
+
+def _run(model: nn.Module, inputs: Inputs, heads: frozenset[Axis]) -> Labels:
+    labels = Labels([*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())], heads)
+    for tensor in tensors_of(inputs):
+        if tensor.is_floating_point() and tensor.ndim > 1:
+            dims = [Dim() for _ in tensor.shape]
+            for place in {1, tensor.ndim - 1}:
+                dims[place] = Dim(labels.fixed(tensor.shape[place], _INPUT))
+            labels.label(tensor, dims)
+    with torch.no_grad(), _modules_named(model, labels), _Recorder(labels):
+        outputs = call(model, inputs)
+    for output in tree_leaves(outputs):
+        for dim in labels.dims(output) if isinstance(output, Tensor) else ():
+            labels.fix(dim, _OUTPUT)
+    return labels
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Passes labels through every operation."""
+
+    def __init__(self, labels: Labels):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._labels = labels
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self._labels.operation += 1
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if any(self._labels.labelled(tensor) for tensor in tensors):
+            names = [argument.name for argument in func._schema.arguments]
+            self._record(func, {**dict(zip(names, args, strict=False)), **(kwargs or {})}, tensors, out)
+        return out
+
+    def _record(self, func: Any, arguments: dict[str, Any], tensors: list[Tensor], out: Any) -> None:
+        labels = self._labels
+        name = func._schema.name.removeprefix("aten::")
+        weight = all(labels.is_weight(tensor) for tensor in tensors)
+        if name in ("split", "split_with_sizes", "chunk"):
+            dim = arguments.get("dim", 0)
+            made = split(labels, arguments["self"], dim, [piece.shape[dim] for piece in out])
+            for piece, dims in zip(out, made, strict=True):
+                labels.label(piece, dims, weight)
+            return
+        results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        if not results:
+            return
+        apply = RULES.get(name)
+        if apply is None and torch.Tag.pointwise in func.tags:
+            apply = pointwise
+        if apply is None:
+            for dim in (dim for tensor in tensors for dim in labels.dims(tensor)):
+                labels.fix(dim, f"its channels pass through {name} in {labels.module or 'the network'}")
+            return
+        dims = list(apply(labels, arguments, results[0]))
+        for result in results:
+            if result.shape == results[0].shape:
+                labels.label(result, dims, weight)
+
+
+@contextmanager
+def _modules_named(model: nn.Module, labels: Labels) -> Iterator[None]:
+    """Keep the name of the module that runs in ``labels.module``."""
+    running: list[str] = []
+    handles = []
+
+    def enter(name: str) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            running.append(name)
+            labels.module = name
+
+        return hook
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        running.pop()
+        labels.module = running[-1] if running else ""
+
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(enter(name)))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
