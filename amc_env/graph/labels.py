@@ -84,6 +84,7 @@ class Labels:
         self.heads: set[Axis] = set()
         self.splits: list[Split] = []
         self.products: list[Product] = []
+        self.macs = 0  # of all products with weights or activations
         self.module = ""
         self.operation = 0
 

@@ -49,7 +49,9 @@ for _name in ("clone", "detach", "alias", "contiguous", "lift_fresh", "_to_copy"
     RULES[_name] = pointwise
 for _name in ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"):
     RULES[_name] = pointwise
-for _name in ("hardtanh", "hardtanh_", "native_dropout", "_prelu_kernel", "masked_fill", "bernoulli"):
+for _name in ("hardtanh", "hardswish", "mish", "hardshrink", "softshrink", "log_sigmoid_forward", "_prelu_kernel"):
+    RULES[_name] = RULES[f"{_name}_"] = pointwise
+for _name in ("native_dropout", "masked_fill", "masked_fill_", "bernoulli", "fill_", "zero_", "rrelu"):
     RULES[_name] = pointwise
 
 
@@ -85,6 +87,7 @@ def _plus(labels: Labels, dims: Sequence[Dim], bias: Tensor) -> list[Dim]:
 
 def _matmul(labels: Labels, a: Tensor, b: Tensor, out: Tensor) -> list[Dim]:
     left, right = labels.dims(a), labels.dims(b)
+    labels.macs += out.numel() * a.shape[-1]
     inner = labels.same([left[-1], right[-2]])
     batch = [labels.same([x, y]) for x, y in zip(left[:-2], right[:-2], strict=True)]
     if not (labels.is_weight(a) or labels.is_weight(b)):
@@ -100,6 +103,7 @@ def _matmul(labels: Labels, a: Tensor, b: Tensor, out: Tensor) -> list[Dim]:
 def _convolution(labels: Labels, arguments: Arguments, out: Tensor) -> Sequence[Dim]:
     x, weight, bias, groups = (arguments[key] for key in ("input", "weight", "bias", "groups"))
     given, own = labels.dims(x), labels.dims(weight)
+    labels.macs += (x if arguments["transposed"] else out).shape[2:].numel() * len(x) * weight.numel()
     for dim in given[2:]:
         labels.fix(dim, "a convolution slides over its channels")
     inputs, outputs = (own[0], own[1]) if arguments["transposed"] else (own[1], own[0])
@@ -173,8 +177,9 @@ def _attention(labels: Labels, arguments: Arguments, out: Tensor) -> Sequence[Di
     bias = arguments.get("attn_mask", arguments.get("attn_bias"))
     if bias is not None and bias.ndim == 4 and bias.shape[1] == query.shape[1] > 1:
         heads = labels.same([heads, labels.dims(bias)[1]])
-    scores = query[..., 0].numel() * key.shape[2]
-    labels.products.append(Product(scores * (query.shape[3] + value.shape[3]), heads.labels))
+    macs = query[..., 0].numel() * key.shape[2] * (query.shape[3] + value.shape[3])
+    labels.macs += macs
+    labels.products.append(Product(macs, heads.labels))
     return [dims[0][0], heads, Dim(), Dim()]
 
 

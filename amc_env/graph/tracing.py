@@ -6,6 +6,7 @@ out it must compute what it computes with them silenced. No network is traced du
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -63,7 +64,7 @@ def trace(model: nn.Module, example: Inputs) -> LayerGraph:
     groups.sort(key=lambda group: (order[group.consumers[0]], order[group.producers[0]]))
     channelwise, other = _rest(copied, layers, groups)
     attention = _attention(labels, groups, copied)
-    counts = other, sum(others.values())
+    counts = other, sum(others.values()) + _functional(labels, layers, others)
     topology = Topology.of(model)
     graph = LayerGraph(tuple(layers.values()), channelwise, tuple(groups), tuple(skipped), *counts, topology)
     return replace(graph, attention=attention)
@@ -81,8 +82,9 @@ def trace_layers(model: nn.Module, example: Inputs) -> LayerGraph:
     others = _other_convolutions(model, example)
     skipped = tuple(Skipped(name, _UNPRUNED) for name in others)
     channelwise, other = _rest(model, layers, ())
-    products = labelled_run(module_copy(model).eval(), take(example, slice(1))).products
-    counts = other, sum(others.values()) + sum(product.macs for product in products)
+    labels = labelled_run(module_copy(model).eval(), take(example, slice(1)))
+    attention = sum(product.macs for product in labels.products)
+    counts = other, sum(others.values()) + attention + _functional(labels, layers, others)
     return LayerGraph(tuple(layers.values()), channelwise, (), skipped, *counts, Topology.of(model))
 
 
@@ -161,11 +163,15 @@ def _layer(name: str, index: int, module: nn.Module, inputs: Tensor, output: Ten
             groups=module.groups,
             bias=module.bias is not None,
             in_size=(inputs.shape[-2], inputs.shape[-1]),
-            out_size=(output.shape[-2], output.shape[-1]),
+            out_size=(output.shape[-2] * len(output), output.shape[-1]),
             costless=costless,
+            calls=len(output),  # several parts of one example, as frames of a video
         )
     assert isinstance(module, nn.Linear)
-    size = (max(1, output[0].numel() // module.out_features), 1)
+    size = (
+        max(1, output.numel() // module.out_features),
+        1,
+    )  # of one example, also where it was cut into windows
     features = module.in_features, module.out_features
     return Layer(
         name, index, "linear", *features, (1, 1), (1, 1), 1, module.bias is not None, size, size, costless
@@ -241,6 +247,15 @@ def _attention(labels: Labels, groups: Sequence[ChannelGroup], model: nn.Module)
     return (*found, *([AttentionMacs(fixed, None)] if fixed else []))
 
 
+def _functional(labels: Labels, layers: Mapping[str, Layer], others: Mapping[str, int]) -> int:
+    """MACs of a run that are no layer's, no other convolution's and no product of activations.
+
+    They are of weights that are used without their module being called, as in ``F.linear(x, self.proj.weight)``.
+    """
+    known = sum(layer.weights * layer.positions for layer in layers.values()) + sum(others.values())
+    return max(0, labels.macs - known - sum(product.macs for product in labels.products))
+
+
 def _unsupported(model: nn.Module, layers: Mapping[str, Layer], others: Mapping[str, int]) -> dict[str, str]:
     """Modules whose channels are left alone, with the reason."""
     found = {
@@ -258,7 +273,8 @@ def _proved(
 ) -> tuple[list[ChannelGroup], list[Skipped]]:
     """Keeps the groups whose cut network computes what the network with those channels silenced computes.
 
-    All are tried together, and halves of them again where that fails.
+    All are tried together. Where that fails, one group of each kind is tried alone, which is enough for networks of
+    equal blocks, then halves of those that are left.
     """
     inputs = _random_inputs(example)
     stirred = _stirred(model)
@@ -266,22 +282,34 @@ def _proved(
 
     def search(some: Sequence[ChannelGroup]) -> None:
         reason = _refuted(stirred, inputs, some) if some else None
-        if reason is None:
-            return
-        if len(some) == 1:
+        if reason is not None and len(some) == 1:
             bad[some[0].name] = reason
-            return
-        middle = len(some) // 2
-        search(some[:middle])
-        search(some[middle:])
+        elif reason is not None:
+            middle = len(some) // 2
+            search(some[:middle])
+            search(some[middle:])
 
-    search(groups)
+    if _refuted(stirred, inputs, groups) is not None:
+        for alike in _kinds(groups):
+            search(alike[:1])
+            if alike[0].name in bad:
+                bad |= dict.fromkeys((group.name for group in alike), bad[alike[0].name])
+        search([group for group in groups if group.name not in bad])
     good = [group for group in groups if group.name not in bad]
-    if bad and (reason := _refuted(stirred, inputs, good)) is not None:
+    if bad and good and (reason := _refuted(stirred, inputs, good)) is not None:
         raise UserError(f"the network cannot be cut in several places at once: {reason}")
     skipped = [Skipped(name, bad[g.name]) for g in groups if g.name in bad for name in g.producers]
     kept = {name for group in good for name in group.producers}
     return good, [s for s in skipped if s.name not in kept]
+
+
+def _kinds(groups: Sequence[ChannelGroup]) -> list[list[ChannelGroup]]:
+    """Groups that differ in the numbers of blocks alone, and in sizes."""
+    found: dict[str, list[ChannelGroup]] = {}
+    for group in groups:
+        key = " ".join(sorted({f"{member.module}/{member.side}" for member in group.members}))
+        found.setdefault(re.sub(r"\d+", "*", key), []).append(group)
+    return list(found.values())
 
 
 def _random_inputs(example: Inputs) -> Inputs:

@@ -47,7 +47,7 @@ class SampledPositions:
         if not self._channels_last:
             index = flat[:, None].expand(-1, output.shape[1], -1)
             return output.flatten(2).gather(2, index).transpose(1, 2).reshape(-1, output.shape[1])
-        tokens = output.reshape(output.shape[0], -1, output.shape[-1])
+        tokens = output.reshape(len(flat), -1, output.shape[-1])
         return tokens.gather(1, flat[..., None].expand(-1, -1, tokens.shape[-1])).flatten(0, 1)
 
     def inputs(self, module: nn.Module, inputs: Tensor, images: slice = slice(None)) -> Tensor:
@@ -72,9 +72,10 @@ def _along(position: Tensor, module: nn.Conv2d, axis: int) -> Tensor:
 
 
 def repairable(module: nn.Module, layer: Layer) -> bool:
-    """Whether least squares can repair a layer: run once, not depthwise or fixed, padded with zeros."""
+    """Whether least squares can repair a layer: run once, not depthwise or fixed, padded with zeros alone."""
     zeros = not isinstance(module, nn.Conv2d) or module.padding_mode == "zeros"
-    return zeros and layer.calls == 1 and not layer.depthwise and not layer.costless
+    plain = type(module).forward in (nn.Conv2d.forward, nn.Linear.forward)
+    return plain and zeros and layer.calls == 1 and not layer.depthwise and not layer.costless
 
 
 @dataclass(frozen=True, eq=False)
