@@ -76,10 +76,11 @@ class Compressed:
     def __repr__(self) -> str:
         base, delivered = self.result.base, self.result.delivered
         share = delivered.costs["macs"] / base.costs["macs"]
-        accuracies = (
+        scores = (
             f"{percent(base.accuracy)} -> {percent(delivered.accuracy)} on the {split_name(delivered.split)}"
         )
-        return f"Compressed({accuracies}, {percent(share, 1)} of the MACs, folder={str(self.folder)!r})"
+        metric = "" if self.result.metric == "accuracy" else f"{self.result.metric} "
+        return f"Compressed({metric}{scores}, {percent(share, 1)} of the MACs, folder={str(self.folder)!r})"
 
     def table(self) -> str:
         """Original, pruned and fine-tuned network side by side, as `compress` prints it."""
