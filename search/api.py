@@ -24,6 +24,7 @@ from amc_env.costs.base import BudgetSettings, budget_on
 from amc_env.env import EnvHandle
 from amc_env.errors import UserError, first_line, reported_together
 from amc_env.graph.copying import module_copy, stored_activations
+from amc_env.graph.preparing import prepared, unwrapped
 from amc_env.graph.surgery import Keeps
 from amc_env.inputs import call, described, take
 from amc_env.pruning.granularity import Channel
@@ -164,7 +165,7 @@ def compress(
     network = _network(module)
     data = _data(network, train_loader, val_loader, test_loader, base)
     place = _folder(folder)
-    finished = run(network, data, base.in_folder(place), _context(place, type(module).__name__, base))
+    finished = run(network, data, base.in_folder(place), _context(place, type(network).__name__, base))
     from search.output.report import write_report  # matplotlib takes a third of a second to import
 
     report, result = write_report(place), finished.result
@@ -250,10 +251,11 @@ def _env_handle(
 
 
 def _network(module: nn.Module) -> nn.Module:
-    """A copy of the user's network, in eval mode on the CPU."""
+    """A copy of the user's network, in eval mode on the CPU, ready to be pruned."""
+    module = unwrapped(module)
     if stored := stored_activations(module):
         log.info("the network is copied without the activations that it stores: %s", ", ".join(stored))
-    return module_copy(module).cpu().eval()
+    return prepared(module_copy(module).cpu())
 
 
 def _data(
