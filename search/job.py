@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from amc_env.graph.preparing import prepared
 from search.config import compose as wiring
 from search.config.command import IncompleteError, command_line, run_folder
 from search.output.progress import final_table
@@ -50,7 +51,7 @@ def run_job(
     log.info("data: %s, %d %s and %d search images", data.name, len(data.train), kind, len(data.search))
     trained = "trained here once, in seconds, and kept in the cache" if source.recipe else "no weights"
     log.info("network: %s, weights: %s", source.name, source.weights or source.url or trained)
-    model = source.load(data)
+    model = prepared(source.load(data))
     try:
         with ExitStack() as stack:
             # opened once the journal has said that the folder is ours: another run may be writing to it

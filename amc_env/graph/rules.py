@@ -49,7 +49,15 @@ for _name in ("clone", "detach", "alias", "contiguous", "lift_fresh", "_to_copy"
     RULES[_name] = pointwise
 for _name in ("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"):
     RULES[_name] = pointwise
-for _name in ("hardtanh", "hardswish", "mish", "hardshrink", "softshrink", "log_sigmoid_forward", "_prelu_kernel"):
+for _name in (
+    "hardtanh",
+    "hardswish",
+    "mish",
+    "hardshrink",
+    "softshrink",
+    "log_sigmoid_forward",
+    "_prelu_kernel",
+):
     RULES[_name] = RULES[f"{_name}_"] = pointwise
 for _name in ("native_dropout", "masked_fill", "masked_fill_", "bernoulli", "fill_", "zero_", "rrelu"):
     RULES[_name] = pointwise

@@ -32,7 +32,7 @@ from amc_env.graph.layers import (
 )
 from amc_env.graph.surgery import CHANNELWISE, resize, silence_inputs
 from amc_env.graph.topology import Topology
-from amc_env.inputs import Inputs, call, each, take, tensors_of
+from amc_env.inputs import Inputs, call, described, each, take
 
 _UNPRUNED = "only Conv2d and Linear are pruned; its MACs are counted"
 
@@ -65,7 +65,7 @@ def trace(model: nn.Module, example: Inputs) -> LayerGraph:
     channelwise, other = _rest(copied, layers, groups)
     attention = _attention(labels, groups, copied)
     counts = other, sum(others.values()) + _functional(labels, layers, others)
-    topology = Topology.of(model)
+    topology = Topology.of(model, example)
     graph = LayerGraph(tuple(layers.values()), channelwise, tuple(groups), tuple(skipped), *counts, topology)
     return replace(graph, attention=attention)
 
@@ -85,7 +85,7 @@ def trace_layers(model: nn.Module, example: Inputs) -> LayerGraph:
     labels = labelled_run(module_copy(model).eval(), take(example, slice(1)))
     attention = sum(product.macs for product in labels.products)
     counts = other, sum(others.values()) + attention + _functional(labels, layers, others)
-    return LayerGraph(tuple(layers.values()), channelwise, (), skipped, *counts, Topology.of(model))
+    return LayerGraph(tuple(layers.values()), channelwise, (), skipped, *counts, Topology.of(model, example))
 
 
 def _layers(model: nn.Module, example: Inputs) -> dict[str, Layer]:
@@ -107,9 +107,9 @@ def _layers(model: nn.Module, example: Inputs) -> dict[str, Layer]:
         with torch.no_grad():
             call(model, take(example, slice(1)))
     except Exception as error:  # a user's network may raise anything
-        shapes = ", ".join(str((1, *tensor.shape[1:])) for tensor in tensors_of(example))
+        given = described(take(example, slice(1)))
         raise UserError(
-            f"the network does not run on inputs of shape {shapes}: {first_line(error)}"
+            f"the network does not run on inputs of shape {given}: {first_line(error)}"
         ) from error
     finally:
         for handle in handles:

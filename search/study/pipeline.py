@@ -152,6 +152,7 @@ def _watcher(
                 best_accuracy=best.score,
                 best_cost_ratio=best.costs[cost] / unpruned[cost],
                 cost=cost_name(cost, bool(problem.masked)),
+                metric=problem.settings.task.metric,
                 evaluations=study.evaluations,
                 cache_hits=study.cache_hits,
             )
@@ -227,8 +228,8 @@ def _run(problem: PruningProblem, context: Context, journal: Journal) -> Finishe
     networks = {"base": problem.model} | {stage: pruned.network for stage, pruned in candidates.items()}
     delivered = delivered_of(problem, networks)
     chosen = candidates[delivered]
-    example = problem.images(problem.data.search, 4)
-    small = Small(chosen.network, example, chosen.keeps, context.model, problem.model)
+    example = problem.inputs(problem.data.search, 4)
+    small = Small(chosen.network, example, chosen.keeps, context.model, problem.model, settings.task.output)
     exports = export_all(small, context.folder, settings.export)
     result = replace(
         result_of(last, networks, delivered, best, study, exports),
