@@ -1,7 +1,7 @@
 """The networks on offer, and how each comes by its weights.
 
 Networks:
-    digits_cnn, digits_mlp: small ones for scikit-learn's digits, trained once and kept in the cache folder.
+    digits_cnn, digits_mlp, digits_vit: small ones for scikit-learn's digits, trained once and kept in the cache folder.
     resnet20..110: CIFAR ResNets (He et al., arXiv 1512.03385) in the layout of
         akamaster/pytorch_resnet_cifar10, whose published weights they load. plain20: without shortcuts.
     mobilenet: MobileNet-V1 (Howard et al., arXiv 1704.04861) with stride 1 in its first convolution.
