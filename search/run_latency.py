@@ -79,7 +79,7 @@ def _subject(cfg: DictConfig, settings: LatencyStudySettings) -> Subject:
     threads = latency.threads or torch.get_num_threads()
     how = How(runtime(latency.runtime, threads), threads, latency.repeats, settings.seed)
     how.runtime.check()
-    shape, classes = wiring.input_of(cfg)
+    shape, classes = wiring.input_of(cfg, source)
     device = _device_of(latency.runtime, settings.device)
     with seeded(settings.seed):
         model = source.build(shape, classes).eval().to(device)
