@@ -9,7 +9,7 @@ import importlib.util
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from amc_env.errors import UserError
 from amc_env.graph.copying import module_copy
+from amc_env.inputs import Inputs, arguments, each, tensors_of, to_dtype
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -27,7 +28,7 @@ INSTALL = 'pip install "amc-netadapt[onnx]"'
 
 
 INPUT = "input"
-"""Name of a file's one input."""
+"""Name of a file's input, where there is one; several without names of their own are numbered."""
 
 
 _ERRORS = 3  # the level of onnxruntime's log; its warnings are about its own optimisations
@@ -48,16 +49,28 @@ def require_packages(wanted: str, way_out: str) -> None:
         raise UserError(f"{wanted} needs {', '.join(missing)}: {INSTALL}, or {way_out}")
 
 
-def plain_copy(model: nn.Module, example: Tensor) -> tuple[nn.Module, Tensor]:
+def input_names(example: Inputs) -> list[str]:
+    """The names of a file's inputs."""
+    if isinstance(example, Tensor):
+        return [INPUT]
+    return (
+        [f"{INPUT}_{number}" for number in range(len(example))]
+        if isinstance(example, tuple)
+        else list(example)
+    )
+
+
+def plain_copy(model: nn.Module, example: Inputs) -> tuple[nn.Module, Inputs]:
     """Copies on the CPU, in fp32 and eval mode: the caller's network keeps its flags, device and layout."""
     network = module_copy(model).cpu().float().eval().requires_grad_(False)
     network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # missing in torch's stubs
-    example = example.detach().cpu()
-    return network, example.float() if example.is_floating_point() else example
+    return network, to_dtype(each(example, lambda tensor: tensor.detach().cpu()), torch.float32)
 
 
-def write(program: torch.export.ExportedProgram, path: Path, dynamic_shapes: Any) -> None:
-    """Writes a traced network as one file, its axes named by ``dynamic_shapes``.
+def write(
+    program: torch.export.ExportedProgram, path: Path, names: Sequence[str], dynamic_shapes: Any
+) -> None:
+    """Writes a traced network as one file, its inputs named by ``names`` and its axes by ``dynamic_shapes``.
 
     Raises:
         Exception: Whatever torch.onnx raises for a network that it cannot express.
@@ -70,12 +83,12 @@ def write(program: torch.export.ExportedProgram, path: Path, dynamic_shapes: Any
             dynamo=True,
             external_data=False,
             verbose=False,
-            input_names=[INPUT],
+            input_names=list(names),
             dynamic_shapes=dynamic_shapes,  # again, because only this names the axes in the file
         )
 
 
-def fixed(network: nn.Module, example: Tensor) -> bytes:
+def fixed(network: nn.Module, example: Inputs) -> bytes:
     """The content of a file for one batch size, made to be timed and not to be kept.
 
     torch's older exporter takes milliseconds for a layer where the one by torch.export takes a second, and
@@ -83,7 +96,7 @@ def fixed(network: nn.Module, example: Tensor) -> bytes:
 
     Args:
         network: A copy of ``plain_copy``.
-        example: Its batch, [N, ...].
+        example: Its batch.
 
     Raises:
         Exception: Whatever torch.onnx raises for a network that it cannot express.
@@ -91,14 +104,17 @@ def fixed(network: nn.Module, example: Tensor) -> bytes:
     with tempfile.TemporaryDirectory() as folder, quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the exporter's age, and about what holds for this batch only
         path = Path(folder) / "network.onnx"
+        given, named = arguments(example)
+        names = input_names(example)
         try:
-            torch.onnx.export(network, (example,), path, dynamo=False)
+            torch.onnx.export(network, given, path, kwargs=named, input_names=names, dynamo=False)
         except Exception:
-            torch.onnx.export(network, (example,), path, dynamo=True, external_data=False, verbose=False)
+            options: dict[str, Any] = {"external_data": False, "verbose": False, "input_names": names}
+            torch.onnx.export(network, given, path, kwargs=named, dynamo=True, **options)
         return path.read_bytes()
 
 
-def session(file: Path | bytes, threads: int | None = None) -> Callable[[Tensor], list[Any]]:
+def session(file: Path | bytes, threads: int | None = None) -> Callable[[Inputs], list[Any]]:
     """Runs a file by onnxruntime on the processor, with its default optimisations.
 
     Args:
@@ -117,10 +133,15 @@ def session(file: Path | bytes, threads: int | None = None) -> Callable[[Tensor]
         "session.force_spinning_stop", "1"
     )  # idle threads leave the cores to others
     opened = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    source = opened.get_inputs()[0].name
+    sources = [source.name for source in opened.get_inputs()]
 
-    def run(batch: Tensor) -> list[Any]:
-        outputs: list[Any] = opened.run(None, {source: batch.numpy()})
+    def run(batch: Inputs) -> list[Any]:
+        names = sources[:1] if isinstance(batch, Tensor) else input_names(batch)
+        given = zip(names, tensors_of(batch), strict=True)
+        feed = {
+            name: tensor.numpy() for name, tensor in given if name in sources
+        }  # what is unused is left out
+        outputs: list[Any] = opened.run(None, feed)
         return outputs
 
     return run

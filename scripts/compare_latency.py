@@ -16,14 +16,15 @@ from typing import Any
 
 import studies
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import nn
 
 from amc_env.costs.latency import Timing, measure
+from amc_env.inputs import Inputs, take
 from search import load_pruned
 from search.config import compose as wiring
 
 
-def networks_of(folders: list[Path], batch: int) -> tuple[dict[str, nn.Module], Tensor]:
+def networks_of(folders: list[Path], batch: int) -> tuple[dict[str, nn.Module], Inputs]:
     """The original and the pruned network of every folder, and a batch of images for them."""
     cfg: Any = OmegaConf.load(folders[0] / ".hydra" / "config.yaml")
     source = wiring.model_source(cfg)
@@ -31,7 +32,7 @@ def networks_of(folders: list[Path], batch: int) -> tuple[dict[str, nn.Module], 
     networks = {"original": source.load(data)}
     for folder in folders:
         networks[str(folder)] = load_pruned(source.build(data.image_shape, len(data.classes)), folder)
-    return networks, data.normalise(data.search.images[:batch])
+    return networks, data.normalise(take(data.search.inputs, slice(batch)))
 
 
 def row(folder: Path, timings: dict[str, dict[str, Timing]]) -> list[str]:

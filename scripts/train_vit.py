@@ -80,9 +80,9 @@ def epoch(
 def accuracy(model: nn.Module, data: Data, split: Split) -> float:
     """Share of a split that the network classifies correctly."""
     model.eval()
-    batches: list[Tensor] = list(split.images.split(500))
+    batches: list[Tensor] = list(split.inputs.split(500))
     predicted = torch.cat([model(data.normalise(images)).argmax(1) for images in batches])
-    return (predicted == split.labels).double().mean().item()
+    return (predicted == split.targets).double().mean().item()
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from io import StringIO
@@ -15,7 +15,7 @@ from typing import Any
 import gymnasium
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 import amc_env  # noqa: F401 -- registers the environment
 from agents.base import Agent
@@ -25,11 +25,14 @@ from amc_env.env import EnvHandle
 from amc_env.errors import UserError, first_line, reported_together
 from amc_env.graph.copying import module_copy, stored_activations
 from amc_env.graph.surgery import Keeps
+from amc_env.inputs import call, described, take
 from amc_env.pruning.granularity import Channel
+from amc_env.tasks import Batches, OwnTask, Task, task_named
 from amc_env.validation import plain
 from search import files
 from search.data.base import Data
-from search.data.loaders import from_loaders, seeded
+from search.data.loaders import as_loader, from_loaders, seeded
+from search.data.reading import Reader, Signature, batches_from
 from search.output.formatting import percent, split_name
 from search.output.progress import final_table
 from search.output.run_result import RunResult
@@ -101,15 +104,20 @@ def compress(
     seed: int | None = None,
     device: str | None = None,
     keep: Sequence[str] | None = None,
+    task: str | Task | None = None,
+    score: Callable[[nn.Module, Batches], float] | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
     settings: Settings | None = None,
     verbose: bool = True,
 ) -> Compressed:
-    """Searches pruning ratios for a trained classifier, prunes and fine-tunes it.
+    """Searches pruning ratios for a trained network, prunes and fine-tunes it.
 
     Args:
-        module: The trained network, inputs [N, ...] to logits [N, classes]. It is not changed.
-        train_loader: Batches (images, labels) for calibration and fine-tuning, normalised and augmented as the network
-            wants them. Or all splits as a `search.data.base.Data`, like `search.data.digits.digits()`; with the same
+        module: The trained network. It is not changed.
+        train_loader: Batches for calibration and fine-tuning, normalised and augmented as the network wants them:
+            (inputs, targets), where inputs are a tensor, a tuple of tensors or a dictionary of them; (x1, x2, y) of a network
+            with several inputs; or dictionaries whose entry ``labels`` is the target. A dataset, or a pair of tensors, is
+            taken as well. Or all splits as a `search.data.base.Data`, like `search.data.digits.digits()`; with the same
             settings, a run that was started on the command line can then be continued here, and the other way round.
         val_loader: Batches that candidates are judged on: not the test data, and best not seen in training. Left out
             where ``train_loader`` is a `Data`.
@@ -131,6 +139,11 @@ def compress(
         seed: Of everything that is drawn.
         device: Where networks run.
         keep: Layers that are not pruned: patterns of names, like ``["stem.*"]``, or names of classes, like ``["Linear"]``.
+        task: What the network is for: ``classification``, ``multi_label``, ``regression``, ``segmentation``, or a
+            `amc_env.tasks.Task`. By default classification, which targets that are no class numbers refuse.
+        score: In place of a task, with ``loss``: takes a network in eval mode and batches of (inputs, targets), and gives
+            its score in [0, 1], higher is better.
+        loss: Takes outputs and targets of a batch, and gives the mean loss of its examples.
         settings: Everything else (repair, criterion, channel multiple, export, the conditions of latency). An argument
             that is given wins over the same field; one that is not leaves it alone. Without settings, half of the
             MACs, the agent ``surrogate``, 300 episodes, 10 epochs of fine-tuning and seed 0 are used, and layers keep
@@ -142,7 +155,8 @@ def compress(
     """
     if settings is None:
         budget, agent = 0.5 if budget is None else budget, agent or "surrogate"
-    given = {"episodes": episodes, "original_lr": original_lr, "seed": seed, "device": device, "keep": keep}
+    given: dict[str, Any] = {"episodes": episodes, "original_lr": original_lr, "seed": seed, "device": device}
+    given |= {"keep": keep, "task": _task(task, score, loss)}
     base = _settings(settings, budget, agent, finetune, given)
     if settings is None and original_lr is None and base.finetune.epochs:
         log.info("original_lr is not given: fine-tuning starts from %g", base.finetune.lr_fraction * _SAFE_LR)
@@ -164,6 +178,7 @@ def make_env(
     val_loader: Iterable[Any] | None = None,
     *,
     budget: Asked | None = 0.5,
+    task: str | Task | None = None,
     settings: Settings | None = None,
 ) -> gymnasium.Env[Any, Any]:
     """The search as a Gymnasium environment, for an agent of one's own; see `PruningEnv` for its specification.
@@ -173,6 +188,7 @@ def make_env(
         train_loader: As for `compress`; calibrates the repair.
         val_loader: As for `compress`; candidates are judged on it.
         budget: As for `compress`; None for no budget (``reward=ErrorFlops()``: accuracy-guaranteed search).
+        task: As for `compress`.
         settings: Everything else, as for `compress`. Its agent, episodes and what is trained between or after searches
             (stages, schedule, regularization, finetune) do not matter here; ``short_term.steps`` are trained before an
             episode is scored where they are set.
@@ -180,7 +196,7 @@ def make_env(
     Raises:
         UserError: As for `compress`.
     """
-    handle = _env_handle(module, train_loader, val_loader, budget, settings)
+    handle = _env_handle(module, train_loader, val_loader, budget, task, settings)
     env: gymnasium.Env[Any, Any] = gymnasium.make("amc_env/Pruning-v0", handle=handle)
     return env
 
@@ -192,6 +208,7 @@ def make_vec_env(
     *,
     num_envs: int,
     budget: Asked | None = 0.5,
+    task: str | Task | None = None,
     settings: Settings | None = None,
 ) -> gymnasium.vector.VectorEnv[Any, Any, Any]:
     """`make_env`'s environment several times side by side, as one; see `PruningVectorEnv`.
@@ -202,12 +219,13 @@ def make_vec_env(
         val_loader: As for `make_env`.
         num_envs: Episodes side by side.
         budget: As for `make_env`.
+        task: As for `compress`.
         settings: As for `make_env`.
 
     Raises:
         UserError: As for `compress`.
     """
-    handle = _env_handle(module, train_loader, val_loader, budget, settings)
+    handle = _env_handle(module, train_loader, val_loader, budget, task, settings)
     return gymnasium.make_vec("amc_env/Pruning-v0", num_envs=num_envs, handle=handle)
 
 
@@ -216,6 +234,7 @@ def _env_handle(
     train_loader: Iterable[Any] | Data,
     val_loader: Iterable[Any] | None,
     budget: Asked | None,
+    task: str | Task | None,
     settings: Settings | None,
 ) -> EnvHandle:
     """What an environment of a search from Python refers to."""
@@ -223,6 +242,7 @@ def _env_handle(
     base = replace(
         settings or _defaults({"agent": Random(), "budgets": budgets}), agent=Random(), budgets=budgets
     )
+    base = base if task is None else replace(base, task=task_named(task))
     network = _network(module)
     problem = PruningProblem.build(network, _data(network, train_loader, val_loader, None, base), base)
     return env_handle(problem, Study(make_evaluator(problem)))
@@ -246,10 +266,27 @@ def _data(
         return train_loader
     if val_loader is None:
         raise UserError("{field} is needed: candidates are scored on it", code="missing", field="val_loader")
+    size = settings.finetune.batch_size
+    train = as_loader(train_loader, size, shuffle=True)
+    val, test = as_loader(val_loader, size), as_loader(test_loader, size)
+    reader = Reader(settings.task, Signature.of(network))
     with seeded(settings.seed):  # a loader draws from the global state when it begins, which is the caller's
-        outputs = _outputs(network, val_loader)
+        outputs = _outputs(network, val, reader)
     images = max(settings.repair.images, settings.repair.norm_images, settings.criterion.images)
-    return from_loaders(train_loader, val_loader, test_loader, images, outputs)
+    return from_loaders(train, val, test, images, outputs, reader)
+
+
+def _task(
+    task: str | Task | None,
+    score: Callable[[nn.Module, Batches], float] | None,
+    loss: Callable[[Any, Any], Tensor] | None,
+) -> Task | None:
+    """The task that the arguments name; None where they leave it to the settings."""
+    if score is None and loss is None:
+        return None if task is None else task_named(task)
+    if score is None or loss is None or task is not None:
+        raise UserError("{field} and loss are given together, and without a task", code="task", field="score")
+    return OwnTask(score, loss)
 
 
 def _agent(name: str) -> Agent:
@@ -328,28 +365,24 @@ def _context(folder: Path, model: str, settings: Settings) -> Context:
     )
 
 
-def _outputs(network: nn.Module, val_loader: Iterable[Any]) -> int:
-    """Number of logits, from one batch."""
-    for batch in val_loader:
+def _outputs(network: nn.Module, val_loader: Iterable[Any], reader: Reader) -> Any:
+    """What the network gives for one example of the first batch."""
+    for batch in batches_from("val_loader", val_loader):
+        inputs, targets = reader("val_loader", batch)
+        one = take(inputs, slice(1))
         try:
             with torch.no_grad():
-                logits = network(torch.as_tensor(batch[0][:1], dtype=torch.float32))
+                given = call(network, one)
         except Exception as error:  # whatever a user's network and loader do not agree on
             raise UserError(
-                f"the network does not run on the first batch of val_loader: {first_line(error)}"
+                f"the network does not run on the first batch of val_loader, {described(inputs)}: {first_line(error)}",
+                code="does_not_run",
+                field="val_loader",
             ) from error
-        if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
-            raise UserError(
-                "the network's output must be one tensor of logits [N, classes]; got "
-                f"{tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__}"
-            )
-        if logits.shape[1] < 2:
-            raise UserError(
-                "the network has one output, so it is no classifier over classes: give it an output for each class",
-                code="outputs",
-            )
-        return logits.shape[1]
-    raise UserError("val_loader gives no batch")
+        outputs = reader.task.read(given)
+        reader.task.check("val_loader", outputs, targets)
+        return outputs
+    raise UserError("val_loader gives no batch", code="empty", field="val_loader")
 
 
 def _folder(folder: str | Path | None) -> Path:

@@ -23,6 +23,7 @@ from amc_env.pruning.granularity import Channel, Granularity
 from amc_env.pruning.regularization import NoRegularization, Regularization
 from amc_env.pruning.schedule import Schedule
 from amc_env.rewards import Error, RewardFunction
+from amc_env.tasks import Classification, Task
 from amc_env.validation import (
     BatchSize,
     Count,
@@ -265,6 +266,7 @@ class Settings:
         device: Where networks run, as torch names it.
         export: Formats of the small network.
         original_lr: The original training's learning rate.
+        task: What the network is for: how its output is read, its loss and its score.
     """
 
     agent: Agent = field(default_factory=Random)
@@ -289,6 +291,7 @@ class Settings:
     original_lr: Positive = 0.1
     seed: Seed = 0
     device: str = "cpu"
+    task: Task = field(default_factory=Classification)
 
     def __post_init__(self) -> None:
         if self.enforce_budget and getattr(self.reward, "needs_bound_off", False):

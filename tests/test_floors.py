@@ -19,6 +19,7 @@ FLOORS = (
         "amc_env.validation",
         "amc_env.system",
         "amc_env.rewards",
+        "amc_env.tasks",
     ),
     ("amc_env.space", "amc_env.graph", "amc_env.onnx"),
     ("amc_env.encoding",),

@@ -21,6 +21,7 @@ from amc_env.costs.base import BudgetSettings, CostInputs, Kind, NetworkCost, si
 from amc_env.errors import UserError, first_line
 from amc_env.graph.layers import LayerGraph
 from amc_env.graph.topology import values_of
+from amc_env.inputs import Inputs, each, take
 from amc_env.pruning.candidate import Candidates
 from amc_env.space import Grid
 
@@ -40,7 +41,7 @@ class Activations:
         model: The uncut network, in eval mode; it is copied, not changed.
         graph: Its layers, one channel group a decision.
         grids: The decisions.
-        example: Inputs [N, ...] on the network's device; one is run.
+        example: Inputs on the network's device; one is run.
 
     Attributes:
         operations: Names of the trace's nodes (``fx.Node.name``), in the order they run.
@@ -54,7 +55,7 @@ class Activations:
             removed.
     """
 
-    def __init__(self, model: nn.Module, graph: LayerGraph, grids: Sequence[Grid], example: Tensor):
+    def __init__(self, model: nn.Module, graph: LayerGraph, grids: Sequence[Grid], example: Inputs):
         candidates = Candidates(model, graph, [torch.arange(group.total) for group in graph.groups])
         topology = graph.topology
         if topology.graph is None:
@@ -178,10 +179,11 @@ class _Recorder:
         self.holds.append(holds)
 
 
-def _run(candidates: Candidates, graph: fx.Graph, example: Tensor, removed: Sequence[int]) -> _Recorder:
+def _run(candidates: Candidates, graph: fx.Graph, example: Inputs, removed: Sequence[int]) -> _Recorder:
     recorder = _Recorder(graph)
     try:  # on a storage of its own, of one example
-        values_of(candidates.cut(removed), graph, example[:1].clone(), recorder)
+        one = each(take(example, slice(1)), torch.clone)
+        values_of(candidates.cut(removed), graph, one, recorder)
     except Exception as error:  # a user's network may raise anything
         raise _uncounted(f"it does not run operation by operation: {first_line(error)}") from error
     return recorder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn import functional
 from amc_env.evaluation.precision import FLOAT32, arithmetic
 from amc_env.graph.copying import module_copy
 from amc_env.graph.topology import Topology
+from amc_env.inputs import Inputs, call, output_of, tensors_in
 
 _TOLERANCE = 1e-3  # of the largest logit: far above rounding, far below a wrong fold
 
@@ -33,6 +34,7 @@ class Folder:
         model: The unpruned network, in eval mode.
         topology: Its topology.
         example: A few inputs, to compare outputs on.
+        read: What counts of the network's outputs.
         channels_last: Whether weights are stored for inputs in channels-last memory format.
         dtype: Data type of the folded weights.
     """
@@ -41,8 +43,9 @@ class Folder:
         self,
         model: nn.Module,
         topology: Topology,
-        example: Tensor,
+        example: Inputs,
         *,
+        read: Callable[[Any], Any] = output_of,
         channels_last: bool,
         dtype: torch.dtype = torch.float32,
     ):
@@ -51,7 +54,9 @@ class Folder:
         self._norms = topology.norm_after
         self._dtype = torch.float32  # for the comparison
         self._folded = self._without_norms(module_copy(model).eval(), topology)
-        if self._folded is not None and not _alike(_run(self._refresh(model), example), _run(model, example)):
+        if self._folded is not None and not _alike(
+            *(tensors_in(read(_run(network, example))) for network in (self._refresh(model), model))
+        ):
             self._folded, self.reason = None, "its outputs change when batch norms are folded"
         if self.reason:
             log.info("candidates are scored with their batch norms in place: %s", self.reason)
@@ -120,14 +125,19 @@ class Folder:
 
 
 @torch.no_grad()
-def _run(network: nn.Module, images: Tensor) -> Tensor:
+def _run(network: nn.Module, inputs: Inputs) -> Any:
     with arithmetic(FLOAT32):
-        outputs: Tensor = network(images)
-    return outputs
+        return call(network, inputs)
 
 
-def _alike(got: Tensor, want: Tensor) -> bool:
+def _alike(got: Sequence[Tensor], want: Sequence[Tensor]) -> bool:
     """Whether outputs are equal but for rounding."""
+    return len(got) == len(want) and all(map(_close, got, want))
+
+
+def _close(got: Tensor, want: Tensor) -> bool:
+    if not want.is_floating_point():
+        return torch.equal(got, want)
     tolerance = max(_TOLERANCE, 4 * torch.finfo(want.dtype).eps)
     return bool((want - got).abs().max() <= tolerance * want.abs().max())  # NaN compares false
 

@@ -24,6 +24,7 @@ from amc_env.errors import UserError, first_line
 from amc_env.evaluation.folding import Folder
 from amc_env.evaluation.precision import FLOAT32, INT8
 from amc_env.graph.topology import Topology, added, values_of
+from amc_env.inputs import Inputs, call, count, in_format, output_of, take
 
 _BYTES, _WEIGHTS = 255, 127  # levels in the range of a value, and of a weight on either side of zero
 
@@ -68,31 +69,39 @@ class Int8Folder(Folder):
     Args:
         model: The unpruned network, in eval mode.
         topology: Its topology.
-        images: The images that will be scored; ranges of activations are measured on some of them.
+        inputs: What will be scored; ranges of activations are measured on some of them.
+        read: What counts of the network's outputs.
         channels_last: Must be true.
-        batch_size: Images of the batches that the network will be given.
+        batch_size: Examples of the batches that the network will be given.
 
     Raises:
         UserError: The network or this processor cannot do that.
     """
 
     def __init__(
-        self, model: nn.Module, topology: Topology, images: Tensor, *, channels_last: bool, batch_size: int
+        self,
+        model: nn.Module,
+        topology: Topology,
+        inputs: Inputs,
+        *,
+        read: Callable[[Any], Any] = output_of,
+        channels_last: bool,
+        batch_size: int,
     ):
-        super().__init__(model, topology, images[:4], channels_last=channels_last)
+        super().__init__(model, topology, take(inputs, slice(4)), read=read, channels_last=channels_last)
         self._batch_size = batch_size
-        # evenly spaced: a user's images may be sorted by label
-        spread = images[:: -(-len(images) // _IMAGES)]
-        self._images = spread.contiguous(memory_format=self._format)
+        # evenly spaced: a user's examples may be sorted by label
+        spread = take(inputs, slice(None, None, -(-count(inputs) // _IMAGES)))
+        self._inputs = in_format(spread, self._format)
         reason = self.reason or obstacle()
         if not reason and not channels_last:
             reason = "images are not in channels-last memory format, see evaluator.channels_last"
         if not reason:
-            reason = self._quantize(self._images[:4])
+            reason = self._quantize(take(self._inputs, slice(4)))
         if reason:
             raise UserError(f"evaluator.precision={INT8} does not work here ({reason}); use {FLOAT32}")
 
-    def _quantize(self, example: Tensor) -> str:
+    def _quantize(self, example: Inputs) -> str:
         """Replace the convolutions; the reason why that cannot be done, else an empty string."""
         assert self._folded is not None
         if overwrites(self._folded, example):
@@ -105,7 +114,7 @@ class Int8Folder(Folder):
     def __call__(self, model: nn.Module) -> nn.Module:
         """The network to score in place of ``model``; valid until the next call."""
         network = self._refresh(model)
-        calibrate(network, self._images, self._batch_size)
+        calibrate(network, self._inputs, self._batch_size)
         return network
 
 
@@ -283,7 +292,7 @@ class QuantizedConv2d(nn.Conv2d):
         return padding, list(self.stride), list(self.dilation), self.groups
 
 
-def quantized(network: fx.GraphModule, example: Tensor) -> fx.GraphModule:
+def quantized(network: fx.GraphModule, example: Inputs) -> fx.GraphModule:
     """A network whose convolutions are computed in eight bits, once `calibrate` has been called.
 
     Args:
@@ -300,7 +309,7 @@ def quantized(network: fx.GraphModule, example: Tensor) -> fx.GraphModule:
     return result
 
 
-def _replaced(network: fx.GraphModule, example: Tensor) -> dict[fx.Node, QuantizedConv2d]:
+def _replaced(network: fx.GraphModule, example: Inputs) -> dict[fx.Node, QuantizedConv2d]:
     """Replace plain convolutions, in place, and absorb additions and activations behind them."""
     modules, shapes = dict(network.named_modules()), _shapes(network, example)
     calls = Counter(str(node.target) for node in network.graph.nodes if node.op == "call_module")
@@ -337,7 +346,7 @@ def _exact(side: int) -> bool:
     return bool((network(images) - _CHANNELS * side**2).abs().max() < 1)
 
 
-def overwrites(network: fx.GraphModule, images: Tensor) -> bool:
+def overwrites(network: fx.GraphModule, inputs: Inputs) -> bool:
     """Whether a value that several operations read is written to after it was made: bytes of it would be made too early."""
     writes: dict[fx.Node, int] = {}
 
@@ -345,7 +354,7 @@ def overwrites(network: fx.GraphModule, images: Tensor) -> bool:
         if isinstance(value, Tensor) and len(node.users) > 1:
             writes[node] = value._version
 
-    values = values_of(network, network.graph, images, note)
+    values = values_of(network, network.graph, inputs, note)
     return any(values[node]._version != count for node, count in writes.items())
 
 
@@ -411,13 +420,13 @@ def _give_floats(network: fx.GraphModule, layers: Mapping[fx.Node, QuantizedConv
 
 
 @torch.no_grad()
-def calibrate(network: nn.Module, images: Tensor, batch: int) -> None:
+def calibrate(network: nn.Module, inputs: Inputs, batch: int) -> None:
     """Find the scales for a network's present weights, and round these; if one is not finite all stays in floats.
 
     Args:
         network: What `quantized` gave.
-        images: A few of its inputs.
-        batch: How many images it will be given at a time.
+        inputs: A few of its inputs.
+        batch: How many examples it will be given at a time.
     """
     layers = [module for module in network.modules() if isinstance(module, QuantizedConv2d)]
     givers = [module for module in network.modules() if isinstance(module, Quantize | QuantizedConv2d)]
@@ -427,7 +436,7 @@ def calibrate(network: nn.Module, images: Tensor, batch: int) -> None:
     for scales in found:
         scales.forget()
         scales.wanted = True
-    network(images)
+    call(network, inputs)
     if finite(network) and all(scales.calibrate() for scales in found):
         for layer in layers:
             layer.pack(batch)
@@ -445,7 +454,7 @@ def _plain(module: nn.Module) -> bool:
     return plain and not isinstance(module.padding, str)
 
 
-def _shapes(network: fx.GraphModule, example: Tensor) -> dict[fx.Node, torch.Size]:
+def _shapes(network: fx.GraphModule, example: Inputs) -> dict[fx.Node, torch.Size]:
     """Shapes of the tensors that operations give."""
     values = values_of(network, network.graph, example)
     return {node: value.shape for node, value in values.items() if isinstance(value, Tensor)}

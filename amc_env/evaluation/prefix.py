@@ -22,8 +22,10 @@ from torch import Tensor, fx, nn
 
 from amc_env.evaluation.precision import FLOAT32, arithmetic
 from amc_env.evaluation.scorer import Scorer
-from amc_env.graph.topology import Topology, values_of
+from amc_env.graph.topology import Topology, placed, values_of
+from amc_env.inputs import Inputs, call, count, take
 from amc_env.system import in_lanes, in_turn, release_heap
+from amc_env.tasks import TalliedTask, Task
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +57,9 @@ class PrefixScorer(Scorer):
     Args:
         model: The uncut network, in eval mode.
         topology: Its topology.
-        images: Normalised images of the search split, [N, C, H, W].
-        labels: Their labels, int64 [N].
+        inputs: As there.
+        targets: As there.
+        task: As there.
         batch_size: As there.
         channels_last: As there.
         precision: As there.
@@ -67,8 +70,9 @@ class PrefixScorer(Scorer):
         self,
         model: nn.Module,
         topology: Topology,
-        images: Tensor,
-        labels: Tensor,
+        inputs: Inputs,
+        targets: Inputs,
+        task: Task | None = None,
         *,
         batch_size: int | None = None,
         channels_last: bool = True,
@@ -78,8 +82,9 @@ class PrefixScorer(Scorer):
         super().__init__(
             model,
             topology,
-            images,
-            labels,
+            inputs,
+            targets,
+            task,
             batch_size=batch_size,
             channels_last=channels_last,
             precision=precision,
@@ -88,19 +93,21 @@ class PrefixScorer(Scorer):
         reason = self.folder.reason
         if isinstance(network, fx.GraphModule) and not reason:
             reason = _obstacle(network.graph)
+        if not isinstance(self.task, TalliedTask):
+            reason = "the task runs networks itself"
         self._shared: _Shared | None = None
         if isinstance(network, fx.GraphModule) and not reason:
             self._shared = _Shared(network, self._batches, room, side_by_side=self._side_by_side)
         else:
             _say_that_nothing_is_shared(reason)
 
-    def outputs(self, network: nn.Module) -> Generator[tuple[Tensor, Tensor]]:
-        """Logits and labels of one batch after another; see `Scorer.outputs`."""
+    def outputs(self, network: nn.Module) -> Generator[tuple[Any, Any]]:
+        """Outputs and targets of one batch after another; see `Scorer.outputs`."""
         first = 0
         if self._shared is not None:
             with arithmetic(self._precision), closing(self._shared()) as found:
-                for logits, labels in zip(found, self._labels, strict=False):
-                    yield logits, labels
+                for outputs, targets in zip(found, self._targets, strict=False):
+                    yield self.task.read(outputs), targets
                     first += 1
         if first < len(self._batches):
             if self._shared is not None:
@@ -135,20 +142,21 @@ class _Shared:
         side_by_side: Whether to run batches in lanes.
     """
 
-    def __init__(self, network: fx.GraphModule, batches: Sequence[Tensor], room: int, *, side_by_side: bool):
+    def __init__(self, network: fx.GraphModule, batches: Sequence[Inputs], room: int, *, side_by_side: bool):
         self._network = network
         self._nodes: list[fx.Node] = list(network.graph.nodes)
         self._modules = dict(network.named_modules())
         self._batches = batches
+        self._arguments = [placed(network.graph, batch) for batch in batches]
         self._run = in_lanes if side_by_side else in_turn
-        self._work, self._sizes = _measured(network, batches[0][:2])
+        self._work, self._sizes = _measured(network, take(batches[0], slice(2)))
         self._kept = _Kept(room)
         self._seen: dict[_Token, None] = {}
         self._remember(_tokens(network))
         self._told = False
 
-    def __call__(self) -> Generator[Tensor]:
-        """Logits of one batch after another for the network as it is now; ends where kept values were overwritten."""
+    def __call__(self) -> Generator[Any]:
+        """Outputs of one batch after another for the network as it is now; ends where kept values were overwritten."""
         tokens = _tokens(self._network)
         kept = {node: self._kept.batches(token) for node, token in tokens.items() if token in self._kept}
         front = self._front(tokens, kept)
@@ -186,10 +194,10 @@ class _Shared:
     @torch.no_grad()
     def _one(
         self, index: int, plan: _Plan, tokens: Mapping[fx.Node, _Token]
-    ) -> tuple[Tensor | None, dict[_Token, Any]]:
-        """Logits of one batch, None where values were overwritten, and what its front computed again."""
+    ) -> tuple[Any, dict[_Token, Any]]:
+        """Outputs of one batch, None where values were overwritten, and what its front computed again."""
         if not plan.start and not plan.front:
-            return self._network(self._batches[index]), {}
+            return call(self._network, self._batches[index]), {}
         held = {node: self._kept.value(tokens[node], index) for node in plan.start}
         written = {node: _writes(value) for node, value in held.items()}
         values = dict(held)
@@ -210,7 +218,7 @@ class _Shared:
         options: Any = fx.map_arg(node.kwargs, values.__getitem__)
         match node.op:
             case "placeholder":
-                return self._batches[index]
+                return self._arguments[index][str(node.target)]
             case "get_attr":
                 return _attribute(self._network, str(node.target))
             case "call_module":
@@ -227,7 +235,7 @@ class _Shared:
             log.info(
                 "what candidates share fills %d MiB: some of the %d search images are run from the first layer on",
                 self._kept.room // 2**20,
-                sum(len(batch) for batch in self._batches),
+                sum(map(count, self._batches)),
             )
 
 
@@ -328,9 +336,9 @@ def _needed(nodes: Iterable[fx.Node], known: Collection[fx.Node]) -> set[fx.Node
     return wanted
 
 
-def _measured(network: fx.GraphModule, images: Tensor) -> tuple[dict[fx.Node, int], dict[fx.Node, int]]:
-    """Multiply-accumulates of each operation and numbers that it gives, for some images; layers alone count as work."""
-    values = values_of(network, network.graph, images)
+def _measured(network: fx.GraphModule, inputs: Inputs) -> tuple[dict[fx.Node, int], dict[fx.Node, int]]:
+    """Multiply-accumulates of each operation and numbers that it gives, for some inputs; layers alone count as work."""
+    values = values_of(network, network.graph, inputs)
     sizes = {node: sum(tensor.numel() for tensor in _tensors(value)) for node, value in values.items()}
     work = dict.fromkeys(sizes, 0)
     for node in sizes:

@@ -1,10 +1,11 @@
-"""Scoring of pruned networks on fixed images."""
+"""Scoring of pruned networks on fixed examples."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,11 +13,24 @@ from torch import Tensor, fx, nn
 from amc_env.errors import UserError, first_line
 from amc_env.evaluation.folding import Folder
 from amc_env.evaluation.int8 import Int8Folder
-from amc_env.evaluation.precision import FLOAT32, INT8, arithmetic, dtype_of
+from amc_env.evaluation.precision import BFLOAT16, FLOAT32, INT8, arithmetic, dtype_of
 from amc_env.graph.copying import module_copy
 from amc_env.graph.memory_format import fastest_format
 from amc_env.graph.topology import Topology
+from amc_env.inputs import (
+    Inputs,
+    call,
+    device_of,
+    finite,
+    holds_images,
+    in_format,
+    pieces,
+    take,
+    tensors_of,
+    to_dtype,
+)
 from amc_env.system import in_lanes, in_turn
+from amc_env.tasks import Classification, TalliedTask, Task
 
 log = logging.getLogger(__name__)
 
@@ -27,146 +41,144 @@ _BATCH_PIXELS = {"cpu": 2**16, "cuda": 2**20}
 _SMALLEST_BATCH = 4
 
 
-def batch_size_for(images: Tensor, device: torch.device, precision: str = FLOAT32) -> int:
-    """How many images [N, ...] to score at a time: on a processor what its caches hold, else what fills the device.
+_TOKEN = 64  # pixels that a token counts for: networks make vectors of tokens
 
-    It depends on the size of an image, the kind of device and the precision alone, and not on a timing: two runs of one
-    seed must round alike. docs/performance.md has the measurements.
+
+def batch_size_for(inputs: Inputs, device: torch.device, precision: str = FLOAT32) -> int:
+    """How many examples to score at a time: on a processor what its caches hold, else what fills the device.
+
+    It depends on the size of an example, the kind of device and the precision alone, and not on a timing: two runs of one
+    seed must round alike. docs/performance.md has the measurements, which were taken on images.
     """
     room = _BATCH_PIXELS.get(device.type, _BATCH_PIXELS["cuda"]) * (2 if precision == INT8 else 1)
-    pixels = images[0, 0].numel() if images.ndim > 2 else images[0].numel()
-    return max(_SMALLEST_BATCH, room // pixels)
+    return max(_SMALLEST_BATCH, room // max(1, *map(_pixels, tensors_of(inputs))))
 
 
-def accuracy(
-    model: Callable[[Tensor], Tensor],
-    images: Tensor,
-    labels: Tensor,
+def _pixels(tensor: Tensor) -> int:
+    """Of an image [C, H, W] H x W, likewise for signals and volumes; of a row of a table its columns."""
+    if not tensor.is_floating_point() and tensor.ndim == 2:
+        return _TOKEN * tensor.shape[1]
+    return tensor[0, 0].numel() if tensor.ndim > 2 else tensor[0].numel()
+
+
+def score(
+    model: nn.Module | Callable[[Any], Any],
+    inputs: Inputs,
+    targets: Inputs,
+    task: Task | None = None,
+    *,
     batch_size: int | None = None,
     precision: str = FLOAT32,
+    prepare: Callable[[Inputs], Inputs] = lambda batch: batch,
 ) -> float:
-    """Share of images [N, ...] whose largest logit is their label [N], in [0, 1].
+    """The score of a network on examples, in [0, 1].
 
-    The model is scored in the mode it is in; put it in eval mode first. It is given the images batch by batch, as they
-    are; its logits are where the labels are.
+    The model is scored in the mode it is in; put it in eval mode first.
 
     Args:
-        model: Images to logits.
-        images: As the model takes them.
-        labels: int64.
+        model: The network.
+        inputs: Of all examples.
+        targets: Of all examples, on the network's device.
+        task: Says what a score is; by default the accuracy of a classifier.
         batch_size: By default that of `batch_size_for`.
-        precision: Of products on graphics processors; images and weights are taken as they are.
+        precision: Of products on graphics processors; inputs and weights are taken as they are.
+        prepare: What is done to a batch of inputs before the network is given it.
 
     Raises:
-        UserError: A logit is not a number.
+        UserError: An output is not a number.
     """
-    batch_size = batch_size or batch_size_for(images, labels.device)
-    tally = _Tally(labels.device)
+    batch_size = batch_size or batch_size_for(inputs, device_of(targets))
+    batches = (
+        (prepare(batch), wanted)
+        for batch, wanted in zip(pieces(inputs, batch_size), pieces(targets, batch_size), strict=True)
+    )
     with torch.inference_mode(), arithmetic(precision):
-        for batch, wanted in zip(
-            torch.split(images, batch_size), torch.split(labels, batch_size), strict=True
-        ):
-            tally.add(model(batch), wanted)
-    return tally.accuracy
-
-
-class _Tally:
-    """Counts hits without waiting for a GPU until the result is read.
-
-    Attributes:
-        images: Images counted.
-    """
-
-    def __init__(self, device: torch.device):
-        self.images = 0
-        self._hits = torch.zeros((), dtype=torch.int64, device=device)
-        self._broken = torch.zeros((), dtype=torch.bool, device=device)
-
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Counts a batch: logits [N, classes] whose largest is the label, int64 [N]."""
-        self._hits += (logits.argmax(1) == labels).sum()
-        self._broken |= logits.isnan().any()
-        self.images += len(labels)
-
-    @property
-    def accuracy(self) -> float:
-        """Share of hits, in [0, 1].
-
-        Raises:
-            UserError: A logit is not a number.
-        """
-        if self._broken:
-            raise UserError(
-                "the network's outputs are not numbers (NaN): look for NaN in its weights and in the data"
-            )
-        return int(self._hits) / self.images
+        return (task or Classification()).score(model, batches)
 
 
 class Scorer:
-    """Scores cut networks on fixed images: batch norms folded, in one memory layout, batch size and precision.
+    """Scores cut networks on fixed examples: batch norms folded, in one memory layout, batch size and precision.
 
-    On a processor batches of a network that can be traced are run side by side, see `amc_env.system`.
+    On a processor batches of a network that can be traced are run side by side, see `amc_env.system`. A task that runs
+    networks itself is given each as it is, with its batch norms.
 
     Args:
         model: The uncut network, in eval mode.
         topology: Its topology.
-        images: Normalised images of the search split, [N, C, H, W].
-        labels: Their labels, int64 [N].
-        batch_size: Images of a batch; by default that of `batch_size_for`.
-        channels_last: Memory format of images and weights, where the network runs in it. It may move logits by
+        inputs: Of the search split, as the network takes them.
+        targets: Their targets.
+        task: Says what a score is; by default the accuracy of a classifier.
+        batch_size: Examples of a batch; by default that of `batch_size_for`.
+        channels_last: Memory format of images and weights, where the network runs in it. It may move outputs by
             rounding only.
         precision: One of PRECISIONS.
 
     Raises:
-        UserError: The network, or this processor, does not run in that precision; an image holds NaN or infinity.
+        UserError: The network, the task, or this processor, does not work in that precision; an input holds NaN or
+            infinity.
     """
 
     def __init__(
         self,
         model: nn.Module,
         topology: Topology,
-        images: Tensor,
-        labels: Tensor,
+        inputs: Inputs,
+        targets: Inputs,
+        task: Task | None = None,
         *,
         batch_size: int | None = None,
         channels_last: bool = True,
         precision: str = FLOAT32,
     ):
-        if not images.isfinite().all():
+        if not finite(inputs):
             raise UserError(
                 "the search images hold values that are infinite or not numbers (NaN): look for them in the data, and "
                 "for zeros in the standard deviations that it is normalised by"
             )
-        channels_last = channels_last and images.ndim == 4
-        if channels_last and fastest_format(module_copy(model), images[:4]) is not torch.channels_last:
+        self.task = task or Classification()
+        if precision in (BFLOAT16, INT8) and not isinstance(self.task, TalliedTask):
+            raise UserError(
+                f"evaluator.precision={precision} does not work for a task that runs networks itself; use {FLOAT32}"
+            )
+        channels_last = channels_last and holds_images(inputs)
+        few = take(inputs, slice(4))
+        if channels_last and fastest_format(module_copy(model), few) is not torch.channels_last:
             channels_last = False
             log.info("images are scored contiguous: the network does not run channels-last")
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.images = images.to(dtype_of(precision)).contiguous(memory_format=layout)
+        self.inputs = in_format(to_dtype(inputs, dtype_of(precision)), layout)
         self._precision = precision
         self.channels_last = channels_last
-        batch_size = batch_size or batch_size_for(images, labels.device, precision)
-        self.folder = _folder(model, topology, self.images, channels_last, precision, batch_size)
-        network = _checked(self.folder, model, self.images[:2], precision)
+        device = device_of(targets)
+        batch_size = batch_size or batch_size_for(inputs, device, precision)
+        self.folder = _folder(model, topology, self.inputs, channels_last, precision, batch_size, self.task)
+        network = _checked(self.folder, model, take(self.inputs, slice(2)), precision)
         # a network that cannot be traced may keep things between its layers: one batch at a time
-        self._side_by_side = labels.device.type == "cpu" and isinstance(network, fx.GraphModule)
-        self._batches = torch.split(self.images, batch_size)
-        self._labels = torch.split(labels, batch_size)
+        self._side_by_side = device.type == "cpu" and isinstance(network, fx.GraphModule)
+        self._batches = list(pieces(self.inputs, batch_size))
+        self._targets = list(pieces(targets, batch_size))
 
     def __call__(self, model: nn.Module) -> float:
-        """Accuracy of a cut network, in [0, 1]."""
-        tally = _Tally(self.images.device)
+        """The score of a cut network, in [0, 1]."""
+        if not isinstance(self.task, TalliedTask):
+            with torch.no_grad(), arithmetic(self._precision):
+                return self.task.score(model, self._pairs())
+        tally = self.task.tally()
         with closing(self.outputs(self.fold(model))) as batches:
-            for logits, labels in batches:
-                tally.add(logits, labels)
-        return tally.accuracy
+            for outputs, targets in batches:
+                tally.add(outputs, targets)
+        return tally.score
+
+    def _pairs(self) -> Iterator[tuple[Inputs, Inputs]]:
+        return zip(self._batches, self._targets, strict=True)
 
     def fold(self, model: nn.Module) -> nn.Module:
         """What is scored in place of a cut network; valid until the next one."""
         return self.folder(model)
 
-    def outputs(self, network: nn.Module) -> Generator[tuple[Tensor, Tensor]]:
-        """Logits and labels of one batch after another; close it where it may not be read to its end.
+    def outputs(self, network: nn.Module) -> Generator[tuple[Any, Any]]:
+        """Outputs, as the task reads them, and targets of one batch after another; close it where it may not be read
+        to its end.
 
         Until it ends torch's products are in this precision everywhere: do not begin another meanwhile.
 
@@ -175,15 +187,14 @@ class Scorer:
         """
         return self._outputs_from(0, network)
 
-    def _outputs_from(self, first: int, network: nn.Module) -> Generator[tuple[Tensor, Tensor]]:
+    def _outputs_from(self, first: int, network: nn.Module) -> Generator[tuple[Any, Any]]:
         @torch.no_grad()
-        def logits(index: int) -> Tensor:
-            found: Tensor = network(self._batches[first + index])
-            return found
+        def outputs(index: int) -> Any:
+            return self.task.read(call(network, self._batches[first + index]))
 
         run = in_lanes if self._side_by_side else in_turn
-        with arithmetic(self._precision), closing(run(logits, len(self._batches) - first)) as found:
-            yield from zip(found, self._labels[first:], strict=True)
+        with arithmetic(self._precision), closing(run(outputs, len(self._batches) - first)) as found:
+            yield from zip(found, self._targets[first:], strict=True)
 
     def forget(self) -> None:
         """Free what is kept for later candidates, if anything."""
@@ -192,23 +203,26 @@ class Scorer:
 def _folder(
     model: nn.Module,
     topology: Topology,
-    images: Tensor,
+    inputs: Inputs,
     channels_last: bool,
     precision: str,
     batch_size: int,
+    task: Task,
 ) -> Folder:
     if precision == INT8:
-        return Int8Folder(model, topology, images, channels_last=channels_last, batch_size=batch_size)
-    example = images[:4].float()
-    return Folder(model, topology, example, channels_last=channels_last, dtype=dtype_of(precision))
+        return Int8Folder(
+            model, topology, inputs, read=task.read, channels_last=channels_last, batch_size=batch_size
+        )
+    example, dtype = to_dtype(take(inputs, slice(4)), torch.float32), dtype_of(precision)
+    return Folder(model, topology, example, read=task.read, channels_last=channels_last, dtype=dtype)
 
 
-def _checked(folder: Folder, model: nn.Module, images: Tensor, precision: str) -> nn.Module:
+def _checked(folder: Folder, model: nn.Module, inputs: Inputs, precision: str) -> nn.Module:
     """The network that is scored in place of the model; it runs."""
     try:
         network = folder(model)
         with torch.inference_mode():
-            network(images)
+            call(network, inputs)
         return network
     except RuntimeError as error:
         if precision == FLOAT32:

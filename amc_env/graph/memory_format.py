@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from amc_env.graph.copying import module_copy
+from amc_env.inputs import Inputs, call, device_of, holds_images, in_format, tensors_in
 
 _VECTOR = 16
 """Channels of a oneDNN block with AVX-512; 8 with AVX2."""
@@ -15,7 +16,7 @@ _GRADIENT_TOLERANCE = 1e-2
 """Relative difference of gradients; rounding causes less than 1e-4, the oneDNN fault up to 1."""
 
 
-def fastest_format(model: nn.Module, example: Tensor) -> torch.memory_format:
+def fastest_format(model: nn.Module, example: Inputs) -> torch.memory_format:
     """Convert `model` to channels-last if it runs in that format, else leave it contiguous.
 
     Channels-last shortens a training step of ResNet-20 by a fifth (batch 128, one CPU thread: 0.37 s instead of 0.46).
@@ -23,22 +24,25 @@ def fastest_format(model: nn.Module, example: Tensor) -> torch.memory_format:
 
     Args:
         model: The network; it is converted in place and left in eval mode.
-        example: Two of its inputs, [2, C, H, W].
+        example: Two of its inputs; without a tensor [2, C, H, W] the network stays contiguous.
 
     Returns:
         The format that the model has now.
     """
+    if not holds_images(example):
+        model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+        return torch.contiguous_format
     model.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     try:
         with torch.no_grad():
-            model(example.contiguous(memory_format=torch.channels_last))
+            call(model, in_format(example, torch.channels_last))
     except RuntimeError:
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         return torch.contiguous_format
     return torch.channels_last
 
 
-def training_format(model: nn.Module, example: Tensor) -> torch.memory_format:
+def training_format(model: nn.Module, example: Inputs) -> torch.memory_format:
     """Convert `model` to channels-last if it can be trained correctly in that format, else to contiguous.
 
     On CPUs, oneDNN's weight gradient of some convolutions is wrong in channels-last, or writes outside its workspace
@@ -47,12 +51,12 @@ def training_format(model: nn.Module, example: Tensor) -> torch.memory_format:
 
     Args:
         model: The network; it is converted in place and left in eval mode.
-        example: Two of its inputs, [2, C, H, W], on the device of the model.
+        example: Two of its inputs, on the device of the model.
 
     Returns:
         The format that the model has now.
     """
-    on_cpu = example.device.type == "cpu"
+    on_cpu = device_of(example).type == "cpu"
     if not (on_cpu and any(map(_crashes_channels_last, model.modules()))):
         layout = fastest_format(model, example)
         if layout is torch.contiguous_format or not on_cpu or _same_gradients(model, example):
@@ -72,7 +76,7 @@ def _crashes_channels_last(module: nn.Module) -> bool:
     )
 
 
-def _same_gradients(model: nn.Module, example: Tensor) -> bool:
+def _same_gradients(model: nn.Module, example: Inputs) -> bool:
     """Whether channels-last and contiguous give the same gradients of all weights, up to rounding."""
     expected = _gradients(model, example, torch.contiguous_format)
     try:
@@ -82,11 +86,12 @@ def _same_gradients(model: nn.Module, example: Tensor) -> bool:
     return all((a - b).norm() <= _GRADIENT_TOLERANCE * a.norm() for a, b in zip(expected, found, strict=True))
 
 
-def _gradients(model: nn.Module, example: Tensor, layout: torch.memory_format) -> list[Tensor]:
+def _gradients(model: nn.Module, example: Inputs, layout: torch.memory_format) -> list[Tensor]:
     """Gradients of the mean squared output, on a copy of the network in eval mode."""
     network = module_copy(model).to(memory_format=layout).eval()  # type: ignore[call-overload]
     weights = [parameter for parameter in network.parameters() if parameter.requires_grad]
     with torch.enable_grad():
-        loss = network(example.contiguous(memory_format=layout)).square().mean()
-        found = torch.autograd.grad(loss, weights, allow_unused=True)
+        outputs = tensors_in(call(network, in_format(example, layout)))
+        loss = sum(output.square().mean() for output in outputs if output.requires_grad)
+        found = torch.autograd.grad(torch.as_tensor(loss), weights, allow_unused=True)
     return [torch.zeros(()) if gradient is None else gradient for gradient in found]

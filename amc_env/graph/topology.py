@@ -7,7 +7,7 @@ norms are not folded for scoring, and the sequential repair is refused.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,12 +15,37 @@ import torch
 from torch import Tensor, fx, nn
 
 from amc_env.graph.copying import module_copy
+from amc_env.inputs import Inputs, tensors_of
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 
 
 class _Tracer(fx.Tracer):
-    """Leaves every layer whole, also subclasses that live outside torch.nn."""
+    """Leaves every layer whole, also subclasses that live outside torch.nn.
+
+    Args:
+        example: Inputs of the network; arguments that they leave out keep their defaults, as constants. None: all
+            arguments are inputs.
+    """
+
+    def __init__(self, example: Inputs | None = None):
+        super().__init__()
+        self._example = example
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        function, found = super().create_args_for_root(root_fn, is_module, concrete_args)
+        if self._example is None:
+            return function, found
+        named = self._example if isinstance(self._example, dict) else {}
+        given = 0 if named else len(tensors_of(self._example))
+        for place, argument in enumerate(found[1:], start=1):  # after the network itself
+            node = argument.node
+            if place > given and node.target not in named and node.args:
+                found[place] = node.args[0]
+                self.graph.erase_node(node)
+        return function, found
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         known = isinstance(m, nn.Conv2d | nn.Linear | nn.BatchNorm1d | nn.BatchNorm2d)
@@ -44,14 +69,18 @@ class Topology:
     partner: dict[str, fx.Node] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module) -> Topology:
+    def of(cls, model: nn.Module, example: Inputs | None = None) -> Topology:
         """Trace a copy of ``model`` in eval mode: a trace that fails may leave proxies in its attributes.
 
         Tensors that the forward pass creates become attributes of ``model``, so that the graph runs on it.
+
+        Args:
+            model: The network.
+            example: A batch of its inputs. Arguments that it leaves out keep their defaults in the trace.
         """
         copied = module_copy(model).eval()
         try:
-            graph = _Tracer().trace(copied)
+            graph = _Tracer(example).trace(copied)
         except Exception as error:  # symbolic tracing fails in many ways; the caller says what that costs
             return cls(None, f"torch.fx cannot trace it ({type(error).__name__}: {error})".splitlines()[0])
         modules = dict(model.named_modules())
@@ -137,10 +166,34 @@ def _ancestors(node: fx.Node, partner: dict[str, fx.Node]) -> set[fx.Node]:
     return found
 
 
+def placed(graph: fx.Graph, inputs: Inputs) -> dict[str, Any]:
+    """What a batch of inputs gives the placeholders of a traced network, by the placeholders' targets.
+
+    Raises:
+        KeyError: A placeholder without a default is given nothing.
+    """
+    named = dict(inputs) if isinstance(inputs, dict) else {}
+    rest = [] if isinstance(inputs, dict) else list(tensors_of(inputs))
+    found: dict[str, Any] = {}
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            continue
+        name = str(node.target)
+        if name.startswith("**"):
+            found[name], named = named, {}
+        elif name.startswith("*"):
+            found[name], rest = tuple(rest), []
+        elif rest:
+            found[name] = rest.pop(0)
+        else:
+            found[name] = named.pop(name, *node.args)
+    return found
+
+
 def values_of(
     model: nn.Module,
     graph: fx.Graph,
-    example: Tensor,
+    example: Inputs,
     after: Callable[[fx.Node, Any], None] | None = None,
 ) -> dict[fx.Node, Any]:
     """Run a traced network without gradients and return what every operation gives.
@@ -150,12 +203,12 @@ def values_of(
     Args:
         model: The network, or one with the same modules, cut or not.
         graph: Its traced operations.
-        example: A batch of inputs, [N, ...].
+        example: A batch of inputs.
         after: Called with every operation and its value as soon as it has run.
     """
-    interpreter = _Interpreter(model, graph, after)
+    interpreter = _Interpreter(model, graph, example, after)
     with torch.no_grad():  # not inference mode: its tensors have no versions
-        interpreter.run(example)
+        interpreter.run()
     return interpreter.env
 
 
@@ -163,10 +216,18 @@ class _Interpreter(fx.Interpreter):
     """Keeps all values and reports each operation that has run."""
 
     def __init__(
-        self, model: nn.Module, graph: fx.Graph, after: Callable[[fx.Node, Any], None] | None = None
+        self,
+        model: nn.Module,
+        graph: fx.Graph,
+        inputs: Inputs,
+        after: Callable[[fx.Node, Any], None] | None = None,
     ):
         super().__init__(model, garbage_collect_values=False, graph=graph)
+        self._given = placed(graph, inputs)
         self._after = after
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self._given[target]
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
@@ -207,10 +268,10 @@ class Run:
         for need, node in last.items():
             self._over[node].append(need)
 
-    def __call__(self, inputs: Batches, before: Before, after: After | None = None) -> Batches:
-        """The network's outputs on batches [N, ...]."""
+    def __call__(self, inputs: Sequence[Inputs], before: Before, after: After | None = None) -> list[Any]:
+        """The network's outputs on batches of inputs."""
         lanes = [self._lane(batch) for batch in inputs]
-        outputs: Batches = []
+        outputs: list[Any] = []
         for node in self._order:
             layer = self._layer(node)
             if layer is not None:
@@ -225,11 +286,9 @@ class Run:
                 after(str(node.target), outputs)
         return outputs
 
-    def _lane(self, batch: Tensor) -> fx.Interpreter:
+    def _lane(self, batch: Inputs) -> fx.Interpreter:
         assert self._topology.graph is not None
-        lane = _Interpreter(self._model, self._topology.graph)
-        lane.args_iter = iter([batch])
-        return lane
+        return _Interpreter(self._model, self._topology.graph, batch)
 
     def _layer(self, node: fx.Node) -> nn.Module | None:
         module = self._model.get_submodule(str(node.target)) if node.op == "call_module" else None

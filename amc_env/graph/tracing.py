@@ -31,12 +31,13 @@ from amc_env.graph.layers import (
 )
 from amc_env.graph.surgery import resize, silence_inputs
 from amc_env.graph.topology import Topology
+from amc_env.inputs import Inputs, call, described, each, output_of, take
 
 Coupled = tuple[object, Side, list[int], list[int]]
 """A module or parameter, its side, entries of that dimension, and the root channels that they go with."""
 
 
-def trace(model: nn.Module, example: Tensor) -> LayerGraph:
+def trace(model: nn.Module, example: Inputs) -> LayerGraph:
     """Trace the layers and coupled channels of a network.
 
     Args:
@@ -54,7 +55,7 @@ def trace(model: nn.Module, example: Tensor) -> LayerGraph:
     others = _other_convolutions(copied, example)
     groups: list[ChannelGroup] = []
     skipped = [Skipped(name, "only Conv2d and Linear are pruned; its MACs are counted") for name in others]
-    for raw in _raw_groups(copied, example[:1]):
+    for raw in _raw_groups(copied, take(example, slice(1))):
         found = _channel_group(raw, copied, layers)
         if isinstance(found, ChannelGroup):
             groups.append(found)
@@ -76,11 +77,11 @@ def trace(model: nn.Module, example: Tensor) -> LayerGraph:
     channelwise, other = _rest(copied, layers)
     skipped.sort(key=lambda w: order.get(w.name, len(order)))
     counts = other, sum(others.values())
-    topology = Topology.of(model)
+    topology = Topology.of(model, example)
     return LayerGraph(tuple(layers.values()), channelwise, tuple(groups), tuple(skipped), *counts, topology)
 
 
-def trace_layers(model: nn.Module, example: Tensor) -> LayerGraph:
+def trace_layers(model: nn.Module, example: Inputs) -> LayerGraph:
     """Trace the layers alone, without coupled channels: all that masks need, and every network has it.
 
     Raises:
@@ -94,10 +95,10 @@ def trace_layers(model: nn.Module, example: Tensor) -> LayerGraph:
     skipped = tuple(Skipped(name, reason) for name in others)
     channelwise, other = _rest(model, layers)
     counts = other, sum(others.values())
-    return LayerGraph(tuple(layers.values()), channelwise, (), skipped, *counts, Topology.of(model))
+    return LayerGraph(tuple(layers.values()), channelwise, (), skipped, *counts, Topology.of(model, example))
 
 
-def _layers(model: nn.Module, example: Tensor) -> dict[str, Layer]:
+def _layers(model: nn.Module, example: Inputs) -> dict[str, Layer]:
     """Runs the network once and writes down its layers by name, in forward order."""
     layers: dict[str, Layer] = {}
     names = {module: name for name, module in model.named_modules()}
@@ -114,11 +115,10 @@ def _layers(model: nn.Module, example: Tensor) -> dict[str, Layer]:
     handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     try:
         with torch.no_grad():
-            model(example[:1])
+            call(model, take(example, slice(1)))
     except Exception as error:  # a user's network may raise anything
-        shape = tuple(example[:1].shape)
         raise UserError(
-            f"the network does not run on inputs of shape {shape}: {first_line(error)}"
+            f"the network does not run on inputs of shape {described(take(example, slice(1)))}: {first_line(error)}"
         ) from error
     finally:
         for handle in handles:
@@ -136,7 +136,7 @@ def _tied(model: nn.Module) -> set[str]:
     return {name for names in owners.values() if len(names) > 1 for name in names}
 
 
-def _other_convolutions(model: nn.Module, example: Tensor) -> dict[str, int]:
+def _other_convolutions(model: nn.Module, example: Inputs) -> dict[str, int]:
     """MACs of the convolutions that are no `Layer`, by name."""
     macs: dict[str, int] = {}
     names = {module: name for name, module in model.named_modules()}
@@ -151,7 +151,7 @@ def _other_convolutions(model: nn.Module, example: Tensor) -> dict[str, int]:
     handles = [module.register_forward_hook(hook) for module in others]
     try:
         with torch.no_grad():
-            model(example[:1])
+            call(model, take(example, slice(1)))
     finally:
         for handle in handles:
             handle.remove()
@@ -206,7 +206,7 @@ def _rest(model: nn.Module, layers: Mapping[str, Layer]) -> tuple[tuple[ChannelW
     return tuple(channelwise), other - repeated
 
 
-def _raw_groups(model: nn.Module, example: Tensor) -> Iterator[list[Coupled]]:
+def _raw_groups(model: nn.Module, example: Inputs) -> Iterator[list[Coupled]]:
     """torch-pruning's groups as plain lists, the root first."""
     try:
         # Fresh dictionaries: the library's mutable defaults would keep the copy alive.
@@ -290,11 +290,17 @@ def _member(
 
 
 def _proved(
-    model: nn.Module, example: Tensor, groups: list[ChannelGroup]
+    model: nn.Module, example: Inputs, groups: list[ChannelGroup]
 ) -> tuple[list[ChannelGroup], list[Skipped]]:
     """Keeps the groups whose cut network computes what the network with those channels silenced computes."""
     generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn((2, *example.shape[1:]), generator=generator).to(example.device, example.dtype)
+
+    def drawn(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():  # tokens have a range of their own
+            return tensor[torch.arange(2) % len(tensor)]
+        return torch.randn((2, *tensor.shape[1:]), generator=generator).to(tensor.device, tensor.dtype)
+
+    inputs = each(example, drawn)
     taken: dict[tuple[str, Side], set[int]] = {}
     good: list[ChannelGroup] = []
     bad: list[Skipped] = []
@@ -317,7 +323,7 @@ def _proved(
 
 
 @torch.no_grad()
-def _refuted(model: nn.Module, inputs: Tensor, groups: Sequence[ChannelGroup]) -> str | None:
+def _refuted(model: nn.Module, inputs: Inputs, groups: Sequence[ChannelGroup]) -> str | None:
     """Cuts every second unit of the groups; why that is not the same as silencing them, or None."""
     units = [torch.arange(0, group.total, 2) for group in groups]
     keeps = keeps_of(groups, units)
@@ -329,12 +335,14 @@ def _refuted(model: nn.Module, inputs: Tensor, groups: Sequence[ChannelGroup]) -
         for member in group.members:
             if member.side == "in" and member.module in group.consumers:
                 silence_inputs(modules[member.module], member.positions[gone].flatten())
-    want = masked(inputs)
+    want = call(masked, inputs)
     try:
-        got = small(inputs)
+        got = call(small, inputs)
     except Exception as error:  # shapes no longer fit: the coupling is not what the tracer believes
         return f"cut there the network no longer runs, so other channels hang on them ({first_line(error)})"
-    if not isinstance(got, Tensor) or not isinstance(want, Tensor):
+    try:
+        got, want = output_of(got), output_of(want)
+    except (KeyError, TypeError, StopIteration):
         return "the network's output is not one tensor"
     if got.shape != want.shape:
         return "its channels are the network's output"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from amc_env.graph.layers import Layer
+from amc_env.inputs import Inputs, call, count, take
 from amc_env.system import named_generator
 
 _CHUNK = 250  # images of a calibration batch
@@ -117,22 +118,23 @@ class Moments:
 
 @torch.no_grad()
 def record(
-    model: nn.Module, layers: Sequence[Layer], images: Tensor, *, per_image: int, seed: int
+    model: nn.Module, layers: Sequence[Layer], inputs: Inputs, *, per_image: int, seed: int
 ) -> dict[str, Moments]:
     """Moments of the named layers over calibration images, in one hooked pass.
 
     Args:
         model: The uncut network, in eval mode.
         layers: Layers to record.
-        images: Calibration images, [N, ...], normalised.
-        per_image: Positions sampled from each image.
+        inputs: Calibration inputs.
+        per_image: Positions sampled from each.
         seed: Seed of the positions.
     """
+    examples = count(inputs)
     found: dict[str, Moments] = {}
     part = slice(0, 0)
     handles = []
     for layer in layers:
-        positions = SampledPositions(layer, len(images), per_image, seed)
+        positions = SampledPositions(layer, examples, per_image, seed)
 
         def hook(
             module: nn.Module,
@@ -146,9 +148,9 @@ def record(
 
         handles.append(model.get_submodule(layer.name).register_forward_hook(hook))
     try:
-        for start in range(0, len(images), _CHUNK):
-            part = slice(start, min(start + _CHUNK, len(images)))
-            model(images[part])
+        for start in range(0, examples, _CHUNK):
+            part = slice(start, min(start + _CHUNK, examples))
+            call(model, take(inputs, part))
     finally:
         for handle in handles:
             handle.remove()

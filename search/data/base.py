@@ -1,4 +1,4 @@
-"""Images and labels: where they come from, how they are split, and what is wrong with them if anything is.
+"""Inputs and targets: where they come from, how they are split, and what is wrong with them if anything is.
 
 Three splits with three uses. `train`: calibration and fine-tuning. `search`: split off the training images,
 judges candidates and nothing else. `test`: read once, for the final figures.
@@ -6,7 +6,7 @@ judges candidates and nothing else. `test`: read once, for the final figures.
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,26 +14,28 @@ import torch
 from torch import Tensor
 
 from amc_env.errors import UserError
+from amc_env.inputs import Inputs, count, described, take, tensors_of
+from search.data.reading import Reader
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images of one use.
+    """Examples of one use.
 
     Attributes:
-        images: [N, C, H, W]; uint8 pixels 0..255, or float32 that is normalised already.
-        labels: int64 [N].
+        inputs: of the network; of images uint8 pixels 0..255 [N, C, H, W], or float32 that is normalised already.
+        targets: what the task wants of them; of a classifier labels, int64 [N].
     """
 
-    images: Tensor
-    labels: Tensor
+    inputs: Inputs
+    targets: Inputs
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return count(self.targets)
 
     def take(self, indices: Tensor) -> "Split":
-        """The images and labels at `indices` (int64), in that order, as a copy."""
-        return Split(self.images[indices], self.labels[indices])
+        """The examples at `indices` (int64), in that order, as a copy."""
+        return Split(take(self.inputs, indices), take(self.targets, indices))
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,13 @@ class Data:
     """All that a search reads of a dataset.
 
     Attributes:
-        classes: names, in the order of the labels.
-        mean, std: per channel, of pixels scaled to [0, 1]; empty where the images are normalised already.
+        classes: names, in the order of the labels; empty where targets are no classes.
+        mean, std: per channel, of pixels scaled to [0, 1]; empty where inputs are what the network takes.
         augment: whether fine-tuning may crop and flip the images.
-        fingerprint: short SHA-256 of all pixels, labels and the split.
-        loader: the user's own training batches (images, labels), used for fine-tuning in place of `train`.
+        fingerprint: short SHA-256 of all inputs, targets and the split.
+        loader: the user's own training batches, used for fine-tuning in place of `train`.
         stream: makes such batches of a batch size and a seed, where the training images do not fit in memory.
+        reader: makes inputs and targets of a batch of `loader` or `stream`.
     """
 
     name: str
@@ -60,16 +63,28 @@ class Data:
     fingerprint: str
     loader: Iterable[Any] | None = None
     stream: Callable[[int, int], Iterable[Any]] | None = None
+    reader: Reader = field(default_factory=Reader)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(channels, height, width) of one image."""
-        channels, height, width = self.train.images.shape[1:]
+        """(channels, height, width) of one image.
+
+        Raises:
+            UserError: The inputs are no images.
+        """
+        inputs = self.train.inputs
+        if not isinstance(inputs, Tensor) or inputs.ndim != 4:
+            raise UserError(
+                f"{self.name} gives inputs {described(inputs)}, and images [N, C, H, W] are needed here"
+            )
+        channels, height, width = inputs.shape[1:]
         return channels, height, width
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """Float32 network input from uint8 pixels [N, C, H, W]; float images pass as they are."""
-        return images if images.is_floating_point() else scaled(images, self.mean, self.std)
+    def normalise(self, inputs: Inputs) -> Inputs:
+        """What the network takes: float32 of uint8 pixels [N, C, H, W]; other inputs pass as they are."""
+        if self.mean and isinstance(inputs, Tensor) and not inputs.is_floating_point():
+            return scaled(inputs, self.mean, self.std)
+        return inputs
 
 
 def scaled(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -92,7 +107,7 @@ def split_off(name: str, split: Split, search_images: int, seed: int) -> tuple[S
             f"search.images={search_images}: {name} has {len(split)} training images, "
             f"from 1 to {len(split) - 1} can be split off for the search"
         )
-    order = stratified(split.labels, seed)
+    order = stratified(_classes(split.targets), seed)
     chosen, rest = order[:search_images].sort().values, order[search_images:].sort().values
     return split.take(rest), split.take(chosen)
 
@@ -107,42 +122,53 @@ def check_scaling(mean: Sequence[float], std: Sequence[float]) -> None:
         raise UserError(f"data.mean={list(mean)}, data.std={list(std)}: needs 3 numbers each, std above 0")
 
 
-def check_split(name: str, split: Split, classes: int) -> None:
-    """Refuse a split that is empty, not [N, C, H, W], not finite, or labelled outside 0..classes-1.
+def _classes(targets: Inputs) -> Tensor:
+    """Labels to draw in their shares; of targets that are no classes, all alike."""
+    if isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point():
+        return targets
+    return torch.zeros(count(targets), dtype=torch.int64)
+
+
+def check_split(name: str, split: Split) -> None:
+    """Refuse a split that is empty, or whose inputs are not finite or of another number than its targets.
 
     Raises:
         UserError: with the split's name, the value found and what is allowed.
     """
+    tensors = (*tensors_of(split.inputs), *tensors_of(split.targets))
     if len(split) == 0:
-        raise UserError(f"{name} is empty: at least one image is needed")
-    if split.images.dim() != 4 or split.labels.dim() != 1 or len(split.images) != len(split.labels):
+        raise UserError(f"{name} is empty: at least one example is needed", code="empty", field=name)
+    if len({len(tensor) for tensor in tensors}) > 1:
         raise UserError(
-            f"{name} has images {tuple(split.images.shape)} and labels {tuple(split.labels.shape)}: "
-            f"[N, C, H, W] and [N] are needed"
+            f"{name} has inputs {described(split.inputs)} and targets {described(split.targets)}: the first dimension of "
+            "each must count the examples",
+            code="batch",
+            field=name,
         )
-    if split.images.is_floating_point() and not bool(split.images.isfinite().all()):
-        broken = (~split.images.isfinite().flatten(1).all(1)).nonzero().flatten()
-        raise UserError(
-            f"{name}: NaN or infinite pixels in {len(broken)} images, the first at {int(broken[0])}"
-        )
-    outside = ((split.labels < 0) | (split.labels >= classes)).nonzero().flatten()
-    if len(outside):
-        first = int(outside[0])
-        raise UserError(
-            f"{name}: {len(outside)} labels outside 0..{classes - 1}, "
-            f"the first is {int(split.labels[first])} at row {first}"
-        )
+    for tensor in tensors_of(split.inputs):
+        broken = (~tensor.isfinite().reshape(len(tensor), -1).all(1)).nonzero().flatten()
+        if len(broken):
+            raise UserError(
+                f"{name}: NaN or infinite values in {len(broken)} examples, the first at {int(broken[0])}",
+                code="not_finite",
+                field=name,
+            )
 
 
 def fingerprint(*splits: Split | None) -> str:
-    """First 16 hex digits of the SHA-256 of all pixels and labels, in order, with their shapes and types."""
+    """First 16 hex digits of the SHA-256 of all inputs and targets, in order, with their shapes and types."""
     digest = hashlib.sha256()
     for split in splits:
-        for tensor in () if split is None else (split.images, split.labels):
-            digest.update(f"{tuple(tensor.shape)} {tensor.dtype};".encode())
+        for name, tensor in () if split is None else (*_named(split.inputs), *_named(split.targets)):
+            digest.update(f"{name}{tuple(tensor.shape)} {tensor.dtype};".encode())
             digest.update(np.ascontiguousarray(tensor.numpy()).data)
         digest.update(b"|")
     return digest.hexdigest()[:16]
+
+
+def _named(inputs: Inputs) -> list[tuple[str, Tensor]]:
+    names = list(inputs) if isinstance(inputs, dict) else [""] * len(tensors_of(inputs))
+    return list(zip(names, tensors_of(inputs), strict=True))
 
 
 def stratified(labels: Tensor, seed: int) -> Tensor:

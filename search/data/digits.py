@@ -26,8 +26,9 @@ def digits(search_images: Count | None = None, split_seed: SplitSeed = 0) -> Dat
 
     bunch = load_digits()
     pixels = torch.from_numpy(bunch.images).mul(255 / 16).round().to(torch.uint8).unsqueeze(1)
-    everything = Split(pixels, torch.from_numpy(bunch.target).to(torch.int64))
-    order = stratified(everything.labels, seed=0)
+    labels = torch.from_numpy(bunch.target).to(torch.int64)
+    everything = Split(pixels, labels)
+    order = stratified(labels, seed=0)
     held_out = len(everything) // 5
     test, rest = (
         everything.take(order[:held_out].sort().values),

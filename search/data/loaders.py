@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from amc_env.errors import UserError
+from amc_env.errors import UserError, first_line
+from amc_env.inputs import Inputs, count, described, joined, take, to_device
 from search.data.base import Data, Split, check_split, fingerprint
+from search.data.reading import Reader, batches_from
 
 
 def from_loaders(
@@ -20,44 +23,69 @@ def from_loaders(
     val_loader: Iterable[Any],
     test_loader: Iterable[Any] | None = None,
     calibration_images: int = 2000,
-    classes: int | None = None,
+    outputs: Tensor | None = None,
+    reader: Reader | None = None,
 ) -> Data:
-    """Data from the user's own loaders of (images, labels) batches, normalised as the network wants them.
+    """Data from the user's own loaders, whose inputs are as the network wants them; see `search.data.reading`.
 
     Args:
         train_loader: kept for fine-tuning as it is; its first `calibration_images` become the train split.
         val_loader: judges candidates; read whole, once.
-        test_loader: for the final figures; None leaves them on the validation images.
-        classes: number of the network's outputs; the largest label plus one where None.
+        test_loader: for the final figures; None leaves them on the validation examples.
+        outputs: the network's for a few examples, which targets are compared with; None: they are not.
+        reader: makes inputs and targets of batches; by default those of a classifier with one input.
 
     Raises:
-        UserError: an empty loader, batches of another form, NaN or infinite pixels, labels outside classes,
-            images of different shapes.
+        UserError: an empty loader, batches of another form, NaN or infinite inputs, targets that do not fit the task or
+            the outputs, examples of different shapes.
     """
     if calibration_images < 1:
         raise UserError(f"calibration_images={calibration_images}: at least 1 is needed")
-    train = _gather("train_loader", train_loader, limit=calibration_images)
-    search = _gather("val_loader", val_loader)
-    test = None if test_loader is None else _gather("test_loader", test_loader)
+    reader = reader or Reader()
+    train = _gather("train_loader", train_loader, reader, limit=calibration_images)
+    search = _gather("val_loader", val_loader, reader)
+    test = None if test_loader is None else _gather("test_loader", test_loader, reader)
     parts = {"train_loader": train, "val_loader": search} | ({} if test is None else {"test_loader": test})
-    count = classes if classes is not None else 1 + max(int(part.labels.max()) for part in parts.values())
     for name, part in parts.items():
-        check_split(name, part, count)
-    shapes = {name: tuple(part.images.shape[1:]) for name, part in parts.items()}
+        check_split(name, part)
+        if outputs is not None:
+            reader.task.check(name, outputs, part.targets)
+    shapes = {name: described(take(part.inputs, slice(1))) for name, part in parts.items()}
     if len(set(shapes.values())) > 1:
-        raise UserError(f"images of several shapes, where all loaders must give one: {shapes}")
+        raise UserError(
+            f"examples of several shapes, where all loaders must give one: {shapes}",
+            code="batch",
+            field="train_loader",
+        )
+    classes = 0 if outputs is None else reader.task.classes(outputs)
     return Data(
         name="loaders",
         train=train,
         search=search,
         test=test,
-        classes=tuple(str(label) for label in range(count)),
+        classes=tuple(str(label) for label in range(classes)),
         mean=(),
         std=(),
         augment=False,
         fingerprint=fingerprint(train, search, test),
         loader=train_loader,
+        reader=reader,
     )
+
+
+def as_loader(given: Any, batch_size: int, *, shuffle: bool = False) -> Any:
+    """A loader as it is; a DataLoader of a dataset, or of a pair (inputs, targets) of tensors.
+
+    Args:
+        given: what was given in place of a loader.
+        batch_size: of such a DataLoader.
+        shuffle: whether such a DataLoader shuffles.
+    """
+    if isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(x, Tensor) for x in given):
+        given = TensorDataset(*given)
+    if isinstance(given, Dataset) and not isinstance(given, IterableDataset):
+        return DataLoader(given, batch_size, shuffle=shuffle)
+    return given
 
 
 @contextmanager
@@ -128,51 +156,27 @@ def _generators(loader: Any) -> list[torch.Generator]:
     return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
 
 
-def class_labels(name: str, labels: Tensor) -> Tensor:
-    """Labels of a batch as int64 [N], from any integer type or bool, also of shape [N, 1].
-
-    Raises:
-        UserError: They are no class numbers, but targets of a regression or one row for each class.
-    """
-    if labels.is_floating_point() or labels.is_complex():
-        raise UserError(
-            f"{name} gives labels of type {labels.dtype}, but a classifier needs class numbers: integers in [N]. "
-            "Regression targets are not supported; one-hot rows become class numbers with labels.argmax(1)",
-            code="labels",
-            field=name,
-        )
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels.squeeze(1)
-    if labels.ndim != 1:
-        raise UserError(
-            f"{name} gives labels of shape {list(labels.shape)}: class numbers in [N] are needed; one-hot rows become "
-            "class numbers with labels.argmax(1)",
-            code="labels",
-            field=name,
-        )
-    return labels.to(torch.int64)
-
-
-def _gather(name: str, loader: Iterable[Any], limit: int | None = None) -> Split:
-    """The loader's images (float32) and labels in one tensor each, at most `limit` of them."""
-    images: list[Tensor] = []
-    labels: list[Tensor] = []
+def _gather(name: str, loader: Iterable[Any], reader: Reader, limit: int | None = None) -> Split:
+    """The loader's inputs and targets on the CPU, at most `limit` of them."""
+    inputs: list[Inputs] = []
+    targets: list[Inputs] = []
     gathered = 0
-    for batch in Reseeded(loader, 0):
-        if not (
-            isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)
-        ):
-            raise UserError(
-                f"{name} gives batches of {type(batch).__name__}: (images, labels) tensors are needed"
-            )
-        images.append(batch[0].detach().to("cpu", torch.float32))
-        labels.append(class_labels(name, batch[1]).detach().cpu())
-        gathered += len(batch[0])
+    for batch in batches_from(name, Reseeded(loader, 0)):
+        one, wanted = reader(name, batch)
+        inputs.append(to_device(one, "cpu"))
+        targets.append(to_device(wanted, "cpu"))
+        gathered += count(one)
         if limit is not None and gathered >= limit:
             break
     if not gathered:
-        raise UserError(f"{name} is empty: at least one image is needed")
+        raise UserError(f"{name} is empty: at least one example is needed", code="empty", field=name)
     try:
-        return Split(torch.cat(images)[:limit], torch.cat(labels)[:limit])
-    except RuntimeError as error:
-        raise UserError(f"{name}: its batches do not fit together: {error}") from error
+        whole = slice(limit)
+        return Split(take(joined(inputs), whole), take(joined(targets), whole))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{name}: its batches do not fit together: {first_line(error)}. All examples must have one shape: bring images "
+            "to one size, and texts to one length (padding='max_length')",
+            code="batch",
+            field=name,
+        ) from error

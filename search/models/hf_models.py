@@ -53,4 +53,5 @@ def hf_model(
         key=key,
         pretrained=pretrained,
         data_settings=settings,
+        needs_shape=False,
     )

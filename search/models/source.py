@@ -32,7 +32,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from amc_env.errors import UserError, first_line
-from amc_env.inputs import call, output_of
+from amc_env.inputs import call, described, output_of, take
 from search import files
 from search.data.base import Data
 from search.data.loaders import seeded
@@ -59,6 +59,7 @@ class ModelSource:
         recipe: how it is trained once where there are neither; None where that is too expensive.
         key: the entry of the user's file that holds the state dict, see `read_checkpoint`.
         pretrained: like `build`, with the weights of the library that it is from, for whose classes it is then made.
+        needs_shape: whether it is built for images of a shape; else `build` is given zeros, and inputs may be any.
         data_settings: how these weights want their inputs, by the names of settings of the data, for those left null.
     """
 
@@ -71,6 +72,7 @@ class ModelSource:
     key: str | None = None
     pretrained: Build | None = None
     data_settings: Mapping[str, Any] = field(default_factory=dict)
+    needs_shape: bool = True
 
     @property
     def file(self) -> Path | None:
@@ -108,7 +110,8 @@ class ModelSource:
                 data or has outputs for another number of classes.
         """
         self.check()
-        build = partial(self.build, data.image_shape, len(data.classes))
+        kind = (data.image_shape if self.needs_shape else (0, 0, 0)), len(data.classes)
+        build = partial(self.build, *kind)
         with seeded(0):
             if self.weights == RANDOM:
                 log.warning("model.weights=random: %s is not trained, and scores mean nothing", self.name)
@@ -117,7 +120,7 @@ class ModelSource:
                 model = build()
                 load_weights(model, self.weights, None, self.name, _described(data), self.key)
             elif self.pretrained is not None:
-                model = self.pretrained(data.image_shape, len(data.classes))
+                model = self.pretrained(*kind)
             elif self.url is not None:
                 model = build()
                 load_weights(model, None, self.url, self.name, _described(data))
@@ -134,10 +137,10 @@ def _check_outputs(model: nn.Module, data: Data, name: str) -> None:
     Raises:
         UserError: It fails, or has another number of outputs than the data has classes.
     """
-    example = data.normalise(data.train.images[:1])
+    example = data.normalise(take(data.train.inputs, slice(1)))
     try:
         with torch.no_grad():
-            outputs = output_of(call(model, example)).shape[-1]
+            outputs = output_of(call(model, example))
     except Exception as error:  # anything that a network of somebody else's raises
         raise UserError(
             f"model={name} does not run{_described(data)}: {first_line(error)}; where the images are of the wrong size, "
@@ -145,10 +148,10 @@ def _check_outputs(model: nn.Module, data: Data, name: str) -> None:
             code="does_not_run",
             field="model",
         ) from error
-    if outputs != len(data.classes):
+    if outputs.ndim == 2 and data.classes and outputs.shape[1] != len(data.classes):
         raise UserError(
-            f"model={name} has {outputs} outputs, and data={data.name} has {len(data.classes)} classes; train the network "
-            "on these and give its checkpoint with {field}=FILE: it is then built with as many outputs",
+            f"model={name} has {outputs.shape[1]} outputs, and data={data.name} has {len(data.classes)} classes; train the "
+            "network on these and give its checkpoint with {field}=FILE: it is then built with as many outputs",
             code="wrong_classes",
             field="model.weights",
         )
@@ -156,9 +159,11 @@ def _check_outputs(model: nn.Module, data: Data, name: str) -> None:
 
 def _described(data: Data) -> str:
     """What a network is built for, in messages; the digits are the default, and few weights are made for them."""
-    channels, height, width = data.image_shape
+    inputs = data.train.inputs
+    is_image = isinstance(inputs, Tensor) and inputs.ndim == 4
+    shape = " x ".join(map(str, data.image_shape)) if is_image else described(take(inputs, slice(1)))
     hint = "; weights for colour images go with data=cifar10" if data.name == "digits" else ""
-    return f" on data={data.name} ({channels} x {height} x {width}{hint})"
+    return f" on data={data.name} ({shape}{hint})"
 
 
 # ---------------------------------------------------------------------------------------------------- weights

@@ -54,7 +54,7 @@ def module_model(
         raise UserError("{field}=random: the factory decides on the first weights", field="model.weights")
     function = _function(factory)
     build = partial(_build, factory, function, dict(arguments or {}))
-    return ModelSource(factory, build, original_lr, weights, key=key, pretrained=build)
+    return ModelSource(factory, build, original_lr, weights, key=key, pretrained=build, needs_shape=False)
 
 
 def _function(factory: str) -> Any:

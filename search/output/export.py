@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +23,19 @@ from torch import Tensor, nn
 from amc_env import onnx as onnx_files
 from amc_env.errors import UserError
 from amc_env.graph.surgery import Keeps
+from amc_env.inputs import (
+    Inputs,
+    arguments,
+    call,
+    count,
+    described,
+    each,
+    joined,
+    output_of,
+    take,
+    tensors_in,
+    tensors_of,
+)
 from search import files
 from search.output.weights import WEIGHTS_FILE, ExportError, one_line, save_pruned
 
@@ -33,7 +47,7 @@ TOLERANCE = 1e-4
 
 _TRACED_BATCH = 2  # torch.export treats sizes 0 and 1 as constants, so the traced batch must be larger
 
-Run = Callable[[Tensor], Any]
+Run = Callable[[Inputs], Any]
 
 
 @dataclass(frozen=True)
@@ -61,23 +75,25 @@ class Small:
 
     Attributes:
         model: the small network.
-        example: one batch of normalised inputs, [N, ...] with N >= 1; the files are checked on it.
+        example: one batch of inputs, of one example or more; the files are checked on it.
         keeps: what `resize` was given to make it from the unpruned network.
         name: the unpruned network's.
         original: the unpruned network, see `save_pruned`.
+        output: which of the network's outputs is compared; see `amc_env.inputs.output_of`.
     """
 
     model: nn.Module
-    example: Tensor
+    example: Inputs
     keeps: Keeps = field(default_factory=dict)
     name: str = "model"
     original: nn.Module | None = None
+    output: int | str | None = None
 
     def __post_init__(self) -> None:
         """Refuses an example without rows."""
-        if self.example.dim() < 2 or self.example.numel() == 0:
+        if any(tensor.dim() < 1 or tensor.numel() == 0 for tensor in tensors_of(self.example)):
             raise UserError(
-                f"the example batch has shape {list(self.example.shape)}: it must be [N, ...] with N >= 1"
+                f"the example batch has shape {described(self.example)}: it must be [N, ...] with N >= 1"
             )
 
 
@@ -135,8 +151,8 @@ class Program(Format):
     """A file that computes the network without its class: fp32, CPU, any batch size; within TOLERANCE."""
 
     @abstractmethod
-    def save(self, program: torch.export.ExportedProgram, path: Path) -> None:
-        """Writes a traced network."""
+    def save(self, program: torch.export.ExportedProgram, path: Path, example: Inputs) -> None:
+        """Writes a network that was traced on inputs like these."""
 
     @abstractmethod
     def load(self, path: Path) -> Run:
@@ -147,8 +163,8 @@ class Program(Format):
         path = folder / self.file
         network, example = onnx_files.plain_copy(small.model, small.example)
         with files.replacing(path) as temporary, onnx_files.quiet():
-            self.save(_traced(network, example), temporary)
-            difference = _difference(self.load(temporary), network, example, path)
+            self.save(_traced(network, example), temporary, example)
+            difference = _difference(self.load(temporary), network, example, small.output, path)
         return Exported(self.name, path, path.stat().st_size, difference)
 
 
@@ -163,11 +179,11 @@ class TorchExport(Program):
 module = torch.export.load("RUN_FOLDER/model.pt2").module()
 logits = module(images)  # float32 [N, C, H, W], normalised"""
 
-    def save(self, program: torch.export.ExportedProgram, path: Path) -> None:
+    def save(self, program: torch.export.ExportedProgram, path: Path, example: Inputs) -> None:
         torch.export.save(program, path)
 
     def load(self, path: Path) -> Run:
-        return torch.export.load(path).module()
+        return partial(call, torch.export.load(path).module())
 
 
 class Onnx(Program):
@@ -185,8 +201,8 @@ name = session.get_inputs()[0].name
     def check(self) -> None:
         onnx_files.require_packages("export to onnx", "leave onnx out of the formats")
 
-    def save(self, program: torch.export.ExportedProgram, path: Path) -> None:
-        onnx_files.write(program, path, _batch_shapes())
+    def save(self, program: torch.export.ExportedProgram, path: Path, example: Inputs) -> None:
+        onnx_files.write(program, path, onnx_files.input_names(example), _batch_shapes(example))
 
     def load(self, path: Path) -> Run:
         run = onnx_files.session(path)
@@ -249,28 +265,32 @@ def _attempt(chosen: Format, small: Small, folder: Path) -> Exported:
 # Programs
 
 
-def _batch_shapes() -> tuple[dict[int, Any], ...]:
-    return ({0: torch.export.Dim("batch")},)
+def _batch_shapes(example: Inputs) -> Any:
+    """The first axis of every input is the batch's."""
+    axes = {0: torch.export.Dim("batch")}
+    return dict.fromkeys(example, axes) if isinstance(example, dict) else (axes,) * len(tensors_of(example))
 
 
-def _traced(network: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
+def _traced(network: nn.Module, example: Inputs) -> torch.export.ExportedProgram:
     # The sample input is stored in the file: zeros, so that no image of the user's is given away with it.
-    sample = example.new_zeros(_TRACED_BATCH, *example.shape[1:])
-    program = torch.export.export(network, (sample,), dynamic_shapes=_batch_shapes())
+    sample = each(example, lambda tensor: tensor.new_zeros(_TRACED_BATCH, *tensor.shape[1:]))
+    given, named = arguments(sample)
+    program = torch.export.export(network, given, named, dynamic_shapes=_batch_shapes(example))
     for graph in program.graph_module.modules():
         for node in graph.graph.nodes if isinstance(graph, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)  # source lines and paths of this machine
     return program
 
 
-def _batches(example: Tensor) -> list[Tensor]:
+def _batches(example: Inputs) -> list[Inputs]:
     """The example and other sizes, one of which is 1: a branch on it is traced away without a word."""
-    rows = torch.cat([example, example.flip(-1), example, example])  # enough rows, and not all the same
-    return [example, *(rows[:size] for size in (1, 3) if size != len(example))]
+    flipped = each(example, lambda tensor: tensor.flip(-1))
+    rows = joined([example, flipped, example, example])  # enough rows, and not all the same
+    return [example, *(take(rows, slice(size)) for size in (1, 3) if size != count(example))]
 
 
 @torch.no_grad()
-def _difference(run: Run, network: nn.Module, example: Tensor, path: Path) -> float:
+def _difference(run: Run, network: nn.Module, example: Inputs, output: int | str | None, path: Path) -> float:
     """Largest |run - network| over all batches.
 
     Raises:
@@ -278,14 +298,16 @@ def _difference(run: Run, network: nn.Module, example: Tensor, path: Path) -> fl
     """
     largest = 0.0
     for batch in _batches(example):
-        expected, got = _outputs(network(batch)), _outputs(run(batch))
-        shapes = [list(output.shape) for output in expected], [list(output.shape) for output in got]
+        wanted = call(network, batch)
+        expected, got = tensors_in(wanted), tensors_in(run(batch))
+        shapes = [list(one.shape) for one in expected], [list(one.shape) for one in got]
         if shapes[0] != shapes[1]:
             raise ExportError(
-                f"{path.name} gives shapes {shapes[1]} on a batch of {len(batch)}, the network {shapes[0]}"
+                f"{path.name} gives shapes {shapes[1]} on a batch of {count(batch)}, the network {shapes[0]}"
             )
-        for ours, theirs in zip(expected, got, strict=True):
-            largest = max(largest, _checked(ours.double(), theirs.double(), len(batch), path))
+        counts = output_of(wanted, output)
+        (ours, theirs), *_ = (pair for pair in zip(expected, got, strict=True) if pair[0] is counts)
+        largest = max(largest, _checked(ours.double(), theirs.double(), count(batch), path))
     return largest
 
 
@@ -304,11 +326,3 @@ def _checked(ours: Tensor, theirs: Tensor, batch: int, path: Path) -> float:
             f"allowed {allowed:.3g}"
         )
     return difference
-
-
-def _outputs(output: Any) -> list[Tensor]:
-    """The tensors of a network's output, in order, out of tuples, lists and mappings."""
-    if isinstance(output, Tensor):
-        return [output]
-    parts = output.values() if isinstance(output, Mapping) else output
-    return [tensor for part in parts if part is not None for tensor in _outputs(part)]

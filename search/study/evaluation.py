@@ -13,14 +13,16 @@ from amc_env.evaluation.evaluator import Evaluator
 from amc_env.evaluation.precision import FLOAT32
 from amc_env.evaluation.prefix import PrefixScorer
 from amc_env.evaluation.pruner import ORIGINAL, BaseWeights
-from amc_env.evaluation.scorer import accuracy
+from amc_env.evaluation.scorer import score
 from amc_env.graph.layers import LayerGraph
+from amc_env.inputs import to_device
 from amc_env.pruning.candidate import Candidates, MaskedCandidates
 from amc_env.pruning.repair.base import BatchNorm, Both, NoRepair, Repair
 from amc_env.pruning.repair.errors import layer_errors
 from amc_env.pruning.repair.least_squares import LeastSquares
 from amc_env.pruning.repair.masked import MaskedLeastSquares, MaskedSequential
 from amc_env.pruning.repair.sequential import Sequential
+from amc_env.tasks import Classification
 from search.settings import SHORT_TERM, RepairSettings
 from search.study.journal import Journal
 from search.study.problem import PruningProblem
@@ -82,10 +84,10 @@ def _repairs(
 
     def fitted(name: str) -> Repair:
         options = {"per_image": settings.per_image, "seed": problem.settings.seed, "ridge": ridge}
-        return makers[name](problem.graph.topology, problem.images(train, images), **options)
+        return makers[name](problem.graph.topology, problem.inputs(train, images), **options)
 
     def norms() -> Repair:
-        return BatchNorm(problem.images(train, settings.norm_images))
+        return BatchNorm(problem.inputs(train, settings.norm_images))
 
     return {
         "none": NoRepair,
@@ -101,7 +103,7 @@ def layer_errors_of(problem: PruningProblem, start: BaseWeights) -> Sequence[NDA
     if not isinstance(start.candidates, Candidates):
         return None
     repair = problem.settings.repair
-    images = problem.images(problem.data.train, _calibration_images(problem.graph, repair.images))
+    images = problem.inputs(problem.data.train, _calibration_images(problem.graph, repair.images))
     return layer_errors(
         start.candidates,
         problem.grids,
@@ -126,13 +128,14 @@ def _calibration_images(graph: LayerGraph, wanted: int) -> int:
 
 
 def scorer_of(problem: PruningProblem) -> PrefixScorer:
-    """Accuracy of cut networks on the search split."""
+    """The score of cut networks on the search split."""
     search, scoring = problem.data.search, problem.settings.scoring
     return PrefixScorer(
         problem.model,
         problem.graph.topology,
-        problem.images(search),
-        search.labels.to(problem.settings.device),
+        problem.inputs(search),
+        to_device(search.targets, problem.settings.device),
+        problem.settings.task,
         batch_size=scoring.batch_size,
         channels_last=scoring.channels_last,
         precision=scoring.precision,
@@ -155,15 +158,20 @@ def make_evaluator(
     original = scorer(start.candidates.original)
     precision = settings.scoring.precision
     log.info(
-        "%s accuracy on the %d search images: %.2f%%%s",
+        "%s %s on the %d search images: %.2f%%%s",
         "the original's" if start.name == ORIGINAL else f"{start.name}: the starting",
+        settings.task.metric,
         len(problem.data.search),
         100 * original,
         ""
         if precision == FLOAT32
         else f" in {precision}, {100 * _in_float32(start, problem):.2f}% in {FLOAT32}",
     )
-    if original < 2 / len(problem.data.classes):
+    if (
+        isinstance(settings.task, Classification)
+        and problem.data.classes
+        and original < 2 / len(problem.data.classes)
+    ):
         log.warning("that is near chance: are the images scaled and normalised as in the network's training?")
     threads = settings.scoring.threads
     return Evaluator(
@@ -173,5 +181,6 @@ def make_evaluator(
 
 def _in_float32(start: BaseWeights, problem: PruningProblem) -> float:
     search = problem.data.search
-    labels = search.labels.to(problem.settings.device)
-    return accuracy(start.candidates.original, problem.images(search), labels)
+    settings = problem.settings
+    targets = to_device(search.targets, settings.device)
+    return score(start.candidates.original, problem.inputs(search), targets, settings.task)

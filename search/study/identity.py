@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from amc_env.tasks import Classification
 from search.study.problem import PruningProblem
 
 MAY_GROW = ("episodes",)
@@ -45,6 +46,10 @@ def score_identity(problem: PruningProblem) -> dict[str, Any]:
     """Everything that the score of a strategy depends on, whoever asks for it."""
     settings = problem.settings
     names = [*_OF_A_SCORE]
+    if (
+        settings.task != Classification()
+    ):  # left out, so that run folders from before there were tasks can be resumed
+        names += ["task"]
     if settings.short_term_steps:  # its learning rate is a fraction of the original one
         names += ["original_lr"]
     return _described(settings, *names) | {

@@ -14,6 +14,7 @@ from amc_env.costs.latency.table import LatencyTable
 from amc_env.costs.latency.units import Unit, units_of
 from amc_env.costs.memory import Activations
 from amc_env.graph.layers import Layer
+from amc_env.inputs import count, device_of
 from search import files
 from search.output.formatting import percent
 from search.output.progress import Progress, print_table
@@ -124,14 +125,14 @@ def _print(shown: Shown) -> None:
 def _shown(subject: Subject) -> Shown:
     """Equal layers are timed once."""
     candidates, how, example = subject.candidates, subject.how, subject.example
-    layers = candidates.graph.layers
+    layers, batch, device = candidates.graph.layers, count(example), device_of(example)
     units = units_of(candidates.original, candidates.graph)
     keys = {layer.name: (units[layer.name], layer.in_channels, layer.out_channels) for layer in layers}
     with using_threads(how.threads):
         calls: dict[object, Call] = {
             (unit, inputs, outputs): how.runtime.prepare(
-                unit.build(inputs, outputs).to(example.device),
-                unit.example(len(example), inputs).to(example.device),
+                unit.build(inputs, outputs).to(device),
+                unit.example(batch, inputs).to(device),
             )
             for unit, inputs, outputs in dict.fromkeys(keys.values())
         }

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from amc_env.costs.latency import Runtime, machine, sampling
 from amc_env.costs.latency.sampling import build_table
@@ -17,6 +17,7 @@ from amc_env.costs.latency.table import Conditions, LatencyTable
 from amc_env.costs.memory import Activations
 from amc_env.errors import UserError, first_line
 from amc_env.graph.tracing import trace
+from amc_env.inputs import Inputs, count, device_of, tensors_of
 from amc_env.pruning.candidate import Candidates
 from amc_env.pruning.granularity import Granularity
 from amc_env.space import Grid
@@ -51,18 +52,18 @@ class Subject:
         name: The network's.
         candidates: Builds its pruned networks. Which channels go makes no difference to time: the last of each group.
         grids: The decisions' feasible counts.
-        example: The batch, [N, C, H, W], on the network's device.
+        example: The batch, on the network's device.
         how: How it is measured.
     """
 
     name: str
     candidates: Candidates
     grids: tuple[Grid, ...]
-    example: Tensor
+    example: Inputs
     how: How
 
     @classmethod
-    def of(cls, name: str, model: nn.Module, example: Tensor, granularity: Granularity, how: How) -> Subject:
+    def of(cls, name: str, model: nn.Module, example: Inputs, granularity: Granularity, how: How) -> Subject:
         """A network made ready to be cut.
 
         Raises:
@@ -87,15 +88,15 @@ class Subject:
     @property
     def conditions(self) -> Conditions:
         """Under which its times hold."""
-        device = str(self.example.device)
-        return Conditions.here(self.how.runtime.name, self.how.threads, len(self.example), device)
+        device = str(device_of(self.example))
+        return Conditions.here(self.how.runtime.name, self.how.threads, count(self.example), device)
 
     def __str__(self) -> str:
-        size = " x ".join(str(count) for count in self.example.shape[1:])
+        sizes = (" x ".join(map(str, tensor.shape[1:])) for tensor in tensors_of(self.example))
         threads = "1 thread" if self.how.threads == 1 else f"{self.how.threads} threads"
         return (
-            f"{self.name}, batch {len(self.example)} of {size}, runtime {self.how.runtime.name}, {threads}, "
-            f"on {machine(str(self.example.device))}"
+            f"{self.name}, batch {count(self.example)} of {', '.join(sizes)}, runtime {self.how.runtime.name}, {threads}, "
+            f"on {machine(str(device_of(self.example)))}"
         )
 
 

@@ -227,8 +227,8 @@ def _run(problem: PruningProblem, context: Context, journal: Journal) -> Finishe
     networks = {"base": problem.model} | {stage: pruned.network for stage, pruned in candidates.items()}
     delivered = delivered_of(problem, networks)
     chosen = candidates[delivered]
-    example = problem.images(problem.data.search, 4)
-    small = Small(chosen.network, example, chosen.keeps, context.model, problem.model)
+    example = problem.inputs(problem.data.search, 4)
+    small = Small(chosen.network, example, chosen.keeps, context.model, problem.model, settings.task.output)
     exports = export_all(small, context.folder, settings.export)
     result = replace(
         result_of(last, networks, delivered, best, study, exports),

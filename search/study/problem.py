@@ -23,11 +23,13 @@ from amc_env.errors import UserError, first_line
 from amc_env.evaluation.precision import check_precision
 from amc_env.graph.layers import LayerGraph
 from amc_env.graph.tracing import trace, trace_layers
+from amc_env.inputs import Inputs, call, take, to_device
 from amc_env.pruning.candidate import Candidates, MaskedCandidates
 from amc_env.pruning.criteria import ElementCriterion, Sample, rank
 from amc_env.pruning.criteria.base import rank_after
 from amc_env.pruning.granularity import Masked, left_alone
 from amc_env.space import Budget, Cost, Grid, SearchSpace, figure
+from amc_env.tasks import Task
 from search.data.base import Data, Split
 from search.output.export import check_formats
 from search.settings import FinalistSettings, Settings
@@ -78,10 +80,10 @@ class PruningProblem:
                 f"weights are not finite (NaN or infinity) in {', '.join(bad[:8])}", code="not_finite"
             )
         model = model.to(settings.device).eval()
-        example = data.normalise(data.search.images[:2].to(settings.device))
+        example = data.normalise(to_device(take(data.search.inputs, slice(2)), settings.device))
         granularity = settings.granularity
         graph = (trace_layers if granularity.masked else trace)(model, example)
-        _check_outputs(model, example, data)
+        _check_outputs(model, example, data, settings.task)
         graph, grids = granularity.decisions(graph)
         if settings.keep:
             types = {layer.name: type(model.get_submodule(layer.name)).__name__ for layer in graph.layers}
@@ -130,7 +132,7 @@ class PruningProblem:
         Raises:
             UserError: The network cannot be traced symbolically, or they do not follow from the counts removed.
         """
-        return Activations(self.model, self.graph, self.grids, self.images(self.data.search, 1))
+        return Activations(self.model, self.graph, self.grids, self.inputs(self.data.search, 1))
 
     def latency_table(self, budget: LatencyBudget) -> tuple[LatencyTable, Activations | None]:
         """See `amc_env.costs.base.CostInputs`."""
@@ -141,21 +143,22 @@ class PruningProblem:
         """The decisions where they mask weights, nothing where they cut channels."""
         return self.grids if self.settings.granularity.masked else ()
 
-    def images(self, split: Split, count: int | None = None) -> Tensor:
-        """Normalised images of a split on the device, the first ``count`` of them."""
-        chosen = split.images if count is None else split.images[:count]
-        return self.data.normalise(chosen.to(self.settings.device))
+    def inputs(self, split: Split, count: int | None = None) -> Inputs:
+        """Network inputs of a split on the device, the first ``count`` of them."""
+        return self.data.normalise(to_device(take(split.inputs, slice(count)), self.settings.device))
 
-    def batch(self, size: int) -> Tensor:
-        """``size`` normalised images of the search split on the device, repeated where it has fewer."""
-        images = self.data.search.images
-        return self.data.normalise(images[torch.arange(size) % len(images)].to(self.settings.device))
+    def batch(self, size: int) -> Inputs:
+        """``size`` network inputs of the search split on the device, repeated where it has fewer."""
+        split = self.data.search
+        chosen = take(split.inputs, torch.arange(size) % len(split))
+        return self.data.normalise(to_device(chosen, self.settings.device))
 
 
-def _check_outputs(model: nn.Module, example: Tensor, data: Data) -> None:
+def _check_outputs(model: nn.Module, example: Inputs, data: Data, task: Task) -> None:
     with torch.no_grad():
-        outputs = model(example)
-    if outputs.ndim != 2 or outputs.shape[1] < len(data.classes):
+        outputs = task.read(call(model, example))
+    task.check(data.name, outputs, to_device(data.search.targets, "cpu"))
+    if task.classes(outputs) < len(data.classes):
         raise UserError(
             f"the network's output has shape {tuple(outputs.shape)}; one logit for each of the "
             f"{len(data.classes)} classes of {data.name} is needed",
@@ -176,8 +179,9 @@ def builder_of(
     """
     criterion = problem.settings.criterion
     train = problem.data.train
-    labels = train.labels[: criterion.images].to(problem.settings.device)
-    sample = Sample(problem.images(train, criterion.images), labels, problem.settings.seed)
+    settings = problem.settings
+    targets = to_device(take(train.targets, slice(criterion.images)), settings.device)
+    sample = Sample(problem.inputs(train, criterion.images), targets, settings.seed, settings.task)
     if not problem.masked:
         scores = criterion.channel_scores(network, problem.graph, sample)
         return Candidates(

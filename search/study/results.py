@@ -19,7 +19,8 @@ from amc_env.costs.latency import Timing, measure, processor, warn_where_busy
 from amc_env.costs.storage import Storage, StorageBudget, follows_pattern, params_beside_weights
 from amc_env.errors import UserError
 from amc_env.evaluation.pruner import ORIGINAL
-from amc_env.evaluation.scorer import accuracy
+from amc_env.evaluation.scorer import score
+from amc_env.inputs import Inputs, to_device
 from amc_env.pruning.granularity import NM, Channel, FineGrained, Granularity, Kernel, Masked, Vector
 from amc_env.space import Strategy, Trial
 from search import files
@@ -104,13 +105,14 @@ def delivered_of(problem: PruningProblem, networks: Mapping[str, nn.Module]) -> 
     if problem.settings.finetune.keep == "last":
         return "finetuned"
     split = problem.data.search
-    before, after = (_accuracy(problem, networks[stage], split) for stage in ("pruned", "finetuned"))
+    before, after = (_score(problem, networks[stage], split) for stage in ("pruned", "finetuned"))
     error = math.sqrt(before * (1 - before) / len(split))
     if after >= before - error:
         return "finetuned"
     log.warning(
-        "fine-tuning lowered the accuracy on the search split from %.2f%% to %.2f%%: the pruned network is delivered. "
+        "fine-tuning lowered the %s on the search split from %.2f%% to %.2f%%: the pruned network is delivered. "
         "Lower finetune.lr_fraction or original_lr, train for longer, or set finetune.keep=last",
+        problem.settings.task.metric,
         100 * before,
         100 * after,
     )
@@ -131,7 +133,7 @@ def _networks(
         rounded = {c: round(v, 4) if c == "latency" else round(v) for c, v in costs.items()}
         timing = latency.get(stage)
         figures[stage] = NetworkFigures(
-            accuracy=_accuracy(problem, network, split),
+            accuracy=_score(problem, network, split),
             split=name,
             costs=rounded | dense,
             latency_ms=timing.median_ms if timing else None,
@@ -162,15 +164,15 @@ def _latency(problem: PruningProblem, networks: Mapping[str, nn.Module]) -> dict
     return {stage: found[same] for stage, same in alike.items()}
 
 
-def _accuracy(problem: PruningProblem, network: nn.Module, split: Split) -> float:
-    """Of a split that may be larger than the memory: its images are normalised batch by batch."""
-    device = problem.settings.device
+def _score(problem: PruningProblem, network: nn.Module, split: Split) -> float:
+    """On a split that may be larger than the memory: its inputs are normalised batch by batch."""
+    settings = problem.settings
 
-    def logits(pixels: Tensor) -> Tensor:
-        found: Tensor = network(problem.data.normalise(pixels.to(device)))
-        return found
+    def prepare(batch: Inputs) -> Inputs:
+        return problem.data.normalise(to_device(batch, settings.device))
 
-    return accuracy(logits, split.images, split.labels.to(device))
+    targets = to_device(split.targets, settings.device)
+    return score(network, split.inputs, targets, settings.task, prepare=prepare)
 
 
 def budget_figures(problem: PruningProblem, removed: Sequence[int]) -> tuple[BudgetFigures, ...]:

@@ -89,7 +89,7 @@ class Tuner:
         except Exception as error:  # whatever a user's network and loader do not agree on
             raise UserError(
                 f"a pruned network cannot be trained: {type(error).__name__}: {first_line(error)}; are there auxiliary heads "
-                "that run in train mode only, or batches that are no (images, labels)? Leave them out, or set {field}=0",
+                "that run in train mode only, or batches that do not fit the network? Leave them out, or set {field}=0",
                 code="cannot_train",
                 field="finetune.epochs",
             ) from error
@@ -152,6 +152,7 @@ class Tuner:
                 temperature=chosen.temperature,
                 masks=masks or None,
                 file=file,
+                task=settings.task,
             )
         except UserError as error:
             raise error.inside("finetune") from error
@@ -170,7 +171,7 @@ def penalty_of(problem: PruningProblem, network: nn.Module) -> LossTerm | None:
     regularization = problem.settings.regularization
     graph = None
     if isinstance(regularization, GroupLasso):  # a cut network has groups of its own sizes
-        graph = trace(network, problem.images(problem.data.search, 2))
+        graph = trace(network, problem.inputs(problem.data.search, 2))
     return regularization.penalty(network, graph)
 
 

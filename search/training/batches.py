@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from amc_env.errors import UserError, out_of_range
+from amc_env.inputs import Inputs, count, device_of, each, take, to_device
 from search.data.base import Data, Split
-from search.data.loaders import Reseeded, class_labels
+from search.data.loaders import Reseeded
+from search.data.reading import batches_from
 
 log = logging.getLogger(__name__)
 
@@ -24,16 +26,20 @@ CROP_PADDING = 4
 _MOST_BATCHES = 100_000
 
 
+Pair = tuple[Inputs, Inputs]
+"""Inputs and targets of a batch."""
+
+
 class Batches(Protocol):
-    """Epochs of (network input, labels) on the device that trains; one iteration is one epoch.
+    """Epochs of (inputs, targets) on the device that trains; one iteration is one epoch.
 
     Attributes:
         example: two network inputs, on the device: what the memory layout is tried out with.
     """
 
-    example: Tensor
+    example: Inputs
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+    def __iter__(self) -> Iterator[Pair]: ...
 
     def __len__(self) -> int:
         """Steps of one epoch."""
@@ -51,29 +57,32 @@ class AugmentedBatches:
     def __init__(
         self, split: Split, data: Data, batch_size: int, seed: int, device: str | torch.device
     ) -> None:
-        """Take the images to the device once; `data` says how to normalise and whether to augment.
+        """Take the examples to the device once; `data` says how to normalise and whether to augment.
 
         Raises:
             UserError: a batch size below 1.
         """
         if batch_size < 1:
             raise out_of_range("batch_size", batch_size, "at least 1")
-        self.split = Split(split.images.to(device), split.labels.to(device))
+        self.split = Split(to_device(split.inputs, device), to_device(split.targets, device))
         self.data = data
-        self.example = data.normalise(self.split.images[:2])
+        self.example = data.normalise(take(self.split.inputs, slice(2)))
         self.batch_size = min(batch_size, len(split))
         self.generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
         return len(self.split) // self.batch_size
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        device = self.split.images.device
+    def __iter__(self) -> Iterator[Pair]:
+        device = device_of(self.split.inputs)
         order = torch.randperm(len(self.split), generator=self.generator).to(device)
         for step in range(len(self)):
             batch = self.split.take(order[step * self.batch_size : (step + 1) * self.batch_size])
-            images = crop_and_flip(batch.images, self.generator) if self.data.augment else batch.images
-            yield self.data.normalise(images), batch.labels
+            inputs = each(batch.inputs, self._augmented) if self.data.augment else batch.inputs
+            yield self.data.normalise(inputs), batch.targets
+
+    def _augmented(self, images: Tensor) -> Tensor:
+        return crop_and_flip(images, self.generator)
 
 
 def crop_and_flip(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -101,7 +110,7 @@ class LoaderBatches:
     """The user's own training loader, with its own order and augmentation, brought to the device.
 
     What it draws at random comes from a seed, whoever used it before, and whatever the training draws meanwhile. A last
-    batch of one image is left out.
+    batch of one example is left out.
     """
 
     def __init__(self, data: Data, device: str | torch.device, seed: int) -> None:
@@ -111,21 +120,23 @@ class LoaderBatches:
             UserError: as `batches_of`.
         """
         loader: Any = data.loader
+        self._read = data.reader
         self._length = batches_of(loader)
         self.device = torch.device(device)
-        self.example = data.normalise(data.train.images[:2].to(device))
+        self.example = data.normalise(to_device(take(data.train.inputs, slice(2)), device))
         self._batches = Reseeded(loader, seed)
 
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Pair]:
         largest = 0
-        for images, labels in self._batches:
-            largest = max(largest, len(images))
-            if len(images) == 1 < largest:  # an incomplete last batch, in which batch norm has no variance
+        for batch in batches_from("train_loader", self._batches):
+            inputs, targets = self._read("train_loader", batch)
+            largest = max(largest, count(inputs))
+            if count(inputs) == 1 < largest:  # an incomplete last batch, in which batch norm has no variance
                 continue
-            yield images.to(self.device, torch.float32), class_labels("train_loader", labels).to(self.device)
+            yield to_device(inputs, self.device), to_device(targets, self.device)
 
 
 _counted: WeakKeyDictionary[Any, int] = WeakKeyDictionary()
@@ -167,7 +178,7 @@ class FirstBatches:
     def __len__(self) -> int:
         return self._steps
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Pair]:
         done = 0
         while done < self._steps:
             before = done

@@ -6,51 +6,56 @@ Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531,
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from amc_env.errors import UserError, out_of_range
 from amc_env.graph.copying import module_copy
 from amc_env.graph.memory_format import fastest_format
+from amc_env.inputs import Inputs, call, device_of, in_format
+from amc_env.tasks import Task
 
 
 def distillation_loss(
-    logits: Tensor, soft: Tensor, labels: Tensor, share: float, temperature: float
+    task: Task, outputs: Any, teacher: Any, targets: Any, share: float, temperature: float
 ) -> Tensor:
-    """(1 - a) CE + a T^2 KL(teacher || student), both networks' probabilities softened by T; the batch's mean.
+    """(1 - a) loss + a teacher_loss of a task; of a classifier (1 - a) CE + a T^2 KL(teacher || student).
 
     T^2 keeps the gradient of the second term of one size whatever T is.
 
     Args:
-        logits: the student's, [N, classes].
-        soft: the teacher's, [N, classes].
-        labels: int64 [N].
+        task: says what the losses are.
+        outputs: the student's, as the task reads them.
+        teacher: the teacher's.
+        targets: of the examples.
         share: a, in [0, 1].
         temperature: T, above 0.
     """
-    student = F.log_softmax(logits.float() / temperature, dim=1)
-    target = F.log_softmax(soft.float() / temperature, dim=1)
-    divergence = F.kl_div(student, target, reduction="batchmean", log_target=True)
-    return (1 - share) * F.cross_entropy(logits, labels) + share * temperature**2 * divergence
+    return (1 - share) * task.loss(outputs, targets) + share * task.teacher_loss(
+        outputs, teacher, temperature
+    )
 
 
 class Teacher:
     """A frozen copy of a network, in eval mode and in the memory layout that is fastest for it."""
 
-    def __init__(self, network: nn.Module, example: Tensor, share: float, temperature: float) -> None:
+    def __init__(
+        self, network: nn.Module, example: Inputs, share: float, temperature: float, task: Task
+    ) -> None:
         """Copy `network` to where `example` lies, which is two of its inputs."""
-        self.network = module_copy(network).to(example.device).requires_grad_(False)
+        self.network = module_copy(network).to(device_of(example)).requires_grad_(False)
         self.layout = fastest_format(self.network, example)
         self.share = share
         self.temperature = temperature
+        self.task = task
 
-    def loss(self, images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        """The distillation loss of a student that gave `logits` for `images`."""
+    def loss(self, inputs: Inputs, outputs: Any, targets: Any) -> Tensor:
+        """The distillation loss of a student that gave `outputs` for `inputs`."""
         with torch.no_grad():
-            soft = self.network(images.contiguous(memory_format=self.layout))
-        return distillation_loss(logits, soft, labels, self.share, self.temperature)
+            soft = self.task.read(call(self.network, in_format(inputs, self.layout)))
+        return distillation_loss(self.task, outputs, soft, targets, self.share, self.temperature)
 
 
 def distillation_problems(share: float, temperature: float, teacher: nn.Module | None) -> list[UserError]:

@@ -11,16 +11,18 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from amc_env.errors import UserError, out_of_range
 from amc_env.graph.copying import forget_activations
 from amc_env.graph.memory_format import training_format
+from amc_env.inputs import Inputs, call, in_format
 from amc_env.pruning.regularization import LossTerm
 from amc_env.system import using_threads
+from amc_env.tasks import Classification, Task
 from search.data.base import Data
 from search.data.loaders import seeded
 from search.training.batches import AugmentedBatches, Batches
@@ -70,6 +72,7 @@ def finetune(
     temperature: float = 4.0,
     masks: Mapping[str, Tensor] | None = None,
     file: TrainingFile | None = None,
+    task: Task | None = None,
 ) -> None:
     """SGD in place, cosine schedule by step down to 0; the last epoch's weights are kept, in eval mode.
 
@@ -89,6 +92,7 @@ def finetune(
         masks: for layers by name, a bool tensor like their weight: where it is False the weight is exactly 0
             from before the first step to after the last, whatever momentum and weight decay would do.
         file: keeps the state after each epoch; a killed training continues from there, to the same bits.
+        task: says what the loss is; by default that of a classifier.
 
     Raises:
         UserError: a setting out of range, nothing to train, or a loss that is no longer finite.
@@ -101,12 +105,13 @@ def finetune(
     optimizer = torch.optim.SGD(weights, lr, momentum, 0, weight_decay, nesterov=momentum > 0)
     layout = training_format(model, batches.example)
     zeros = _Zeros(model, masks or {})
-    source = (
-        Teacher(teacher, batches.example, distillation, temperature) if teacher and distillation else None
-    )
+    task = task or Classification()
+    source = None
+    if teacher and distillation:
+        source = Teacher(teacher, batches.example, distillation, temperature, task)
     where = torch.device(device)
     scaler = torch.amp.GradScaler(enabled=where.type == "cuda")
-    step = _Step(model, optimizer, layout, where, zeros, penalty, source, scaler)
+    step = _Step(model, optimizer, layout, where, zeros, penalty, task, source, scaler)
     schedule = LearningRate(lr, epochs * steps, round(warmup_epochs * steps))
     with seeded(seed):
         for epoch in range(_resumed(file, step, batches), epochs):
@@ -171,16 +176,17 @@ class _Step:
     device: torch.device
     zeros: _Zeros
     penalty: LossTerm | None
+    task: Task
     teacher: Teacher | None
     scaler: torch.amp.GradScaler
 
-    def __call__(self, images: Tensor, labels: Tensor, lr: float) -> Tensor:
+    def __call__(self, inputs: Inputs, targets: Any, lr: float) -> Tensor:
         """The batch's mean loss, before the step."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.float16, enabled=self.scaler.is_enabled()):
-            loss = self._loss(images, labels)
+            loss = self._loss(inputs, targets)
         if self.penalty is not None:
             loss = loss + self.penalty(self.model)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
@@ -189,11 +195,11 @@ class _Step:
         self.zeros.hold()
         return loss.detach()
 
-    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        logits = self.model(images.contiguous(memory_format=self.layout))
+    def _loss(self, inputs: Inputs, targets: Any) -> Tensor:
+        outputs = self.task.read(call(self.model, in_format(inputs, self.layout)))
         if self.teacher is None:
-            return F.cross_entropy(logits, labels)
-        return self.teacher.loss(images, logits, labels)
+            return self.task.loss(outputs, targets)
+        return self.teacher.loss(inputs, outputs, targets)
 
 
 def _resumed(file: TrainingFile | None, step: _Step, batches: Batches) -> int:
@@ -213,8 +219,8 @@ def _epoch(step: _Step, batches: Batches, schedule: LearningRate, epoch: int) ->
     total = torch.zeros((), device=step.device)
     steps = len(batches)
     done = 0
-    for images, labels in islice(batches, steps):
-        total += step(images, labels, schedule(epoch * steps + done))
+    for inputs, targets in islice(batches, steps):
+        total += step(inputs, targets, schedule(epoch * steps + done))
         done += 1
         if done % STEPS_BETWEEN_CHECKS == 0:
             _check_loss(float(total), epoch, done, schedule.peak)
@@ -230,7 +236,7 @@ def _check_loss(total: float, epoch: int, done: int, lr: float) -> None:
     if not math.isfinite(total):
         raise UserError(
             f"the loss is no longer finite by step {done} of epoch {epoch + 1}: "
-            f"the learning rate {lr:g} is too large, or the images hold NaN; lower {{field}}",
+            f"the learning rate {lr:g} is too large, or the data holds NaN; lower {{field}}",
             code="diverged",
             field="lr_fraction",
         )

@@ -65,6 +65,7 @@ class ShortTerm:
             seed=self._seed,
             device=settings.device,
             masks=self._builder.masks(removed) or None,
+            task=settings.task,
         )
 
 

@@ -337,7 +337,7 @@ def test_targets_that_are_no_classes_are_refused(tmp_path: Path, labels: Tensor)
 def test_labels_of_every_integer_type_are_class_numbers(kind: torch.dtype) -> None:
     labels = torch.randint(2, (32,))
     data = from_loaders(with_labels(labels.to(kind)), with_labels(labels.to(kind)[:, None]))
-    assert torch.equal(data.search.labels, labels)
+    assert torch.equal(data.search.targets, labels)
 
 
 def test_a_network_of_one_output_is_no_classifier(tmp_path: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from amc_env.costs.latency.cost import Latency, LatencyBudget
 from amc_env.costs.latency.runtimes import RUNTIMES, Runtime, RuntimeName, runtime
 from amc_env.costs.latency.timing import BUSY, Call, Timing, interleaved, warn_where_busy
+from amc_env.inputs import Inputs
 from amc_env.system import machine, processor, using_threads
 
 __all__ = [
@@ -33,7 +34,7 @@ __all__ = [
 
 def measure(
     models: Mapping[str, nn.Module],
-    example: Tensor,
+    example: Inputs,
     *,
     runtime: Runtime | str = "eager",
     threads: int | None = None,
@@ -44,7 +45,7 @@ def measure(
 
     Args:
         models: Networks in eval mode, on the device of ``example``.
-        example: The batch, [N, ...].
+        example: The batch.
         runtime: What runs them.
         threads: Of the processor; None: torch's own setting.
         repeats: Timed passes of each network.

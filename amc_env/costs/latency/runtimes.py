@@ -7,15 +7,17 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Protocol, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from amc_env import onnx as onnx_files
 from amc_env.costs.latency.timing import Call
 from amc_env.errors import UserError, first_line
 from amc_env.graph.copying import module_copy
+from amc_env.inputs import Inputs, call, device_of, each, to_device
 
 _CAPTURE_WARMUP = (
     3  # passes before a CUDA graph is captured, in which libraries choose kernels and take memory
@@ -39,12 +41,12 @@ class Runtime(Protocol):
             UserError: It cannot, with what is missing.
         """
 
-    def prepare(self, model: nn.Module, example: Tensor) -> Call:
+    def prepare(self, model: nn.Module, example: Inputs) -> Call:
         """One pass of ``model`` over the batch ``example``, over when it returns.
 
         Args:
             model: In eval mode; it is left as it is.
-            example: [N, ...].
+            example: One batch.
 
         Raises:
             UserError: It cannot run such a network.
@@ -60,9 +62,9 @@ class Eager:
     def check(self) -> None:
         """Every machine can."""
 
-    def prepare(self, model: nn.Module, example: Tensor) -> Call:
+    def prepare(self, model: nn.Module, example: Inputs) -> Call:
         """See Runtime."""
-        return _pass(model, example)
+        return _pass(partial(call, model), example)
 
 
 @dataclass(frozen=True)
@@ -85,20 +87,20 @@ class Compile:
                 "the environment variable CXX, or use latency.runtime=eager"
             )
 
-    def prepare(self, model: nn.Module, example: Tensor) -> Call:
+    def prepare(self, model: nn.Module, example: Inputs) -> Call:
         """See Runtime; seconds for a layer, minutes for a large network."""
 
-        def forward(batch: Tensor) -> Any:
-            return model(batch)
+        def forward(batch: Inputs) -> Any:
+            return call(model, batch)
 
         # torch.compile keeps what it compiled by code object, and after a handful for the same one it gives up.
         forward.__code__ = forward.__code__.replace()
-        call = _pass(torch.compile(forward, backend=self.backend, dynamic=False), example)
+        once = _pass(torch.compile(forward, backend=self.backend, dynamic=False), example)
         try:
-            call()
+            once()
         except Exception as error:
             raise _cannot(self.name, model, error) from error
-        return call
+        return once
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class Onnx:
         """Refuses a machine without the packages."""
         onnx_files.require_packages("latency.runtime=onnx", "use latency.runtime=eager")
 
-    def prepare(self, model: nn.Module, example: Tensor) -> Call:
+    def prepare(self, model: nn.Module, example: Inputs) -> Call:
         """See Runtime; some 10 ms for a layer."""
         network, batch = onnx_files.plain_copy(model, example)
         try:
@@ -124,10 +126,10 @@ class Onnx:
         except Exception as error:
             raise _cannot(self.name, model, error) from error
 
-        def call() -> None:
+        def once() -> None:
             run(batch)
 
-        return call
+        return once
 
 
 @dataclass(frozen=True)
@@ -144,17 +146,19 @@ class Cuda:
                 "latency.runtime=eager"
             )
 
-    def prepare(self, model: nn.Module, example: Tensor) -> Call:
+    def prepare(self, model: nn.Module, example: Inputs) -> Call:
         """See Runtime; the network is copied to the example's graphics processor, or to the current one."""
         self.check()
-        device = example.device if example.is_cuda else torch.device("cuda", torch.cuda.current_device())
+        device = device_of(example)
+        if device.type != "cuda":
+            device = torch.device("cuda", torch.cuda.current_device())
         network = module_copy(model).to(device)
-        batch = example.detach().to(device)
+        batch = to_device(each(example, torch.detach), device)
         with torch.cuda.device(device):
             return _between_events(self._run(network, batch), device)
 
-    def _run(self, network: nn.Module, batch: Tensor) -> Callable[[], Any]:
-        return lambda: network(batch)
+    def _run(self, network: nn.Module, batch: Inputs) -> Callable[[], Any]:
+        return lambda: call(network, batch)
 
 
 @dataclass(frozen=True)
@@ -163,7 +167,7 @@ class CudaGraph(Cuda):
 
     name: str = "cuda_graph"
 
-    def _run(self, network: nn.Module, batch: Tensor) -> Callable[[], Any]:
+    def _run(self, network: nn.Module, batch: Inputs) -> Callable[[], Any]:
         graph = torch.cuda.CUDAGraph()
         aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # the warm-up must not run on the stream that is captured
         aside.wait_stream(torch.cuda.current_stream())
@@ -171,14 +175,14 @@ class CudaGraph(Cuda):
             with torch.inference_mode():
                 with torch.cuda.stream(aside):
                     for _ in range(_CAPTURE_WARMUP):
-                        network(batch)
+                        call(network, batch)
                 torch.cuda.current_stream().wait_stream(aside)
                 with torch.cuda.graph(graph):
-                    network(batch)
+                    call(network, batch)
         except RuntimeError as error:
             raise _cannot(self.name, network, error) from error
 
-        def replay(_kept: tuple[nn.Module, Tensor] = (network, batch)) -> None:
+        def replay(_kept: tuple[nn.Module, Inputs] = (network, batch)) -> None:
             graph.replay()  # reads the memory of these two, which therefore has to live as long
 
         return replay
@@ -207,16 +211,17 @@ def runtime(name: str, threads: int) -> Runtime:
     return found[name]
 
 
-def _pass(run: Callable[[Tensor], Any], example: Tensor) -> Call:
+def _pass(run: Callable[[Any], Any], example: Inputs) -> Call:
     """One pass in inference mode, waited for."""
+    device = device_of(example)
 
     @torch.inference_mode()
-    def call() -> None:
+    def once() -> None:
         run(example)
-        if example.is_cuda:
-            torch.cuda.synchronize(example.device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
-    return call
+    return once
 
 
 def _between_events(run: Callable[[], Any], device: torch.device) -> Call:
@@ -224,7 +229,7 @@ def _between_events(run: Callable[[], Any], device: torch.device) -> Call:
     started, ended = (_event() for _ in range(2))
 
     @torch.inference_mode()
-    def call() -> float:
+    def once() -> float:
         with torch.cuda.device(device):
             started.record()
             run()
@@ -232,7 +237,7 @@ def _between_events(run: Callable[[], Any], device: torch.device) -> Call:
             ended.synchronize()
         return float(started.elapsed_time(ended))
 
-    return call
+    return once
 
 
 def _event() -> torch.cuda.Event:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from amc_env.costs.latency.cost import Latency
 from amc_env.costs.latency.refining import Channels, Sheet, sheets_of
@@ -18,6 +18,7 @@ from amc_env.costs.latency.table import Conditions, Correction, LatencyTable
 from amc_env.costs.latency.timing import Timing, interleaved, warn_where_busy
 from amc_env.costs.latency.units import Unit
 from amc_env.costs.memory import Activations
+from amc_env.inputs import Inputs, count, device_of
 from amc_env.pruning.candidate import Candidates
 from amc_env.space import Grid
 from amc_env.system import using_threads
@@ -35,7 +36,7 @@ Point = tuple[Unit, Channels]
 """A unit and its inputs and outputs."""
 
 
-Run = tuple[nn.Module, Tensor]
+Run = tuple[nn.Module, Inputs]
 """What is run, on what."""
 
 
@@ -60,7 +61,7 @@ OnProgress = Callable[[Progress], None]
 def build_table(
     candidates: Candidates,
     grids: Sequence[Grid],
-    example: Tensor,
+    example: Inputs,
     *,
     runtime: Runtime,
     threads: int,
@@ -81,7 +82,7 @@ def build_table(
     Args:
         candidates: Builds the pruned networks; its graph has one group a decision.
         grids: The decisions' feasible counts.
-        example: The batch, [N, ...], on the device of the use.
+        example: The batch, on the device of the use.
         runtime: What runs the units and networks.
         threads: Threads of the processor.
         activations: Elements of the network's operations; None: the correction has no part for them.
@@ -100,7 +101,7 @@ def build_table(
         unpruned = clock.reference(model)
         sheets = sheets_of(model, graph, grids, tolerance * unpruned / len(graph.layers))
         _refine(sheets, clock, points)
-        conditions = Conditions.here(runtime.name, threads, len(example), str(example.device))
+        conditions = Conditions.here(runtime.name, threads, count(example), str(device_of(example)))
         table = LatencyTable(
             conditions, {sheet.unit: sheet.fitted() for sheet in sheets}, points=clock.points
         )
@@ -212,7 +213,7 @@ class Checked:
 def check_table(
     latency: Latency,
     candidates: Candidates,
-    example: Tensor,
+    example: Inputs,
     *,
     runtime: Runtime,
     threads: int,
@@ -226,7 +227,7 @@ def check_table(
     Args:
         latency: The table's predictions.
         candidates: Builds the networks.
-        example: The batch, [N, ...], on the device of the use.
+        example: The batch, on the device of the use.
         runtime: What runs the networks.
         threads: Threads of the processor.
         strategies: Counts removed, of networks that building did not use (`random_strategies` of another seed).
@@ -248,7 +249,7 @@ def check_table(
 class _Clock:
     """Times units and networks, and counts."""
 
-    def __init__(self, runtime: Runtime, example: Tensor, repeats: int, report: OnProgress, seed: int):
+    def __init__(self, runtime: Runtime, example: Inputs, repeats: int, report: OnProgress, seed: int):
         self._runtime, self._example, self._repeats = runtime, example, repeats
         self._report, self._seed = report, seed
         self._reference: tuple[nn.Module, float] | None = None
@@ -278,7 +279,7 @@ class _Clock:
         assert self._reference is not None
         model, first_ms = self._reference
         found: dict[Point, Timing] = {}
-        for some in _portions(points, len(self._example)):
+        for some in _portions(points, count(self._example)):
             self._report(Progress("units", self.points, self.points + len(points) - len(found)))
             runs: dict[Point | None, Run] = {point: self._unit(*point) for point in some}
             times = self.interleaved(runs | {None: (model, self._example)}, settle=1)
@@ -290,8 +291,9 @@ class _Clock:
 
     def _unit(self, unit: Unit, channels: Channels) -> Run:
         inputs, outputs = channels
-        into = unit.example(len(self._example), outputs if unit.depthwise else inputs)
-        return unit.build(inputs, outputs).to(self._example.device), into.to(self._example.device)
+        into = unit.example(count(self._example), outputs if unit.depthwise else inputs)
+        device = device_of(self._example)
+        return unit.build(inputs, outputs).to(device), into.to(device)
 
     def interleaved(self, runs: Mapping[Key, Run], settle: int = 0) -> dict[Key, Timing]:
         """Modules on their inputs; ``settle`` times run before they are timed."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from amc_env.errors import UserError
 from amc_env.graph.copying import module_copy
 from amc_env.graph.layers import Layer, LayerGraph, Member
+from amc_env.inputs import Inputs, call, pieces
 from amc_env.pruning.calibration import Moments, record, repairable
 from amc_env.pruning.criteria.base import CHANNEL, Sample, calibration_sample, scoring_layers, scoring_members
 from amc_env.validation import Count, settings
@@ -47,7 +48,7 @@ class APoZ:
             UserError: In some group no activation that reaches a reader is ever zero.
         """
         zeros = zero_shares(
-            model, scoring_layers(graph, "consumers"), calibration_sample(self, sample).images
+            model, scoring_layers(graph, "consumers"), calibration_sample(self, sample).inputs
         )
         scores, without = [], []
         for group in graph.groups:
@@ -67,22 +68,22 @@ class APoZ:
 
 
 @torch.no_grad()
-def zero_shares(model: nn.Module, layers: Sequence[Layer], images: Tensor) -> dict[str, Tensor]:
+def zero_shares(model: nn.Module, layers: Sequence[Layer], inputs: Inputs) -> dict[str, Tensor]:
     """The share of zeros among the inputs of layers, float64 [in_channels] each, padding not counted."""
     copied = module_copy(model).eval()
     zeros = {layer.name: torch.zeros(layer.in_channels, dtype=torch.int64) for layer in layers}
     counts = dict.fromkeys(zeros, 0)
 
-    def hook(layer: Layer, inputs: Tensor) -> None:
-        last = inputs.movedim(1 if layer.kind == "conv" else -1, -1).reshape(-1, layer.in_channels)
+    def hook(layer: Layer, read: Tensor) -> None:
+        last = read.movedim(1 if layer.kind == "conv" else -1, -1).reshape(-1, layer.in_channels)
         zeros[layer.name] += (last == 0).sum(0).cpu()
         counts[layer.name] += len(last)
 
     for layer in layers:
         module = copied.get_submodule(layer.name)
-        module.register_forward_pre_hook(lambda _, inputs, layer=layer: hook(layer, inputs[0]))
-    for batch in torch.split(images, _CHUNK):
-        copied(batch)
+        module.register_forward_pre_hook(lambda _, given, layer=layer: hook(layer, given[0]))
+    for batch in pieces(inputs, _CHUNK):
+        call(copied, batch)
     return {name: count.double() / counts[name] for name, count in zeros.items()}
 
 
@@ -151,7 +152,7 @@ class Lasso:
                 size += _moment_bytes(layers[end])
                 end += 1
             some = layers[start:end]
-            found = record(model, some, sample.images, per_image=self.per_image, seed=sample.seed)
+            found = record(model, some, sample.inputs, per_image=self.per_image, seed=sample.seed)
             for layer in some:
                 yield layer, found.pop(layer.name)
             start = end

@@ -7,7 +7,7 @@ that order, so kept sets are nested.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from amc_env.errors import UserError
 from amc_env.graph.layers import ChannelGroup, Layer, LayerGraph, Member
+from amc_env.inputs import Inputs, count, take
+from amc_env.tasks import Classification, Task
 
 
 def rank_after(scores: Sequence[Tensor], kept_units: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -62,14 +64,16 @@ class Sample:
     """Calibration data, from the training split.
 
     Attributes:
-        images: Normalised images [N, C, H, W] on the model's device; none for criteria that look at weights only.
-        labels: Their classes, int64 [N].
+        inputs: On the model's device; none for criteria that look at weights only.
+        targets: Their targets.
         seed: Of whatever a criterion draws.
+        task: Says what the loss is.
     """
 
-    images: Tensor
-    labels: Tensor
+    inputs: Inputs
+    targets: Inputs
     seed: int = 0
+    task: Task = field(default_factory=Classification)
 
 
 @runtime_checkable
@@ -116,11 +120,12 @@ def calibration_sample(criterion: Criterion, sample: Sample) -> Sample:
     Raises:
         UserError: There are none.
     """
-    if not len(sample.images):
+    if not count(sample.inputs):
         raise UserError(
             f"criterion={criterion.name} needs calibration images of the training split; there are none"
         )
-    return Sample(sample.images[: criterion.images], sample.labels[: criterion.images], sample.seed)
+    some = slice(criterion.images)
+    return replace(sample, inputs=take(sample.inputs, some), targets=take(sample.targets, some))
 
 
 def scoring_members(group: ChannelGroup, graph: LayerGraph, members: Members) -> list[tuple[Member, Layer]]:

@@ -7,7 +7,7 @@ come apart exactly into those of its examples.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from amc_env.errors import UserError
 from amc_env.graph.copying import module_copy
 from amc_env.graph.layers import Layer, LayerGraph, Member
+from amc_env.inputs import Inputs, call, count, pieces
 from amc_env.pruning.criteria.base import (
     EVERY,
     Aggregate,
@@ -29,10 +30,11 @@ from amc_env.pruning.criteria.base import (
 )
 from amc_env.pruning.criteria.weights import weight_of
 from amc_env.system import named_generator
+from amc_env.tasks import Task
 from amc_env.validation import Count, settings
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""From outputs [N, ...] and labels [N] to the loss of every example, [N]."""
+Loss = Callable[[Any, Any], Tensor]
+"""From outputs and targets of a batch to the loss of every example, [N], or the sum of them."""
 
 
 Visit = Callable[[Layer, Tensor], None]
@@ -45,13 +47,8 @@ _MOST = 50  # images of a batch: activations should fit the processor's caches
 _BYTES = 2**29  # about what a batch's activations and gradients may take
 
 
-def cross_entropy(outputs: Tensor, labels: Tensor) -> Tensor:
-    """The loss of every example, [N]."""
-    return F.cross_entropy(outputs, labels, reduction="none")
-
-
 def per_example_gradients(
-    model: nn.Module, layers: Sequence[Layer], sample: Sample, visit: Visit, loss: Loss = cross_entropy
+    model: nn.Module, layers: Sequence[Layer], sample: Sample, visit: Visit, loss: Loss | None = None
 ) -> None:
     """Shows ``visit`` the gradient of every example's loss with respect to the weights of ``layers``.
 
@@ -61,9 +58,9 @@ def per_example_gradients(
     Args:
         model: The network; it is copied, not changed.
         layers: Whose weights.
-        sample: Images and labels, all of which are used.
+        sample: Inputs and targets, all of which are used.
         visit: Called once for every layer and batch.
-        loss: The loss of every example.
+        loss: By default that of the sample's task.
 
     Raises:
         UserError: A layer does not keep examples apart along its first dimension.
@@ -76,7 +73,7 @@ def per_example_gradients(
         x = inputs[0].detach()
         if len(x) != size:
             raise UserError(
-                f"{layer.name} sees {len(x)} inputs for {size} images: gradients of single images cannot be separated "
+                f"{layer.name} sees {len(x)} inputs for {size} examples: gradients of single ones cannot be separated "
                 "apart there; use criterion=l1 or criterion=l2"
             )
 
@@ -93,9 +90,9 @@ def per_example_gradients(
         module = copied.get_submodule(layer.name)
         module.register_forward_hook(lambda *call, layer=layer: hook(layer, *call))
     with torch.enable_grad():
-        for images, labels in _batches(sample, layers):
-            size = len(images)
-            total = loss(copied(images), labels).sum()
+        for inputs, targets in _batches(sample, layers):
+            size = count(inputs)
+            total = _total(copied, inputs, targets, sample.task, loss)
             torch.autograd.grad(total, weights, allow_unused=True)
             for layer in layers:
                 if layer.name in pending:
@@ -115,13 +112,18 @@ def _weight(model: nn.Module, layer: Layer) -> Tensor:
     return weight
 
 
-def _batches(sample: Sample, layers: Sequence[Layer]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images and labels in batches whose activations and per-example gradients fit into _BYTES."""
+def _total(model: nn.Module, inputs: Inputs, targets: Inputs, task: Task, loss: Loss | None = None) -> Tensor:
+    """The loss of a batch, summed over its examples."""
+    return (loss or task.losses)(task.read(call(model, inputs)), targets).sum()
+
+
+def _batches(sample: Sample, layers: Sequence[Layer]) -> Iterator[tuple[Inputs, Inputs]]:
+    """Inputs and targets in batches whose activations and per-example gradients fit into _BYTES."""
     outputs = sum(layer.out_channels * layer.positions for layer in layers)
     own = max(layer.in_channels * _area(layer) * (layer.positions + layer.out_channels) for layer in layers)
     # Autograd keeps some four tensors of each output's size: convolution, batch norm, activation, gradient.
     size = max(1, min(_MOST, _BYTES // (4 * (4 * outputs + own))))
-    yield from zip(torch.split(sample.images, size), torch.split(sample.labels, size), strict=True)
+    yield from zip(pieces(sample.inputs, size), pieces(sample.targets, size), strict=True)
 
 
 def _area(layer: Layer) -> int:
@@ -143,7 +145,7 @@ def _weight_gradients(module: nn.Module, layer: Layer, x: Tensor, gradient: Tens
 
 
 def fisher_diagonal(
-    model: nn.Module, layers: Sequence[Layer], sample: Sample, loss: Loss = cross_entropy
+    model: nn.Module, layers: Sequence[Layer], sample: Sample, loss: Loss | None = None
 ) -> dict[str, Tensor]:
     """The empirical Fisher's diagonal, by layer: the mean over examples of the squared gradient, exact.
 
@@ -156,25 +158,28 @@ def fisher_diagonal(
         sums[layer.name] += gradients.square().sum(0, dtype=torch.float64).cpu()
 
     per_example_gradients(model, layers, sample, visit, loss)
-    return {name: total / len(sample.images) for name, total in sums.items()}
+    return {name: total / count(sample.inputs) for name, total in sums.items()}
 
 
 def gauss_newton_diagonal(model: nn.Module, layers: Sequence[Layer], sample: Sample) -> dict[str, Tensor]:
-    """An estimate of the Gauss-Newton matrix's diagonal for cross-entropy, by layer; labels are not needed.
+    """An estimate of the Gauss-Newton matrix's diagonal for the task's loss, by layer; labels are not needed.
 
-    The loss's curvature at an example's logits z, of probabilities p, is H = diag(p) - p p' = S S' with
-    S = diag(sqrt(p)) - p sqrt(p)'. For u of independent signs, g = d(z' S u)/dw has E[g^2] = diag(J' H J): the signs
-    of Hutchinson's estimator drawn where there are few outputs instead of many weights. One u an example.
+    The loss's curvature at an example's outputs z is H = S S'; for cross-entropy and probabilities p that is
+    diag(p) - p p' with S = diag(sqrt(p)) - p sqrt(p)'. For u of independent signs, g = d(z' S u)/dw has
+    E[g^2] = diag(J' H J): the signs of Hutchinson's estimator drawn where there are few outputs instead of many weights.
+    One u an example.
 
     Returns:
         float64 on the CPU, of the weights' shapes; unbiased and never negative.
+
+    Raises:
+        UserError: The task does not know its loss's curvature.
     """
     draw = named_generator(sample.seed, "gauss_newton")
 
-    def probe(outputs: Tensor, labels: Tensor) -> Tensor:
-        chances = outputs.detach().softmax(1)
-        signs = _signs(chances, draw) * chances.sqrt()
-        return (outputs * (signs - chances * signs.sum(1, keepdim=True))).sum(1)
+    def probe(outputs: Tensor, targets: Any) -> Tensor:
+        fixed = outputs.detach()
+        return (outputs * sample.task.root(fixed, _signs(fixed, draw))).flatten(1).sum(1)
 
     return fisher_diagonal(model, layers, sample, probe)
 
@@ -185,7 +190,7 @@ def _signs(like: Tensor, draw: torch.Generator) -> Tensor:
 
 
 def hessian_diagonal(
-    model: nn.Module, layers: Sequence[Layer], sample: Sample, probes: int, loss: Loss = cross_entropy
+    model: nn.Module, layers: Sequence[Layer], sample: Sample, probes: int, loss: Loss | None = None
 ) -> dict[str, Tensor]:
     """Hutchinson's estimate of the diagonal of the mean loss's Hessian, by layer.
 
@@ -201,8 +206,8 @@ def hessian_diagonal(
     draw = named_generator(sample.seed, "hutchinson")
     sums = [torch.zeros(weight.shape, dtype=torch.float64) for weight in weights]
     with torch.enable_grad():
-        for images, labels in _batches(sample, layers):
-            total = loss(copied(images), labels).sum()
+        for inputs, targets in _batches(sample, layers):
+            total = _total(copied, inputs, targets, sample.task, loss)
             slopes = torch.autograd.grad(total, weights, create_graph=True, materialize_grads=True)
             for _ in range(probes):
                 signs = [_signs(weight, draw) for weight in weights]
@@ -211,8 +216,8 @@ def hessian_diagonal(
                 )
                 for entry, sign, product in zip(sums, signs, curved, strict=True):
                     entry += (sign * product).double().cpu()
-    count = probes * len(sample.images)
-    return {layer.name: entry / count for layer, entry in zip(layers, sums, strict=True)}
+    draws = probes * count(sample.inputs)
+    return {layer.name: entry / draws for layer, entry in zip(layers, sums, strict=True)}
 
 
 @settings
@@ -257,7 +262,7 @@ class Taylor:
         per_example_gradients(model, scoring_layers(graph, self.members), sample, visit)
 
         def part(member: Member, layer: Layer) -> Tensor:
-            return sums[member] / len(sample.images)
+            return sums[member] / count(sample.inputs)
 
         return unit_scores(graph, self.members, self.aggregate, part)
 
@@ -271,7 +276,7 @@ class Taylor:
 
         per_example_gradients(model, layers, sample, visit)
         return {
-            layer.name: weight_of(model, layer).abs() * sums[layer.name] / len(sample.images)
+            layer.name: weight_of(model, layer).abs() * sums[layer.name] / count(sample.inputs)
             for layer in layers
         }
 

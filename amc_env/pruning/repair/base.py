@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from amc_env.graph.layers import Layer
 from amc_env.graph.surgery import Keeps
 from amc_env.graph.topology import Topology
+from amc_env.inputs import Inputs, call, count, pieces, take
 
 
 class Repair(Protocol):
@@ -52,16 +53,15 @@ class BatchNorm:
     """Re-estimates the statistics of all batch norms from fixed training images.
 
     Args:
-        images: Normalised training images [N, C, H, W]; images, order and batch are the same for every
-            candidate.
-        batch: Images of a batch.
+        inputs: Of the training split; inputs, order and batch are the same for every candidate.
+        batch: Examples of a batch.
     """
 
     name = "batch_norm"
 
-    def __init__(self, images: Tensor, batch: int = 250):
-        self._images = images
-        self._batch = min(batch, len(images))
+    def __init__(self, inputs: Inputs, batch: int = 250):
+        self._inputs = inputs
+        self._batch = min(batch, count(inputs))
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, removed: Sequence[int], keeps: Keeps) -> None:
@@ -76,9 +76,9 @@ class BatchNorm:
             norm.momentum = None
             norm.train()
         # A short last batch would weigh as much as a full one.
-        whole = len(self._images) // self._batch * self._batch
-        for start in range(0, whole, self._batch):
-            model(self._images[start : start + self._batch])
+        whole = count(self._inputs) // self._batch * self._batch
+        for batch in pieces(take(self._inputs, slice(whole)), self._batch):
+            call(model, batch)
         for norm, (momentum, training) in zip(norms, before, strict=True):
             norm.momentum = momentum
             norm.train(training)

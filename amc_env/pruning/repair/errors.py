@@ -16,6 +16,7 @@ from torch import Tensor
 
 from amc_env.graph.layers import ChannelGroup, Layer
 from amc_env.graph.topology import Topology
+from amc_env.inputs import Inputs
 from amc_env.pruning.calibration import Moments, record
 from amc_env.pruning.candidate import Candidates
 from amc_env.pruning.repair.base import absorbs
@@ -29,7 +30,7 @@ def layer_errors(
     candidates: Candidates,
     grids: Sequence[Grid],
     topology: Topology,
-    images: Tensor,
+    inputs: Inputs,
     *,
     per_image: int = 16,
     seed: int = 0,
@@ -41,7 +42,7 @@ def layer_errors(
         candidates: Layers, groups and the order in which units are removed.
         grids: The decisions, in the order of the groups.
         topology: Where intercepts can go.
-        images: Normalised calibration images of the training set, [N, C, H, W].
+        inputs: Calibration inputs of the training split.
         per_image: Output positions sampled from each image.
         seed: Seed of the positions.
         ridge: Ridge relative to the mean variance of the inputs.
@@ -52,7 +53,7 @@ def layer_errors(
         repairable layer reads has the mean of the others at its ratios.
     """
     layers = {layer.name: layer for layer in repairable_consumers(candidates)}
-    moments = record(candidates.original, list(layers.values()), images, per_image=per_image, seed=seed)
+    moments = record(candidates.original, list(layers.values()), inputs, per_image=per_image, seed=seed)
     found: list[Floats | None] = []
     for group, units, grid in zip(candidates.graph.groups, candidates.orders, grids, strict=True):
         counts = [grid.count(index) for index in range(grid.size)]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from amc_env.graph.layers import Layer
 from amc_env.graph.surgery import Keeps
 from amc_env.graph.topology import Topology
+from amc_env.inputs import Inputs
 from amc_env.pruning.calibration import Moments, record, repairable
 from amc_env.pruning.candidate import Candidates
 from amc_env.pruning.repair.base import absorbs, put
@@ -88,7 +89,7 @@ class LeastSquares:
     Args:
         candidates: The builder of candidates: layers, groups and the order in which units go.
         topology: Where intercepts can go.
-        images: Normalised calibration images of the training set, [N, C, H, W].
+        inputs: Calibration inputs of the training split.
         per_image: Output positions sampled from each image.
         seed: Seed of the positions.
         ridge: Ridge relative to the mean variance of the inputs.
@@ -100,7 +101,7 @@ class LeastSquares:
         self,
         candidates: Candidates,
         topology: Topology,
-        images: Tensor,
+        inputs: Inputs,
         *,
         per_image: int = 16,
         seed: int = 0,
@@ -110,7 +111,7 @@ class LeastSquares:
         self._ridge = ridge
         layers = repairable_consumers(candidates)
         self._columns = {layer.name: _Columns(candidates, layer) for layer in layers}
-        self._moments = record(candidates.original, layers, images, per_image=per_image, seed=seed)
+        self._moments = record(candidates.original, layers, inputs, per_image=per_image, seed=seed)
         self._factors: dict[str, tuple[Moments, Tensor, Moments]] = {}
         self._solved: dict[tuple[str, int], tuple[Tensor, Tensor | None]] = {}
         self._solved_bytes = 0

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from amc_env.graph.layers import Layer
 from amc_env.graph.surgery import Keeps
 from amc_env.graph.topology import Topology
+from amc_env.inputs import Inputs
 from amc_env.pruning.calibration import Moments, record, repairable
 from amc_env.pruning.repair.base import absorbs, put
 from amc_env.pruning.repair.sequential import FrontToBack
@@ -33,7 +34,7 @@ class MaskedLeastSquares:
         original: The unpruned network.
         layers: Its layers.
         topology: Where intercepts can go.
-        images: Normalised calibration images of the training set, [N, C, H, W].
+        inputs: Calibration inputs of the training split.
         per_image: Output positions sampled from each image.
         seed: Seed of the positions.
         ridge: Ridge relative to the mean variance of the inputs, towards the trained weights.
@@ -46,7 +47,7 @@ class MaskedLeastSquares:
         original: nn.Module,
         layers: Sequence[Layer],
         topology: Topology,
-        images: Tensor,
+        inputs: Inputs,
         *,
         per_image: int = 16,
         seed: int = 0,
@@ -55,7 +56,7 @@ class MaskedLeastSquares:
         self._topology = topology
         self._ridge = ridge
         self._layers = _repairable(original, layers)
-        self._moments = record(original, self._layers, images, per_image=per_image, seed=seed)
+        self._moments = record(original, self._layers, inputs, per_image=per_image, seed=seed)
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, removed: Sequence[int], keeps: Keeps) -> None:
@@ -81,7 +82,7 @@ class MaskedSequential(FrontToBack):
         original: The unpruned network.
         layers: Its layers.
         topology: The traced network.
-        images: Normalised calibration images; every layer sees all of them before the next one runs.
+        inputs: Calibration inputs; every layer sees all of them before the next one runs.
         per_image: Output positions sampled from each image.
         seed: Seed of the positions.
         ridge: Ridge relative to the mean variance of the inputs, towards the trained weights.
@@ -95,7 +96,7 @@ class MaskedSequential(FrontToBack):
         original: nn.Module,
         layers: Sequence[Layer],
         topology: Topology,
-        images: Tensor,
+        inputs: Inputs,
         *,
         per_image: int = 16,
         seed: int = 0,
@@ -103,7 +104,7 @@ class MaskedSequential(FrontToBack):
     ):
         layers_to_repair = _repairable(original, layers)
         options = {"per_image": per_image, "seed": seed}
-        super().__init__(original, layers_to_repair, topology, images, ridge=ridge, **options)
+        super().__init__(original, layers_to_repair, topology, inputs, ridge=ridge, **options)
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, removed: Sequence[int], keeps: Keeps) -> None:

@@ -12,6 +12,7 @@ from amc_env.errors import UserError
 from amc_env.graph.layers import Layer
 from amc_env.graph.surgery import Keeps
 from amc_env.graph.topology import Batches, Run, Topology
+from amc_env.inputs import Inputs, count, device_of, pieces
 from amc_env.pruning.calibration import Moments, SampledPositions
 from amc_env.pruning.candidate import Candidates
 from amc_env.pruning.repair.base import absorbs, norm_after, put
@@ -29,7 +30,7 @@ class FrontToBack:
         original: The uncut network, whose outputs are the targets.
         layers: Layers that may be repaired.
         topology: The traced network.
-        images: Normalised calibration images; every layer sees all of them before the next one runs.
+        inputs: Calibration inputs; every layer sees all of them before the next one runs.
         per_image: Output positions sampled from each image.
         seed: Seed of the positions.
         ridge: Ridge relative to the mean variance of the inputs.
@@ -45,7 +46,7 @@ class FrontToBack:
         original: nn.Module,
         layers: Sequence[Layer],
         topology: Topology,
-        images: Tensor,
+        inputs: Inputs,
         *,
         per_image: int = 16,
         seed: int = 0,
@@ -57,11 +58,11 @@ class FrontToBack:
                 "use repair=least_squares"
             )
         self._topology = topology
-        self._batches = list(torch.split(images, _SMALL))
+        self._batches = list(pieces(inputs, _SMALL))
         self._ridge = ridge
         self._layers = {layer.name: layer for layer in layers}
         self._positions = {
-            name: SampledPositions(layer, len(images), per_image, seed)
+            name: SampledPositions(layer, count(inputs), per_image, seed)
             for name, layer in self._layers.items()
         }
         self._targets: dict[str, Tensor] = {}
@@ -128,7 +129,7 @@ class FrontToBack:
         """What the batch norm after a layer multiplies its outputs by, [out]; ones without a batch norm."""
         norm_name = norm_after(self._layers[name], self._topology)
         if norm_name is None:
-            return torch.ones(1, device=self._batches[0].device)
+            return torch.ones(1, device=device_of(self._batches[0]))
         norm = model.get_submodule(norm_name)
         assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
         assert norm.running_var is not None
@@ -148,7 +149,7 @@ class Sequential(FrontToBack):
     Args:
         candidates: The builder of candidates.
         topology: The traced network.
-        images: Normalised calibration images; every layer sees all of them before the next one runs.
+        inputs: Calibration inputs; every layer sees all of them before the next one runs.
         per_image: Output positions sampled from each image.
         seed: Seed of the positions.
         ridge: Ridge relative to the mean variance of the inputs.
@@ -161,7 +162,7 @@ class Sequential(FrontToBack):
         self,
         candidates: Candidates,
         topology: Topology,
-        images: Tensor,
+        inputs: Inputs,
         *,
         per_image: int = 16,
         seed: int = 0,
@@ -169,7 +170,7 @@ class Sequential(FrontToBack):
     ):
         layers = repairable_consumers(candidates)
         options = {"per_image": per_image, "seed": seed}
-        super().__init__(candidates.original, layers, topology, images, ridge=ridge, **options)
+        super().__init__(candidates.original, layers, topology, inputs, ridge=ridge, **options)
 
     @torch.no_grad()
     def __call__(self, model: nn.Module, removed: Sequence[int], keeps: Keeps) -> None:

@@ -17,7 +17,7 @@ from amc_env.evaluation.int8 import obstacle
 from amc_env.evaluation.precision import BFLOAT16, INT8
 from amc_env.evaluation.prefix import PrefixScorer
 from amc_env.evaluation.pruner import ORIGINAL, BaseWeights, Pruner
-from amc_env.evaluation.scorer import Scorer, accuracy, batch_size_for
+from amc_env.evaluation.scorer import Scorer, batch_size_for, score
 from amc_env.graph.topology import Topology
 from amc_env.pruning.candidate import Candidates
 from amc_env.pruning.repair.base import BatchNorm, Both, NoRepair, Repair
@@ -67,13 +67,13 @@ class Fixed(nn.Module):
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 250])
 def test_accuracy_by_hand(batch_size: int) -> None:
     logits = torch.tensor([[1.0, 2.0], [3.0, 0.0], [0.0, 1.0], [5.0, float("-inf")]])
-    assert accuracy(Fixed(), logits, torch.tensor([1, 0, 0, 0]), batch_size) == 0.75
+    assert score(Fixed(), logits, torch.tensor([1, 0, 0, 0]), batch_size=batch_size) == 0.75
 
 
 def test_logits_that_are_not_numbers_are_refused() -> None:
     logits = torch.tensor([[1.0, 2.0], [3.0, float("nan")]])
     with pytest.raises(UserError, match=r"not numbers \(NaN\)"):
-        accuracy(Fixed(), logits, torch.tensor([1, 0]), 1)
+        score(Fixed(), logits, torch.tensor([1, 0]), batch_size=1)
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -90,7 +90,7 @@ def test_scorer_is_plain_accuracy(name: str, channels_last: bool) -> None:
     )
     for seed in range(3):
         model = candidates.cut(random_removed(grids, seed))
-        assert scorer(model) == accuracy(model, images(60), LABELS)
+        assert scorer(model) == score(model, images(60), LABELS)
 
 
 COARSE = [
@@ -118,7 +118,7 @@ def test_coarse_arithmetic_scores_nearly_what_float32_does(
     labels = candidates.original(images(60)).argmax(1)
     exact = kind(candidates.original, candidates.graph.topology, images(60), labels)
     coarse = kind(candidates.original, candidates.graph.topology, images(60), labels, precision=precision)
-    assert coarse.images.dtype == dtype
+    assert coarse.inputs.dtype == dtype
     assert coarse(candidates.original) >= 0.9  # rounding moves few of these answers
     for seed in range(3):
         model = candidates.cut(random_removed(grids, seed))
@@ -210,7 +210,7 @@ def test_outcome_states_costs_budget_and_repair() -> None:
     half = judge.space.strategy(judge.space.project([0.0] * len(judge.space.grids)))
     outcomes = judge.evaluate([whole, half])
     assert [outcome.met for outcome in outcomes] == [False, True]
-    assert outcomes[0].score == accuracy(network("residual"), images(60), LABELS)
+    assert outcomes[0].score == score(network("residual"), images(60), LABELS)
     assert outcomes[1].costs == judge.space.cost(half.removed)
     assert outcomes[1].costs["macs"] <= 0.5 * outcomes[0].costs["macs"]
     assert {(o.repair, o.start) for o in outcomes} == {("least_squares", "original")}
@@ -291,7 +291,7 @@ def test_batches_side_by_side_give_the_accuracy_of_one_after_another(threads: in
     labels = torch.arange(len(images())) % 4
     scorer = Scorer(candidates.original, candidates.graph.topology, images(), labels, batch_size=3)
     with using_threads(threads):
-        assert scorer(candidates.original) == accuracy(candidates.original, images(), labels)
+        assert scorer(candidates.original) == score(candidates.original, images(), labels)
 
 
 def test_a_network_that_cannot_be_traced_is_run_one_batch_at_a_time() -> None:

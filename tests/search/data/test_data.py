@@ -57,7 +57,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rows(split: Split) -> set[bytes]:
-    return {image.numpy().tobytes() for image in split.images}
+    return {image.numpy().tobytes() for image in split.inputs}
 
 
 # --------------------------------------------------------------------------------------------------- splits
@@ -66,19 +66,19 @@ def rows(split: Split) -> set[bytes]:
 def test_the_search_split_is_taken_off_the_training_images() -> None:
     everything = Split(torch.arange(100).view(-1, 1, 1, 1).float(), torch.arange(100) % 10)
     train, search = split_off("x", everything, 30, seed=0)
-    assert sorted(torch.cat([train.images, search.images]).flatten().tolist()) == list(range(100))
-    assert search.labels.bincount().tolist() == [3] * 10
-    assert torch.equal(search.images.flatten() % 10, search.labels.float())
+    assert sorted(torch.cat([train.inputs, search.inputs]).flatten().tolist()) == list(range(100))
+    assert search.targets.bincount().tolist() == [3] * 10
+    assert torch.equal(search.inputs.flatten() % 10, search.targets.float())
 
 
 def test_splits_of_one_seed_are_fixed_and_nested() -> None:
     everything = Split(torch.arange(100).view(-1, 1, 1, 1).float(), torch.arange(100) % 7)
     chosen = {
-        size: set(split_off("x", everything, size, 3)[1].images.flatten().tolist()) for size in (10, 40)
+        size: set(split_off("x", everything, size, 3)[1].inputs.flatten().tolist()) for size in (10, 40)
     }
     assert chosen[10] < chosen[40]
-    assert chosen[40] == set(split_off("x", everything, 40, 3)[1].images.flatten().tolist())
-    assert chosen[40] != set(split_off("x", everything, 40, 4)[1].images.flatten().tolist())
+    assert chosen[40] == set(split_off("x", everything, 40, 3)[1].inputs.flatten().tolist())
+    assert chosen[40] != set(split_off("x", everything, 40, 4)[1].inputs.flatten().tolist())
 
 
 @pytest.mark.parametrize("size", [0, -5, 10, 11])
@@ -92,8 +92,8 @@ def test_digits_are_split_by_class_with_a_fixed_test_split() -> None:
     first, second = digits(), digits(search_images=100, split_seed=5)
     assert (len(first.train), len(first.search), len(first.test)) == (1138, 300, 359)
     assert len(second.search) == 100
-    assert torch.equal(first.test.images, second.test.images)
-    assert first.test.labels.bincount().min() >= 34
+    assert torch.equal(first.test.inputs, second.test.inputs)
+    assert first.test.targets.bincount().min() >= 34
     assert first.fingerprint != second.fingerprint
     assert first.fingerprint == digits().fingerprint
     assert first.image_shape == (1, 8, 8)
@@ -101,7 +101,7 @@ def test_digits_are_split_by_class_with_a_fixed_test_split() -> None:
 
 
 def test_digits_are_normalised() -> None:
-    images = digits().normalise(digits().train.images)
+    images = digits().normalise(digits().train.inputs)
     assert images.dtype == torch.float32
     assert abs(images.mean()) < 0.01
     assert abs(images.std() - 1) < 0.01
@@ -172,18 +172,18 @@ def test_cifar10_is_decoded_exactly(folder: Path) -> None:
     found = cifar10(str(folder), search_images=10)
     assert (len(found.train), len(found.search), len(found.test)) == (30, 10, 10)
     assert torch.equal(
-        found.test.images, torch.from_numpy(random_pixels(10, seed=2).transpose(0, 3, 1, 2).copy())
+        found.test.inputs, torch.from_numpy(random_pixels(10, seed=2).transpose(0, 3, 1, 2).copy())
     )
     everything = np.concatenate([random_pixels(20, seed=0), random_pixels(20, seed=1)]).transpose(0, 3, 1, 2)
     assert rows(found.train) | rows(found.search) == {image.tobytes() for image in everything}
-    assert found.search.labels.bincount().tolist() == [1] * 10
+    assert found.search.targets.bincount().tolist() == [1] * 10
 
 
 def test_changed_files_are_decoded_anew(folder: Path) -> None:
     before = cifar10(str(folder), search_images=10)
     write_cifar(folder, random_pixels(10, seed=9), list(range(10)), part="test")
     after = cifar10(str(folder), search_images=10)
-    assert not torch.equal(after.test.images, before.test.images)
+    assert not torch.equal(after.test.inputs, before.test.inputs)
     assert after.fingerprint != before.fingerprint
 
 
@@ -193,8 +193,8 @@ def test_the_published_files_decode_to_cifar10(shared_data: Path, tmp_path: Path
         parquet.write_table(table, tmp_path / f"{part}-0.parquet")
     found = cifar10(str(tmp_path), search_images=20)
     image = np.asarray(Image.open(io.BytesIO(table["img"][7].as_py()["bytes"])))
-    assert np.array_equal(found.test.images[7].numpy(), image.transpose(2, 0, 1))
-    assert found.test.labels.tolist() == table["label"].to_pylist()
+    assert np.array_equal(found.test.inputs[7].numpy(), image.transpose(2, 0, 1))
+    assert found.test.targets.tolist() == table["label"].to_pylist()
 
 
 def test_a_missing_folder_or_part_names_the_way_out(folder: Path) -> None:
@@ -272,9 +272,9 @@ def test_loaders_are_gathered_and_the_training_one_kept() -> None:
     found = from_loaders(training, loader(20), loader(10), calibration_images=12)
     assert (len(found.train), len(found.search), len(found.test)) == (12, 20, 10)
     assert found.loader is training
-    assert found.search.images[:, 0, 0, 0].tolist() == list(range(20))
+    assert found.search.inputs[:, 0, 0, 0].tolist() == list(range(20))
     assert found.classes == ("0", "1", "2", "3", "4")
-    assert found.normalise(found.search.images) is found.search.images
+    assert found.normalise(found.search.inputs) is found.search.inputs
     assert from_loaders(training, loader(20)).test is None
 
 

@@ -41,7 +41,7 @@ def read(folder: Path, search: int = 10, calibration: int = 20, **options: Any) 
 
 
 def rows(split: Split) -> list[int]:
-    return (split.images[:, 0, 0, 0] // 6).tolist()
+    return (split.inputs[:, 0, 0, 0] // 6).tolist()
 
 
 def epoch(batches: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,8 +53,8 @@ def test_splits_are_disjoint_fixed_and_have_their_labels(folder: Path) -> None:
     data, again, other = read(folder), read(folder), read(folder, split_seed=1)
     assert len({*rows(data.search), *rows(data.train)}) == 30
     for split in (data.search, data.train):
-        assert split.labels.tolist() == [LABELS[row] for row in rows(split)]
-        assert len(set(split.labels.bincount().tolist())) == 1
+        assert split.targets.tolist() == [LABELS[row] for row in rows(split)]
+        assert len(set(split.targets.bincount().tolist())) == 1
     assert data.image_shape == (3, SIZE, SIZE)
     assert data.fingerprint == again.fingerprint != other.fingerprint
     smaller = read(folder, search=5)
@@ -66,11 +66,11 @@ def test_the_validation_images_are_the_test_split(folder: Path) -> None:
     data, half = read(folder), read(folder, test_images=10)
     assert data.test is not None
     assert half.test is not None
-    assert data.test.labels.tolist() == LABELS[:20]
-    for image, content in zip(data.test.images, photos(20), strict=True):
+    assert data.test.targets.tolist() == LABELS[:20]
+    for image, content in zip(data.test.inputs, photos(20), strict=True):
         expected = np.asarray(centre_crop(Image.open(io.BytesIO(content))))
         assert np.array_equal(image.numpy(), expected.transpose(2, 0, 1))
-    assert half.test.labels.bincount().tolist() == [1] * 10
+    assert half.test.targets.bincount().tolist() == [1] * 10
 
 
 def test_one_folder_per_class_is_read_with_its_labels(folder: Path, tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_one_folder_per_class_is_read_with_its_labels(folder: Path, tmp_path: Pa
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content)
     found = read(tmp_path / "folders")
-    assert found.search.labels.tolist() == [row % 10 for row in rows(found.search)]
+    assert found.search.targets.tolist() == [row % 10 for row in rows(found.search)]
     assert found.test is not None
     assert len(found.test) == 20
 

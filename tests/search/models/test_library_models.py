@@ -57,7 +57,7 @@ def test_a_checkpoint_goes_into_a_network_with_the_data_s_classes(
     model = make(weights=str(tmp_path / "x.pt")).load(images)
     assert torch.equal(torch.get_rng_state(), before)
     assert same_state(model, own)
-    assert model(images.normalise(images.train.images)).shape == (2, 3)
+    assert model(images.normalise(images.train.inputs)).shape == (2, 3)
 
 
 @pytest.mark.parametrize("name", ["torchvision", "timm"])

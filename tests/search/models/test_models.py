@@ -192,7 +192,7 @@ def test_resnet20_has_its_accuracy(shared_data: Path, cifar10_head: Data) -> Non
     assert not model.training
     # All 10,000 test images: 0.9173, as published with the file. These 1,000: 0.913; one image of tolerance.
     test = cifar10_head.test
-    assert accuracy(model, cifar10_head, test.images, test.labels) == pytest.approx(0.913, abs=0.0011)
+    assert accuracy(model, cifar10_head, test.inputs, test.targets) == pytest.approx(0.913, abs=0.0011)
 
 
 @pytest.fixture(scope="session")
@@ -332,7 +332,7 @@ def test_a_digits_network_is_trained_once(tmp_path: Path, monkeypatch: pytest.Mo
     second = source.load(data)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(value, second.state_dict()[key]) for key, value in first.state_dict().items())
-    assert accuracy(second, data, data.test.images, data.test.labels) > 0.95
+    assert accuracy(second, data, data.test.inputs, data.test.targets) > 0.95
     assert len(list((tmp_path / "models").iterdir())) == 1
 
 
@@ -353,7 +353,7 @@ def test_digits_networks_reach_their_accuracy(source: Callable[[], ModelSource],
     data = digits()
     model = source().load(data)
     assert not model.training
-    assert accuracy(model, data, data.test.images, data.test.labels) >= least
+    assert accuracy(model, data, data.test.inputs, data.test.targets) >= least
 
 
 def test_attention_keeps_working_with_fewer_heads() -> None:

@@ -140,7 +140,7 @@ def test_a_batch_of_more_images_than_there_are_is_measured_as_large_as_it_is_sai
     assert go(tmp_path, small_data, settings).result.latency_batch == 70
     (example,) = seen
     assert len(small_data.search) == 32
-    images = small_data.normalise(small_data.search.images)
+    images = small_data.normalise(small_data.search.inputs)
     assert torch.equal(example, torch.cat([images, images, images[:6]]))
 
 

@@ -24,7 +24,7 @@ STEPS = 6  # an epoch of the loader has four
 
 def loader(data: Data, **more: object) -> DataLoader[tuple[torch.Tensor, ...]]:
     """Shuffled by a generator of its own."""
-    images = TensorDataset(data.normalise(data.train.images), data.train.labels)
+    images = TensorDataset(data.normalise(data.train.inputs), data.train.targets)
     return DataLoader(images, 16, shuffle=True, generator=torch.Generator().manual_seed(5), **more)
 
 

@@ -93,8 +93,8 @@ def test_batches_are_normalised_and_augmented_only_where_asked(small_data: Data)
     for data in (small_data, replace(small_data, augment=True)):
         images, labels = next(iter(AugmentedBatches(data.train, data, 64, 0, "cpu")))
         order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
-        assert torch.equal(labels, data.train.labels[order])
-        untouched = torch.equal(images, data.normalise(data.train.images[order]))
+        assert torch.equal(labels, data.train.targets[order])
+        untouched = torch.equal(images, data.normalise(data.train.inputs[order]))
         assert untouched is not data.augment
         assert images.dtype == torch.float32
 
@@ -161,15 +161,15 @@ def test_finetuning_learns_and_reports_every_epoch(small_data: Data) -> None:
     assert all(seconds > 0 for *_, seconds in reports)
     assert not model.training
     with torch.no_grad():
-        predicted = model(small_data.normalise(small_data.test.images)).argmax(1)
-    assert (predicted == small_data.test.labels).double().mean() > 0.9
+        predicted = model(small_data.normalise(small_data.test.inputs)).argmax(1)
+    assert (predicted == small_data.test.targets).double().mean() > 0.9
 
 
 def test_the_first_step_is_sgd_by_hand(small_data: Data) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
     weight = model[1].weight.detach().clone()
-    images = small_data.normalise(small_data.train.images)
-    loss = F.cross_entropy(model(images), small_data.train.labels)
+    images = small_data.normalise(small_data.train.inputs)
+    loss = F.cross_entropy(model(images), small_data.train.targets)
     (gradient,) = torch.autograd.grad(loss, model[1].weight)
     batches = AugmentedBatches(small_data.train, small_data, 64, 0, "cpu")
     finetune(model, batches, epochs=1, lr=0.1, momentum=0.9, weight_decay=0.01)
@@ -328,8 +328,8 @@ def test_penalties_shrink_what_they_are_taken_of_and_the_network_still_learns(
         finetune(model, batches, epochs=20, lr=0.05, penalty=penalty)
         sizes.append(float(measure(model)))
         with torch.no_grad():
-            outputs = model(small_data.normalise(small_data.train.images))
-        assert F.cross_entropy(outputs, small_data.train.labels) < 0.05
+            outputs = model(small_data.normalise(small_data.train.inputs))
+        assert F.cross_entropy(outputs, small_data.train.targets) < 0.05
     assert sizes[1] < most * sizes[0]
 
 
@@ -345,7 +345,7 @@ def test_a_student_learns_from_its_teacher_where_labels_are_noise(small_data: Da
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
     teacher.train()
     noise = torch.randint(0, 4, (64,), generator=torch.Generator().manual_seed(0))
-    noisy = AugmentedBatches(Split(small_data.train.images, noise), small_data, 16, 0, "cpu")
+    noisy = AugmentedBatches(Split(small_data.train.inputs, noise), small_data, 16, 0, "cpu")
     agreement = {}
     for share in (0.0, 1.0):
         student, _ = fresh(small_data, seed=2)
@@ -353,7 +353,7 @@ def test_a_student_learns_from_its_teacher_where_labels_are_noise(small_data: Da
         finetune(student, noisy, epochs=12, lr=0.05, teacher=teacher, distillation=share)
         assert torch.equal(torch.get_rng_state(), random)
         with torch.no_grad():
-            tests = small_data.normalise(small_data.test.images)
+            tests = small_data.normalise(small_data.test.inputs)
             same_class = student(tests).argmax(1) == copy.deepcopy(teacher).eval()(tests).argmax(1)
         agreement[share] = same_class.double().mean().item()
     assert agreement[1.0] > 0.9 > agreement[0.0]
@@ -506,7 +506,7 @@ def test_slim_networks_train_in_their_layout(name: str, small_data: Data) -> Non
     assert all(value.is_contiguous() for value in slim.state_dict().values())
     wide = widen(slim, keeps, model)
     with torch.no_grad():
-        inputs = small_data.normalise(small_data.test.images)
+        inputs = small_data.normalise(small_data.test.inputs)
         torch.testing.assert_close(wide(inputs), slim(inputs), rtol=1e-4, atol=1e-4)
 
 
@@ -517,7 +517,7 @@ def loader_data(small_data: Data, loader: object | None = None) -> Data:
     """The small data through the user's own loaders."""
 
     def dataset(split: Split) -> TensorDataset:
-        return TensorDataset(small_data.normalise(split.images), split.labels)
+        return TensorDataset(small_data.normalise(split.inputs), split.targets)
 
     training = DataLoader(dataset(small_data.train), 16, shuffle=True)
     found = from_loaders(training, DataLoader(dataset(small_data.search), 16), calibration_images=20)
@@ -551,7 +551,7 @@ class Noisy(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         drawn = torch.rand(()) + np.random.rand() + random.random() + torch.rand((), generator=self.generator)
-        return self.split.images[index].float() + drawn, self.split.labels[index]
+        return self.split.inputs[index].float() + drawn, self.split.targets[index]
 
 
 def noisy_loader(split: Split, **more: Any) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
@@ -615,7 +615,7 @@ def test_loaders_that_cannot_be_trained_on_are_refused(small_data: Data) -> None
         def __iter__(self) -> object:
             return self.batches
 
-    once = Once([(small_data.normalise(small_data.train.images), small_data.train.labels)])
+    once = Once([(small_data.normalise(small_data.train.inputs), small_data.train.targets)])
     batches = training_batches(loader_data(small_data, once), 16, 0, "cpu")
     with pytest.raises(UserError, match="no batch in epoch 2"):
         finetune(FlattenByView(), batches, epochs=2, lr=0.01)
@@ -625,7 +625,7 @@ class Stream(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
     """Images without a number of them."""
 
     def __init__(self, data: Data, count: int) -> None:
-        self.images, self.labels = data.normalise(data.train.images[:count]), data.train.labels[:count]
+        self.images, self.labels = data.normalise(data.train.inputs[:count]), data.train.targets[:count]
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return iter(zip(self.images, self.labels, strict=True))
@@ -677,5 +677,5 @@ def test_training_from_scratch_learns_and_is_the_same_on_any_number_of_threads(s
     assert torch.equal(torch.get_rng_state(), before)
     assert same(models[0].state_dict(), models[1].state_dict())
     with torch.no_grad():
-        predicted = models[0](small_data.normalise(small_data.test.images)).argmax(1)
-    assert (predicted == small_data.test.labels).double().mean() > 0.9
+        predicted = models[0](small_data.normalise(small_data.test.inputs)).argmax(1)
+    assert (predicted == small_data.test.targets).double().mean() > 0.9

@@ -40,7 +40,7 @@ def trained(batches: Batches, file: TrainingFile | None, stop_at: int | None = N
 
 def loaders(data: Data) -> Data:
     batches = DataLoader(
-        TensorDataset(data.normalise(data.train.images), data.train.labels), 16, shuffle=True
+        TensorDataset(data.normalise(data.train.inputs), data.train.targets), 16, shuffle=True
     )
     return from_loaders(batches, batches)
 

@@ -89,8 +89,8 @@ def test_a_criterion_gets_as_many_images_as_it_wants() -> None:
 
     sample = Sample(torch.arange(20.0).view(5, 4), torch.arange(5), seed=9)
     part = calibration_sample(Three(), sample)
-    assert part.images.shape == (3, 4)
-    assert part.labels.tolist() == [0, 1, 2]
+    assert part.inputs.shape == (3, 4)
+    assert part.targets.tolist() == [0, 1, 2]
     assert part.seed == 9
     with pytest.raises(UserError, match="criterion=l2 needs calibration images of the training split"):
         calibration_sample(Three(), Sample(torch.empty(0, 4), torch.empty(0, dtype=torch.int64)))

@@ -103,7 +103,7 @@ def test_no_more_images_are_used_than_asked_for(criterion: Criterion) -> None:
     model, graph = traced("residual")
     few = type(criterion)(images=4)  # type: ignore[call-arg]
     data = sample()
-    part = Sample(data.images[:4], data.labels[:4], data.seed)
+    part = Sample(data.inputs[:4], data.targets[:4], data.seed)
     all_of_four, four_of_all = (few.channel_scores(model, graph, s) for s in (part, data))
     assert all(torch.equal(a, b) for a, b in zip(all_of_four, four_of_all, strict=True))
     more = criterion.channel_scores(model, graph, data)

@@ -14,7 +14,6 @@ from amc_env.graph.layers import Layer, LayerGraph
 from amc_env.graph.tracing import trace, trace_layers
 from amc_env.pruning.criteria import OBD, Sample, Taylor
 from amc_env.pruning.criteria.gradients import (
-    cross_entropy,
     fisher_diagonal,
     gauss_newton_diagonal,
     hessian_diagonal,
@@ -37,8 +36,8 @@ def one_by_one(model: nn.Module, layers: tuple[Layer, ...], sample: Sample) -> d
     """The same by a backward pass for each example."""
     weights = [model.get_submodule(layer.name).weight.requires_grad_() for layer in layers]
     rows = []
-    for image, label in zip(sample.images, sample.labels, strict=True):
-        loss = cross_entropy(model(image[None]), label[None]).sum()
+    for image, label in zip(sample.inputs, sample.targets, strict=True):
+        loss = F.cross_entropy(model(image[None]), label[None]).sum()
         rows.append(torch.autograd.grad(loss, weights))
     return {layer.name: torch.stack(own) for layer, own in zip(layers, zip(*rows, strict=True), strict=True)}
 
@@ -196,7 +195,7 @@ def exact_hessian(model: nn.Module, layers: tuple[Layer, ...], sample: Sample) -
     def loss(flat: Tensor) -> Tensor:
         parts = flat.split([math.prod(shape) for shape in shapes])
         weights = {n: part.view(shape) for n, part, shape in zip(names, parts, shapes, strict=True)}
-        return F.cross_entropy(functional_call(model, weights, (sample.images,)), sample.labels)
+        return F.cross_entropy(functional_call(model, weights, (sample.inputs,)), sample.targets)
 
     return torch.autograd.functional.hessian(loss, start)
 
@@ -221,7 +220,7 @@ def test_gauss_newton_is_the_hessian_of_a_network_that_is_linear_in_each_weight(
     exact = exact_hessian(model, layers, sample).diagonal()
     assert exact.min() >= -1e-12
     repeats = 800
-    many = Sample(sample.images.repeat(repeats, 1, 1, 1), sample.labels.repeat(repeats))
+    many = Sample(sample.inputs.repeat(repeats, 1, 1, 1), sample.targets.repeat(repeats))
     found = flat(gauss_newton_diagonal(model, layers, many))
     assert found.min() >= 0
     torch.testing.assert_close(found, exact, rtol=0.1, atol=0.01 * exact.max().item())
@@ -236,7 +235,7 @@ def test_the_fisher_on_a_small_network() -> None:
     # Hessian; with the true ones it is not.
     exact = exact_hessian(model, layers, sample).diagonal()
     repeats = 1500
-    many = sample.images.repeat(repeats, 1, 1, 1)
+    many = sample.inputs.repeat(repeats, 1, 1, 1)
     with torch.no_grad():
         chances = model(many).softmax(1)
     drawn = torch.multinomial(chances, 1, generator=torch.Generator().manual_seed(0))[:, 0]
@@ -320,7 +319,7 @@ def test_taylor_is_the_slope_of_a_gate_on_the_channels() -> None:
     gate = torch.ones(3, 12, requires_grad=True)
     handle = model.get_submodule("head").register_forward_pre_hook(lambda _, x: x[0] * gate)
     try:
-        cross_entropy(model(sample.images), sample.labels).sum().backward()
+        F.cross_entropy(model(sample.inputs), sample.targets).sum().backward()
     finally:
         handle.remove()
         model.zero_grad()
@@ -343,7 +342,7 @@ def test_noise_below_zero_counts_by_its_magnitude() -> None:
 def test_hutchinson_depends_on_the_seed_alone() -> None:
     model, layers, sample = small(nn.Tanh)
     first, again, other = (
-        flat(hessian_diagonal(model, layers, Sample(sample.images, sample.labels, seed), 1))
+        flat(hessian_diagonal(model, layers, Sample(sample.inputs, sample.targets, seed), 1))
         for seed in (0, 0, 1)
     )
     assert torch.equal(first, again)

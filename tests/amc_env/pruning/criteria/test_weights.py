@@ -134,7 +134,7 @@ def test_equal_filters_are_at_no_distance() -> None:
 def test_chance_is_a_function_of_seed_and_name() -> None:
     model, graph = traced("residual")
     first, again, other = (
-        Random().channel_scores(model, graph, Sample(NOTHING.images, NOTHING.labels, seed))
+        Random().channel_scores(model, graph, Sample(NOTHING.inputs, NOTHING.targets, seed))
         for seed in (0, 0, 1)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
