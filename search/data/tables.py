@@ -240,7 +240,9 @@ def label_column(tables: Tables, given: str | None) -> str:
 
 
 def _may_be_label(feature: Any) -> bool:
-    return isinstance(feature, datasets.Value) and feature.dtype.startswith(("int", "uint", "bool", "string"))
+    return isinstance(feature, datasets.Value) and feature.dtype.startswith(
+        ("int", "uint", "bool", "string", "large_string")
+    )
 
 
 def class_names(tables: Tables, label: str) -> tuple[str, ...]:
