@@ -24,6 +24,7 @@ from amc_env.costs.base import BudgetSettings, budget_on
 from amc_env.env import EnvHandle
 from amc_env.errors import UserError, first_line, reported_together
 from amc_env.graph.copying import module_copy, stored_activations
+from amc_env.graph.preparing import prepared, unwrapped
 from amc_env.graph.surgery import Keeps
 from amc_env.inputs import call, described, take
 from amc_env.pruning.granularity import Channel
@@ -76,10 +77,11 @@ class Compressed:
     def __repr__(self) -> str:
         base, delivered = self.result.base, self.result.delivered
         share = delivered.costs["macs"] / base.costs["macs"]
-        accuracies = (
+        scores = (
             f"{percent(base.accuracy)} -> {percent(delivered.accuracy)} on the {split_name(delivered.split)}"
         )
-        return f"Compressed({accuracies}, {percent(share, 1)} of the MACs, folder={str(self.folder)!r})"
+        metric = "" if self.result.metric == "accuracy" else f"{self.result.metric} "
+        return f"Compressed({metric}{scores}, {percent(share, 1)} of the MACs, folder={str(self.folder)!r})"
 
     def table(self) -> str:
         """Original, pruned and fine-tuned network side by side, as `compress` prints it."""
@@ -163,7 +165,7 @@ def compress(
     network = _network(module)
     data = _data(network, train_loader, val_loader, test_loader, base)
     place = _folder(folder)
-    finished = run(network, data, base.in_folder(place), _context(place, type(module).__name__, base))
+    finished = run(network, data, base.in_folder(place), _context(place, type(network).__name__, base))
     from search.output.report import write_report  # matplotlib takes a third of a second to import
 
     report, result = write_report(place), finished.result
@@ -249,10 +251,11 @@ def _env_handle(
 
 
 def _network(module: nn.Module) -> nn.Module:
-    """A copy of the user's network, in eval mode on the CPU."""
+    """A copy of the user's network, in eval mode on the CPU, ready to be pruned."""
+    module = unwrapped(module)
     if stored := stored_activations(module):
         log.info("the network is copied without the activations that it stores: %s", ", ".join(stored))
-    return module_copy(module).cpu().eval()
+    return prepared(module_copy(module).cpu())
 
 
 def _data(

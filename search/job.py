@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from amc_env.graph.preparing import prepared
 from search.config import compose as wiring
 from search.config.command import IncompleteError, command_line, run_folder
 from search.output.progress import final_table
@@ -49,7 +50,7 @@ def run_job(
     kind = "calibration" if data.stream else "training"  # a stream's training images are never all here
     log.info("data: %s, %d %s and %d search images", data.name, len(data.train), kind, len(data.search))
     log.info("network: %s, weights: %s", source.name, source.origin)
-    model = source.load(data)
+    model = prepared(source.load(data))
     try:
         with ExitStack() as stack:
             # opened once the journal has said that the folder is ours: another run may be writing to it

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 
 from amc_env.costs.latency import runtime
 from amc_env.errors import UserError, reported_together
+from amc_env.graph.preparing import prepared
 from search.config import compose as wiring
 from search.config.command import application, run_command, run_folder
 from search.data.loaders import seeded
@@ -82,7 +83,7 @@ def _subject(cfg: DictConfig, settings: LatencyStudySettings) -> Subject:
     shape, classes = wiring.input_of(cfg, source)
     device = _device_of(latency.runtime, settings.device)
     with seeded(settings.seed):
-        model = source.build(shape, classes).eval().to(device)
+        model = prepared(source.build(shape, classes)).to(device)
         example = torch.randn(latency.batch, *shape).to(device)
     return Subject.of(source.name, model, example, settings.granularity, how)
 

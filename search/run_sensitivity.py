@@ -9,6 +9,7 @@ import hydra
 from omegaconf import DictConfig
 
 from amc_env.errors import reported_together
+from amc_env.graph.preparing import prepared
 from search.config import compose as wiring
 from search.config.command import application, command_line, run_command, run_folder
 from search.settings import SensitivitySettings
@@ -40,7 +41,7 @@ def main_job(cfg: DictConfig) -> float:
     log.info("run folder: %s; to resume an interrupted run: %s", folder, go_on)
     data = wiring.data_of(cfg, source)
     log.info("data: %s, %d training and %d search images", data.name, len(data.train), len(data.search))
-    model = source.load(data)
+    model = prepared(source.load(data))
     context = Context(folder, lambda metrics, step: None, source.name, configuration=wiring.text_of(cfg))
     try:
         scanned = run(model, data, settings, scan, context)

@@ -45,6 +45,7 @@ _BUILT = {
     "schedule": "schedule",
     "regularization": "regularization",
     "scoring": "evaluator",
+    "task": "task",
 }
 """Settings that a section's ``_target_`` makes, and the section."""
 

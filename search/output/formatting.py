@@ -99,7 +99,7 @@ def comparison(result: RunResult) -> Comparison:
     MACs and parameters are given twice: those that are not zero, and all as dense hardware computes them.
     """
     present = result.networks
-    rows = {_accuracy_title(present): tuple(_accuracy_cell(present, key) for key in present)}
+    rows = {_score_title(result.metric, present): tuple(_score_cell(present, key) for key in present)}
     for cost, title in _cost_titles(result).items():
         if any(network.figure(cost) is not None for network in present.values()):
             rows[title] = tuple(_cost_cell(network, result.base, cost) for network in present.values())
@@ -153,12 +153,12 @@ def budget_lines(
     ]
 
 
-def _accuracy_title(present: Mapping[str, NetworkFigures]) -> str:
+def _score_title(metric: str, present: Mapping[str, NetworkFigures]) -> str:
     splits = {network.split for network in present.values()}
-    return f"accuracy, {split_name(splits.pop())}" if len(splits) == 1 else "accuracy"
+    return f"{metric}, {split_name(splits.pop())}" if len(splits) == 1 else metric
 
 
-def _accuracy_cell(present: Mapping[str, NetworkFigures], key: str) -> Cell:
+def _score_cell(present: Mapping[str, NetworkFigures], key: str) -> Cell:
     network, base = present[key], present["base"]
     text = percent(network.accuracy)
     if len({other.split for other in present.values()}) > 1:

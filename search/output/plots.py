@@ -50,7 +50,7 @@ class Width:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One evaluation: accuracy in [0, 1], cost as a share of the original's, whether every budget was met."""
+    """One evaluation: score in [0, 1], cost as a share of the original's, whether every budget was met."""
 
     accuracy: float
     cost: float
@@ -183,8 +183,9 @@ def plot_tradeoff(
     best: Candidate | None = None,
     masked: bool = False,
     rounds: Sequence[Candidate] = (),
+    metric: str = "accuracy",
 ) -> Path:
-    """Accuracy against cost of all evaluations, the delivered one marked.
+    """Score against cost of all evaluations, the delivered one marked.
 
     Args:
         cost: its name, for the axis; `split` likewise: what the accuracies were measured on.
@@ -192,6 +193,7 @@ def plot_tradeoff(
         best: the evaluation that was delivered.
         masked: weights are masked: MACs and parameters count those that are not zero.
         rounds: what an agent that adopts weights began each round with, in order.
+        metric: the name of the score.
     """
     figure = _figure()
     axes = figure.subplots()
@@ -213,7 +215,7 @@ def plot_tradeoff(
         axes.scatter([best.cost], [best.accuracy], label="chosen", **star)
     _widen(axes, _NARROWEST)
     axes.set_xlabel(f"{cost_name(cost, masked)}, share of the original")
-    axes.set_ylabel(f"accuracy, {split}")
+    axes.set_ylabel(f"{metric}, {split}")
     axes.xaxis.set_major_formatter(_PERCENT)
     axes.yaxis.set_major_formatter(_PERCENT)
     _legend(axes)
@@ -253,6 +255,7 @@ def plot_sensitivity(
     threshold: float | None = None,
     picked: Sequence[float] = (),
     split: str = "search split",
+    metric: str = "accuracy",
 ) -> Path:
     """The lecture's picture: accuracy against the share removed of one decision at a time, a line each.
 
@@ -264,6 +267,7 @@ def plot_sensitivity(
         threshold: accuracy, in [0, 1], that was picked for all of them.
         picked: share removed of each decision by that; none where nothing was picked.
         split: the images that accuracies are on.
+        metric: the name of the score.
     """
     figure = _figure(width=7.4, height=4.4)
     axes = figure.subplots()
@@ -282,7 +286,7 @@ def plot_sensitivity(
         _depth_bar(figure, axes, len(curves))
     axes.set_xlim(0.0, None)
     axes.set_xlabel("share removed, one decision at a time")
-    axes.set_ylabel(f"accuracy, {split}")
+    axes.set_ylabel(f"{metric}, {split}")
     axes.xaxis.set_major_formatter(_PERCENT)
     axes.yaxis.set_major_formatter(_PERCENT)
     title = "most sensitive" if many else None

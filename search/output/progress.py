@@ -51,6 +51,7 @@ class SearchStatus:
         best_accuracy: on the search split, in [0, 1].
         best_cost_ratio: its cost as a share of the original's, in [0, 1].
         cost: name of that cost as shown, such as 'MACs'.
+        metric: name of the score, such as 'accuracy'.
         evaluations: strategies scored.
         cache_hits: strategies met again and not scored.
     """
@@ -63,6 +64,7 @@ class SearchStatus:
     evaluations: int
     cache_hits: int
     cost: str = "MACs"
+    metric: str = "accuracy"
 
 
 class Progress:
@@ -131,7 +133,7 @@ class Progress:
         """Show a finished episode."""
         now = f"reward {status.reward:.4f}"
         best = (
-            f"best {status.best_reward:.4f} (search accuracy {percent(status.best_accuracy)}, "
+            f"best {status.best_reward:.4f} (search {status.metric} {percent(status.best_accuracy)}, "
             f"{percent(status.best_cost_ratio, 1)} of {status.cost})"
         )
         search = self.stage("search", self._totals["search"])

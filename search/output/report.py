@@ -59,17 +59,17 @@ def write_report(folder: str | Path) -> Path:
 
 
 def headline(result: RunResult) -> str:
-    """One sentence: the network, the share of the cost that is left, and its accuracy before and after."""
+    """One sentence: the network, the share of the cost that is left, and its score before and after."""
     base, final, masked = result.base, result.delivered, result.granularity.masked
     before, after = percent(base.accuracy), percent(final.accuracy)
     if base.split == final.split:
-        accuracies = f"{before} → {after} accuracy on the {split_name(final.split)}"
+        scores = f"{before} → {after} {result.metric} on the {split_name(final.split)}"
     else:
-        accuracies = f"{before} on the {split_name(base.split)} → {after} on the {split_name(final.split)}"
+        scores = f"{before} on the {split_name(base.split)} → {after} on the {split_name(final.split)}"
     cost = result.budget.cost if result.budget else "params" if masked else "macs"
     share = percent(final.costs[cost] / base.costs[cost], 1)
     state = "after fine-tuning" if final is result.finetuned else "without fine-tuning"
-    return f"{result.model} to {share} of its {cost_name(cost, masked)}: {accuracies} {state}."
+    return f"{result.model} to {share} of its {cost_name(cost, masked)}: {scores} {state}."
 
 
 def _view(run: RunFiles) -> dict[str, Any]:
@@ -79,6 +79,7 @@ def _view(run: RunFiles) -> dict[str, Any]:
         "headline": headline(result),
         "asked": [(name, str(value)) for name, value in _asked(result)],
         "table": comparison(result),
+        "metric": result.metric,
         "budgets": budget_lines(result.budgets, result.base.costs, result.granularity.masked),
         "masked": result.granularity.masked,
         "speed": result.granularity.speed,

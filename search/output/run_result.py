@@ -28,7 +28,7 @@ class NetworkFigures:
     """Figures of one network.
 
     Attributes:
-        accuracy: in [0, 1], on `split`.
+        accuracy: the score in [0, 1], on `split`.
         split: the images that the accuracy is on, such as 'test'.
         costs: by name, for one image: `macs`, `params` and those that were bounded; of masked weights what is not zero,
             and `dense_macs`, `dense_params` for all of them.
@@ -201,6 +201,7 @@ class RunResult:
         model: the network's name.
         command: that started the run.
         resumed: whether evaluations of an earlier session were read back.
+        metric: what the accuracies are: the name of the task's score, which is 'accuracy' for classifiers.
     """
 
     data: str
@@ -222,6 +223,7 @@ class RunResult:
     command: str = ""
     resumed: bool = False
     delivered_network: str = ""
+    metric: str = "accuracy"
 
     @property
     def networks(self) -> dict[str, NetworkFigures]:

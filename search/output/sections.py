@@ -148,7 +148,7 @@ def the_search(run: RunFiles) -> Section | None:
     path = plot_reward(
         list(rewards.values()), run.folder / "plots" / "reward.png", search.warmup, _budget_note(run), stages
     )
-    caption = "Reward of every episode and the best so far, from accuracies on the search split."
+    caption = "Reward of every episode and the best so far, from scores on the search split."
     if stages:
         caption += (
             " Each stage searches under its own budget, from the network that the one before left: rewards of "
@@ -197,14 +197,16 @@ def tradeoff(run: RunFiles) -> Section | None:
         best=best,
         masked=result.granularity.masked,
         rounds=[candidate(e) for e in rounds],
+        metric=result.metric,
     )
+    metric = result.metric
     of = "that the last stage " if result.search.stages else ""
     caption = (
-        f"All strategies {of}scored. Accuracies are on the search split, before fine-tuning: it was split off the "
-        "training data, which a pretrained network has seen, so they compare strategies and do not predict the test "
-        "accuracy."
+        f"All strategies {of}scored. Scores are on the search split, before fine-tuning: it was split off the "
+        "training data, which a pretrained network has seen, so they compare strategies and do not predict the score on "
+        "test data."
     )
-    return Section("Accuracy against cost", (Picture(caption, _data_uri(path)),))
+    return Section(f"{metric[0].upper()}{metric[1:]} against cost", (Picture(caption, _data_uri(path)),))
 
 
 def fine_tuning(run: RunFiles) -> Section | None:

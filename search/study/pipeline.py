@@ -152,6 +152,7 @@ def _watcher(
                 best_accuracy=best.score,
                 best_cost_ratio=best.costs[cost] / unpruned[cost],
                 cost=cost_name(cost, bool(problem.masked)),
+                metric=problem.settings.task.metric,
                 evaluations=study.evaluations,
                 cache_hits=study.cache_hits,
             )

@@ -31,6 +31,7 @@ from amc_env.pruning.granularity import Masked, left_alone
 from amc_env.space import Budget, Cost, Grid, SearchSpace, figure
 from amc_env.tasks import Task
 from search.data.base import Data, Split
+from search.data.reading import Reader, Signature
 from search.output.export import check_formats
 from search.settings import FinalistSettings, Settings
 from search.study.latency_table import How, Subject, build, counted, read_table
@@ -80,6 +81,7 @@ class PruningProblem:
                 f"weights are not finite (NaN or infinity) in {', '.join(bad[:8])}", code="not_finite"
             )
         model = model.to(settings.device).eval()
+        data = _of_task(data, settings.task, model)
         example = data.normalise(to_device(take(data.search.inputs, slice(2)), settings.device))
         granularity = settings.granularity
         graph = (trace_layers if granularity.masked else trace)(model, example)
@@ -152,6 +154,17 @@ class PruningProblem:
         split = self.data.search
         chosen = take(split.inputs, torch.arange(size) % len(split))
         return self.data.normalise(to_device(chosen, self.settings.device))
+
+
+def _of_task(data: Data, task: Task, model: nn.Module) -> Data:
+    """The data with targets as the task takes them, and batches of its loader read for the task and the network."""
+
+    def ready(split: Split) -> Split:
+        return replace(split, targets=task.targets(data.name, split.targets))
+
+    reader = data.reader if data.reader.task == task else Reader(task, Signature.of(model))
+    test = data.test and ready(data.test)
+    return replace(data, train=ready(data.train), search=ready(data.search), test=test, reader=reader)
 
 
 def _check_outputs(model: nn.Module, example: Inputs, data: Data, task: Task) -> None:

@@ -95,6 +95,7 @@ def result_of(
         latency_runtime=settings.latency.runtime,
         latency_threads=settings.latency.threads or torch.get_num_threads(),
         machine=machine(settings.device),
+        metric=settings.task.metric,
     )
 
 

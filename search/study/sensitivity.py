@@ -125,13 +125,14 @@ def _write(scanned: Scanned, problem: PruningProblem, folder: Path) -> None:
     ratios = () if picked is None else picked.strategy.ratios
     from search.output.plots import plot_sensitivity
 
-    plot_sensitivity(scanned.curves, folder / PLOT, threshold=scanned.threshold, picked=ratios)
+    metric = problem.settings.task.metric
+    plot_sensitivity(scanned.curves, folder / PLOT, threshold=scanned.threshold, picked=ratios, metric=metric)
     if picked is not None:
         write_json(folder / STRATEGY, strategy_json(problem, picked))
 
 
 def _write_csv(scanned: Scanned, path: Path) -> None:
-    """A row for each evaluation, with its costs; accuracy in [0, 1]."""
+    """A row for each evaluation, with its costs; the score is in [0, 1]."""
     costs = list(scanned.trials[0][0].costs)
     rows: list[Sequence[object]] = []
     for curve, alone in zip(scanned.curves, scanned.trials, strict=True):
@@ -146,7 +147,7 @@ def _tell(scanned: Scanned, problem: PruningProblem, folder: Path) -> None:
     """The most sensitive decisions, what was picked, and where to look further."""
     most = sorted(scanned.curves, key=lambda curve: -curve.drop)[:_SHOWN]
     width = max(len(curve.name) for curve in most)
-    log.info("most sensitive, by the mean drop of accuracy over the ratios measured:")
+    log.info("most sensitive, by the mean drop of %s over the ratios measured:", problem.settings.task.metric)
     for curve in most:
         lost = f"{100 * curve.drop:6.2f} points"
         if scanned.picked is not None:
@@ -166,8 +167,9 @@ def _tell_picked(picked: Trial, scanned: Scanned, problem: PruningProblem) -> No
         for name, value in picked.costs.items()
     ]
     log.info(
-        "picked where each decision alone keeps %s: accuracy %s on the search split (original %s), %s",
+        "picked where each decision alone keeps %s: %s %s on the search split (original %s), %s",
         percent(scanned.threshold or 0.0),
+        problem.settings.task.metric,
         percent(picked.score),
         percent(unpruned.score),
         ", ".join(costs),

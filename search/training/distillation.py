@@ -15,24 +15,30 @@ from amc_env.errors import UserError, out_of_range
 from amc_env.graph.copying import module_copy
 from amc_env.graph.memory_format import fastest_format
 from amc_env.inputs import Inputs, call, device_of, in_format
-from amc_env.tasks import Task
+from amc_env.tasks import Classification, Task
 
 
 def distillation_loss(
-    task: Task, outputs: Any, teacher: Any, targets: Any, share: float, temperature: float
+    outputs: Any,
+    teacher: Any,
+    targets: Any,
+    share: float,
+    temperature: float,
+    task: Task | None = None,
 ) -> Tensor:
     """(1 - a) loss + a teacher_loss of a task; of a classifier (1 - a) CE + a T^2 KL(teacher || student).
 
     T^2 keeps the gradient of the second term of one size whatever T is.
 
     Args:
-        task: says what the losses are.
         outputs: the student's, as the task reads them.
         teacher: the teacher's.
         targets: of the examples.
         share: a, in [0, 1].
         temperature: T, above 0.
+        task: says what the losses are; by default those of a classifier.
     """
+    task = task or Classification()
     return (1 - share) * task.loss(outputs, targets) + share * task.teacher_loss(
         outputs, teacher, temperature
     )
@@ -42,20 +48,20 @@ class Teacher:
     """A frozen copy of a network, in eval mode and in the memory layout that is fastest for it."""
 
     def __init__(
-        self, network: nn.Module, example: Inputs, share: float, temperature: float, task: Task
+        self, network: nn.Module, example: Inputs, share: float, temperature: float, task: Task | None = None
     ) -> None:
         """Copy `network` to where `example` lies, which is two of its inputs."""
         self.network = module_copy(network).to(device_of(example)).requires_grad_(False)
         self.layout = fastest_format(self.network, example)
         self.share = share
         self.temperature = temperature
-        self.task = task
+        self.task = task or Classification()
 
     def loss(self, inputs: Inputs, outputs: Any, targets: Any) -> Tensor:
         """The distillation loss of a student that gave `outputs` for `inputs`."""
         with torch.no_grad():
             soft = self.task.read(call(self.network, in_format(inputs, self.layout)))
-        return distillation_loss(self.task, outputs, soft, targets, self.share, self.temperature)
+        return distillation_loss(outputs, soft, targets, self.share, self.temperature, self.task)
 
 
 def distillation_problems(share: float, temperature: float, teacher: nn.Module | None) -> list[UserError]:

@@ -106,9 +106,7 @@ def finetune(
     layout = training_format(model, batches.example)
     zeros = _Zeros(model, masks or {})
     task = task or Classification()
-    source = None
-    if teacher and distillation:
-        source = Teacher(teacher, batches.example, distillation, temperature, task)
+    source = _source(teacher, batches.example, distillation, temperature, task)
     where = torch.device(device)
     scaler = torch.amp.GradScaler(enabled=where.type == "cuda")
     step = _Step(model, optimizer, layout, where, zeros, penalty, task, source, scaler)
@@ -124,6 +122,12 @@ def finetune(
                 file.save(epoch + 1, model, optimizer, scaler)
     forget_activations(model)
     model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
+
+
+def _source(
+    network: nn.Module | None, example: Inputs, share: float, temperature: float, task: Task
+) -> Teacher | None:
+    return Teacher(network, example, share, temperature, task) if network and share else None
 
 
 @dataclass(frozen=True)

@@ -136,13 +136,18 @@ class Tuples(Own):
         return (logits, logits) if self.training else logits
 
 
-@pytest.mark.parametrize("kind", [Auxiliary, Tuples])
-def test_what_cannot_be_trained_is_found_before_the_search(tmp_path: Path, kind: type[Own]) -> None:
+def test_what_cannot_be_trained_is_found_before_the_search(tmp_path: Path) -> None:
+    model = Auxiliary()
     with refused("cannot_train", "finetune.epochs"):
-        compress(kind(), loader(64, 1), loader(32, 2), finetune=1, folder=tmp_path, settings=quick())
+        compress(model, loader(64, 1), loader(32, 2), finetune=1, folder=tmp_path, settings=quick())
     assert not (tmp_path / "evaluations.jsonl").exists()
-    small = compress(kind(), loader(64, 1), loader(32, 2), finetune=0, folder=tmp_path, settings=quick())
+    small = compress(model, loader(64, 1), loader(32, 2), finetune=0, folder=tmp_path, settings=quick())
     assert small.result.finetuned is None
+
+
+def test_the_first_of_several_outputs_is_trained(tmp_path: Path) -> None:
+    small = compress(Tuples(), loader(64, 1), loader(32, 2), finetune=1, folder=tmp_path, settings=quick())
+    assert small.result.finetuned is not None
 
 
 def test_a_network_without_anything_to_train_is_found_before_the_search(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_coarse_arithmetic_scores_nearly_what_float32_does(
 def test_ranges_are_of_images_from_all_over() -> None:
     model = problem("residual")[0].original
     scorer = Scorer(model, Topology.of(model), images(60), LABELS, precision=INT8)
-    assert torch.equal(scorer.folder._images, images(60)[::4])
+    assert torch.equal(scorer.folder._inputs, images(60)[::4])
 
 
 class Float32Only(nn.Module):

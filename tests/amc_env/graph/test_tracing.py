@@ -207,7 +207,7 @@ def test_nothing_to_prune_is_refused_with_the_reasons() -> None:
 
 
 def test_a_network_that_does_not_run_is_refused() -> None:
-    with pytest.raises(UserError, match=r"does not run on inputs of shape \(1, 3, 4, 4\)"):
+    with pytest.raises(UserError, match=r"does not run on inputs of shape .1, 3, 4, 4"):
         trace(network("mlp"), images(1, size=4))
 
 

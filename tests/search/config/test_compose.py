@@ -153,7 +153,7 @@ def test_a_target_inside_a_section_is_checked_too() -> None:
         (["model.original_lr=-1"], "out_of_range", "model.original_lr"),
         (["data=cifar10", "data.std=[inf,1,1]"], "out_of_range", "data.std[0]"),
         (["regularization=l1", "regularization.weight=inf"], "out_of_range", "regularization.weight"),
-        (["search.images=0"], "out_of_range", "search.inputs"),
+        (["search.images=0"], "out_of_range", "search.images"),
         (["+latency.foo=1"], "unknown_key", "latency.foo"),
         (["+tracker.foo=1"], "unknown_key", "tracker.foo"),
         (["budget=none", "+budget.ratio=0.3"], "unknown_key", "budget.ratio"),

@@ -127,7 +127,7 @@ def test_examples_that_are_mixed_are_refused() -> None:
 
     model = Merging().eval()
     layers = trace_layers(model, images()).layers
-    with pytest.raises(UserError, match="first sees 48 inputs for 2 images.*use criterion=l1"):
+    with pytest.raises(UserError, match="first sees 48 inputs for 2 examples.*use criterion=l1"):
         gathered(model, layers, Sample(images(2), torch.tensor([0, 1])))
 
 
@@ -319,7 +319,7 @@ def test_taylor_is_the_slope_of_a_gate_on_the_channels() -> None:
     gate = torch.ones(3, 12, requires_grad=True)
     handle = model.get_submodule("head").register_forward_pre_hook(lambda _, x: x[0] * gate)
     try:
-        F.cross_entropy(model(sample.inputs), sample.targets).sum().backward()
+        F.cross_entropy(model(sample.inputs), sample.targets, reduction="sum").backward()
     finally:
         handle.remove()
         model.zero_grad()
