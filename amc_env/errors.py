@@ -85,3 +85,20 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def missing_package(field: str, package: str, extra: str, error: Exception) -> UserError:
+    """The error for a setting that needs an optional package.
+
+    Args:
+        field: The setting.
+        package: What cannot be imported.
+        extra: The extra of this project that installs it.
+        error: Why it cannot be imported.
+    """
+    install = f'pip install "amc-netadapt[{extra}]"'
+    return UserError(
+        f"{{field}} needs {package}, which cannot be imported here ({first_line(error)}): {install}",
+        code="missing_package",
+        field=field,
+    )

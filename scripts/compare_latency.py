@@ -27,7 +27,8 @@ from search.config import compose as wiring
 def networks_of(folders: list[Path], batch: int) -> tuple[dict[str, nn.Module], Inputs]:
     """The original and the pruned network of every folder, and a batch of images for them."""
     cfg: Any = OmegaConf.load(folders[0] / ".hydra" / "config.yaml")
-    data, source = wiring.data_of(cfg), wiring.model_source(cfg)
+    source = wiring.model_source(cfg)
+    data = wiring.data_of(cfg, source)
     networks = {"original": source.load(data)}
     for folder in folders:
         networks[str(folder)] = load_pruned(source.build(data.image_shape, len(data.classes)), folder)

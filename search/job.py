@@ -46,11 +46,10 @@ def run_job(
     check(settings)
     go_on = command_line(program, folder)
     log.info("run folder: %s; to resume an interrupted run: %s", folder, go_on)
-    data = wiring.data_of(cfg)
+    data = wiring.data_of(cfg, source)
     kind = "calibration" if data.stream else "training"  # a stream's training images are never all here
     log.info("data: %s, %d %s and %d search images", data.name, len(data.train), kind, len(data.search))
-    trained = "trained here once, in seconds, and kept in the cache" if source.recipe else "no weights"
-    log.info("network: %s, weights: %s", source.name, source.weights or source.url or trained)
+    log.info("network: %s, weights: %s", source.name, source.origin)
     model = prepared(source.load(data))
     try:
         with ExitStack() as stack:

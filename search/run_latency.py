@@ -80,7 +80,7 @@ def _subject(cfg: DictConfig, settings: LatencyStudySettings) -> Subject:
     threads = latency.threads or torch.get_num_threads()
     how = How(runtime(latency.runtime, threads), threads, latency.repeats, settings.seed)
     how.runtime.check()
-    shape, classes = wiring.input_of(cfg)
+    shape, classes = wiring.input_of(cfg, source)
     device = _device_of(latency.runtime, settings.device)
     with seeded(settings.seed):
         model = prepared(source.build(shape, classes)).to(device)

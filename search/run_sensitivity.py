@@ -39,7 +39,7 @@ def main_job(cfg: DictConfig) -> float:
     check(settings)
     go_on = command_line("amc-sensitivity", folder)
     log.info("run folder: %s; to resume an interrupted run: %s", folder, go_on)
-    data = wiring.data_of(cfg)
+    data = wiring.data_of(cfg, source)
     log.info("data: %s, %d training and %d search images", data.name, len(data.train), len(data.search))
     model = prepared(source.load(data))
     context = Context(folder, lambda metrics, step: None, source.name, configuration=wiring.text_of(cfg))

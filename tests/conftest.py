@@ -1,7 +1,11 @@
 """What several test files share: where real data lies, a cache of the tests' own, and small random data."""
 
+import importlib.util
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 # One thread, here and in the commands that tests start: networks are tiny, and threads that wait for each other on a
 # busy machine cost tenfold. It must be said before torch is imported.
@@ -11,6 +15,7 @@ import pytest
 import torch
 
 from search.data.base import Data, Split, fingerprint
+from search.data.loaders import seeded
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,6 +24,38 @@ def pytest_configure(config: pytest.Config) -> None:
     """Keep what tests decode or train in pytest's cache: not in the user's, and there for the next run."""
     if "PRUNING_CACHE" not in os.environ and hasattr(config, "cache"):
         os.environ["PRUNING_CACHE"] = str(config.cache.mkdir("pruning"))
+
+
+@cache
+def _importable_torchvision() -> torch.library.Library | None:
+    """Declare the operators that a torchvision of another build than torch does not bring, so that it can be imported."""
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        return None
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define(
+            "roi_align(Tensor input, Tensor rois, float spatial_scale, int pooled_height, int pooled_width, "
+            "int sampling_ratio, bool aligned) -> Tensor"
+        )
+        return library
+    return None
+
+
+@pytest.fixture(scope="session")
+def optional() -> Callable[[str], Any]:
+    """Gives torchvision, timm or transformers; the test is skipped where it is not installed."""
+
+    def package(name: str) -> Any:
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"the optional package {name} is not installed")
+        _importable_torchvision()
+        return importlib.import_module(name)
+
+    return package
 
 
 def find_shared_data() -> Path | None:
@@ -70,3 +107,38 @@ def make_data(
 def small_data() -> Data:
     """64 training, 32 search and 32 test images of 3 x 8 x 8 in four classes."""
     return make_data()
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(optional: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an untrained vision transformer of transformers for 16 x 16 images in three classes."""
+    transformers = optional("transformers")
+    folder = tmp_path_factory.mktemp("tiny_vit")
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.ViTConfig(image_size=16, patch_size=8, num_labels=3, **shape)
+    with seeded(0):
+        transformers.ViTForImageClassification(config).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+    return folder
+
+
+WORDS = ("good", "bad", "film", "a", "very", "the", "story")
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(optional: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an untrained BERT of transformers for two classes, and a tokenizer that knows WORDS."""
+    transformers = optional("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("tiny_bert")
+    words = {word: number for number, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS))}
+    split = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    split.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=split, **special).save_pretrained(folder)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.BertConfig(vocab_size=len(words), max_position_embeddings=32, num_labels=2, **shape)
+    with seeded(0):
+        transformers.BertForSequenceClassification(config).save_pretrained(folder)
+    return folder

@@ -1,6 +1,7 @@
 """conf/: every option of every group composes into a whole configuration, and is documented."""
 
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from omegaconf import DictConfig, OmegaConf
 from amc_env.errors import UserError
 from amc_env.pruning.criteria import CRITERIA, Criterion
 from search.config import compose as wiring
-from search.data.base import Data
 from search.models.source import ModelSource
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -28,13 +28,27 @@ def needed(group: str, option: str) -> list[str]:
     """What an option cannot do without."""
     return {
         ("reward", "infinity"): ["enforce_budget=false"],
+        ("model", "torchvision"): ["model.name=squeezenet1_1"],
+        ("model", "timm"): ["model.name=resnet10t"],
+        ("model", "module"): ["model.factory=search.models.resnet:ResNet", "model.arguments={depth: 8}"],
     }.get((group, option), [])
 
 
+PACKAGES = {"torchvision": "torchvision", "timm": "timm", "hf": "transformers"}
+"""What options of ``model`` need beside the product's dependencies."""
+
+
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=str)
-def test_every_option_composes_checks_and_instantiates(group: str, option: str, small_data: Data) -> None:
+def test_every_option_composes_checks_and_instantiates(
+    group: str, option: str, optional: Callable[[str], Any], request: pytest.FixtureRequest
+) -> None:
+    if group == "model" and option in PACKAGES:
+        optional(PACKAGES[option])
+    overrides = needed(group, option)
+    if (group, option) == ("model", "hf"):
+        overrides = [f"model.name={request.getfixturevalue('tiny_vit')}"]
     added = "+" if group == "experiment" else ""  # it is no section: it sets others
-    cfg = config(f"{added}{group}={option}", *needed(group, option))
+    cfg = config(f"{added}{group}={option}", *overrides)
     settings = wiring.settings_of(cfg, original_lr=0.1)
     assert settings.episodes == cfg.search.episodes
     source = wiring.model_source(cfg)

@@ -29,7 +29,7 @@ FLOORS = (
 )
 """Lowest first. A module imports only from its own floor or below; so it is for the folders of search/."""
 SEARCH_FLOORS = (
-    ("search.files", "search.interrupts", "search.settings", "search.output"),
+    ("search.files", "search.huggingface", "search.interrupts", "search.settings", "search.output"),
     ("search.data",),
     ("search.training",),
     ("search.models", "search.study"),
@@ -40,6 +40,9 @@ SEARCH_FLOORS = (
 
 ONLY_HERE = {
     "onnxruntime": "amc_env/onnx.py",
+    "transformers": "search/huggingface.py",
+    "timm": "search/models/timm_models.py",
+    "torchvision": "search/models/torchvision_models.py",
     "hydra": "search/",
     "omegaconf": "search/",
     "wandb": "search/",

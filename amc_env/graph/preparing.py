@@ -74,8 +74,25 @@ def prepared(model: nn.Module) -> nn.Module:
         model: A copy, which is changed: what it computes stays the same.
 
     Returns:
-        The network within its wrappers, with the weights of weight_norm, spectral_norm, other parametrizations and
-        pruning masks as plain parameters, in float32.
+        What `plain` gives, in float32.
+
+    Raises:
+        UserError: As `plain`.
+    """
+    model = plain(model)
+    others = {t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
+    others -= {torch.float32}
+    if others:
+        log.info("the network is converted from %s to float32", ", ".join(sorted(map(str, others))))
+        model.float()
+    return model
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The network within its wrappers, its modules such that they can be pruned, in eval mode; changed in place.
+
+    The weights of weight_norm, spectral_norm, other parametrizations and pruning masks become plain parameters, and
+    modules are replaced as `replace_modules` does.
 
     Raises:
         UserError: As `unwrapped`; or a parametrization cannot be taken off.
@@ -86,11 +103,6 @@ def prepared(model: nn.Module) -> nn.Module:
         log.info("reparametrized weights are made plain ones: %s", ", ".join(baked))
     if replaced := replace_modules(model):
         log.info("replaced by modules that compute the same and can be pruned: %s", ", ".join(replaced))
-    others = {t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()}
-    others -= {torch.float32}
-    if others:
-        log.info("the network is converted from %s to float32", ", ".join(sorted(map(str, others))))
-        model.float()
     return model
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +23,7 @@ from amc_env.validation import Count, Listed, Share, check_arguments, settings
 from search.data.base import Data
 from search.models.checkpoint import read_checkpoint
 from search.models.source import ModelSource
+from search.models.user_module import FACTORY, dotted
 from search.output.tracking import CsvTracker, Tracker, Trackers
 from search.settings import (
     FinalistSettings,
@@ -111,13 +114,15 @@ def _maker(cfg: DictConfig, section: str) -> partial[Any]:
 
 
 def _targets(value: Any, place: str) -> Iterator[tuple[str, str]]:
-    """Every ``_target_`` within a plain value, with its place."""
+    """Every name of code within a plain value, with its place: each ``_target_``, and a network's ``factory``."""
     entries = (
         value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     )
     for key, inner in entries:
         if key == "_target_":
             yield f"{place}._target_", str(inner)
+        elif key == FACTORY and isinstance(inner, str):
+            yield f"{place}.{key}", dotted(inner)
         else:
             yield from _targets(inner, f"{place}.{key}")
 
@@ -137,6 +142,8 @@ def _check_trusted(name: str, place: str, cfg: DictConfig) -> None:
     )
     if not _is_within(name, packages):
         raise untrusted
+    if not _is_within(name, _PACKAGES) and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # at the end: nothing that is installed is hidden
     try:
         target = get_object(name)
     except (ImportError, ValueError) as error:
@@ -315,23 +322,32 @@ def _device(name: Any) -> Any:
 def model_source(cfg: DictConfig) -> ModelSource:
     """Where the network comes from; a file of the user's is read here too, to refuse a wrong one early."""
     source = expected("model", ModelSource, built(cfg, "model"))
-    if source.weights is not None:
-        read_checkpoint(Path(source.weights), source.key)
+    if source.file is not None:
+        read_checkpoint(source.file, source.key)
     return source
 
 
-def data_of(cfg: DictConfig) -> Data:
-    """The dataset, split."""
-    return expected("data", Data, built(cfg, "data", search_images=cfg.search.images))
+def data_of(cfg: DictConfig, source: ModelSource) -> Data:
+    """The dataset, split; settings that are null are those that the network's weights were trained with, if any."""
+    more = {"search_images": cfg.search.images, **_wanted(cfg, source)}
+    return expected("data", Data, built(cfg, "data", **more))
 
 
-def input_of(cfg: DictConfig) -> tuple[tuple[int, int, int], int]:
+def _wanted(cfg: DictConfig, source: ModelSource) -> dict[str, Any]:
+    """What the network wants of the data's settings, for those that are null."""
+    section = _section(cfg, "data")
+    wanted = source.data_settings
+    return {name: wanted[name] for name in wanted if name in section and section[name] is None}
+
+
+def input_of(cfg: DictConfig, source: ModelSource) -> tuple[tuple[int, int, int], int]:
     """The shape of the data's images and the number of classes; nothing is read where the data's module has an INPUT."""
     known = getattr(inspect.getmodule(_maker(cfg, "data").func), "INPUT", None)
     if known is not None:
-        shape, classes = known
-        return shape, cfg.data.get("classes", classes)
-    data = data_of(cfg)
+        (channels, side, _), classes = known
+        size = _wanted(cfg, source).get("size", cfg.data.get("size")) or side
+        return (channels, size, size), cfg.data.get("classes", classes)
+    data = data_of(cfg, source)
     return data.image_shape, len(data.classes)
 
 

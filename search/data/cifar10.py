@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from PIL import Image
+from pathlib import Path
 
 from amc_env.validation import Count, SplitSeed
-from search.data.base import Data, Split, check_scaling, fingerprint, split_off
-from search.data.hub import read
+from search.data.base import Data
+from search.data.labelled import image_data, labelled
+from search.data.look import MEAN, STD, Look
+from search.data.rows import Sizes
+from search.data.tables import read_hub, read_local
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 HUB = "uoft-cs/cifar10"
@@ -17,14 +18,16 @@ SIZE = 32
 INPUT = ((3, SIZE, SIZE), len(CLASSES))
 """Shape of an image, [C, H, W], and the number of classes."""
 DEFAULT_SEARCH = 5000
+_FILES = {"train": "**/train-*.parquet", "test": "**/test-*.parquet"}
+_WAY_OUT = "data.path=DIR with train-*.parquet and test-*.parquet (columns img, label) needs no hub"
 
 
 def cifar10(
     path: str | None = None,
     search_images: Count | None = None,
     split_seed: SplitSeed = 0,
-    mean: Sequence[float] = (0.485, 0.456, 0.406),
-    std: Sequence[float] = (0.229, 0.224, 0.225),
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
 ) -> Data:
     """CIFAR-10 from local parquet files, or from the dataset hub where no path is given.
 
@@ -38,26 +41,12 @@ def cifar10(
         UserError: files or columns missing, undecodable or wrong images, labels outside the classes,
             hub out of reach, `search_images` out of reach.
     """
-    check_scaling(mean, std)
-    train, test = (
-        Split(part.pixels(torch.arange(len(part)), SIZE, unchanged), part.labels)
-        for part in read(HUB, path, held_out="test", image="img", classes=len(CLASSES))
+    look = Look(SIZE, mean=mean, std=std)
+    tables = (
+        read_local(Path(path), _WAY_OUT, ("parquet",), needed=("train", "test"))
+        if path
+        else read_hub(HUB, _WAY_OUT, data_files=_FILES)
     )
+    source = labelled(tables, "img", "label", held_out="test", classes=CLASSES)
     searched = DEFAULT_SEARCH if search_images is None else search_images
-    train, search = split_off("cifar10", train, searched, split_seed)
-    return Data(
-        name="cifar10",
-        train=train,
-        search=search,
-        test=test,
-        classes=CLASSES,
-        mean=tuple(mean),
-        std=tuple(std),
-        augment=True,
-        fingerprint=fingerprint(train, search, test),
-    )
-
-
-def unchanged(picture: Image.Image) -> Image.Image:
-    """The image itself: CIFAR-10's are used at their own size."""
-    return picture
+    return image_data("cifar10", source, look, Sizes(searched, split_seed))

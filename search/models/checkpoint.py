@@ -5,6 +5,7 @@ Files are read without running code of theirs: safetensors, or pickles with ``we
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from amc_env.errors import UserError
 from search import files
+
+log = logging.getLogger(__name__)
 
 PICKLES = (".th", ".pt", ".pth", ".bin", ".ckpt", ".tar")
 LISTED_NAMES = 8
@@ -52,11 +55,7 @@ def read_checkpoint(path: Path, key: str | None = None) -> dict[str, Tensor]:
 
 def state_dict(content: Any, source: str, key: str | None = None) -> dict[str, Tensor]:
     """The state dict in what a file holds; see `read_checkpoint`."""
-    if _is_state(content) and key is None:
-        found = {"": content}
-    else:
-        entries = content.items() if isinstance(content, Mapping) else ()
-        found = {str(name): value for name, value in entries if _is_state(value)}
+    found = {"": content} if _is_state(content) and key is None else _entries(content)
     if key is not None:
         found = {name: value for name, value in found.items() if name == key}
     if len(found) > 1:
@@ -76,8 +75,24 @@ def state_dict(content: Any, source: str, key: str | None = None) -> dict[str, T
     return dict(state)
 
 
+def _entries(content: Any) -> dict[str, Mapping[str, Tensor]]:
+    """The state dicts in a checkpoint by their names: its entries, or else entries of these, like ``model.state_dict``."""
+    outer = content if isinstance(content, Mapping) else {}
+    inner = {
+        f"{name}.{key}": value
+        for name, entry in outer.items()
+        if isinstance(entry, Mapping)
+        for key, value in entry.items()
+    }
+    levels = ({str(n): v for n, v in level.items() if _is_state(v)} for level in (outer, inner))
+    return next(filter(None, levels), {})
+
+
 def unwrapped(state: Mapping[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
     """The state dict without the prefixes that wrappers put before every name.
+
+    Where the names with one prefix are all of the network's, the others are left out: a Lightning module has a loss and
+    metrics beside its network.
 
     Args:
         state: By the file's names.
@@ -87,9 +102,24 @@ def unwrapped(state: Mapping[str, Tensor], own: Collection[str]) -> dict[str, Te
     while not any(name in own for name in names.values()):
         prefix = next((p for p in _WRAPPERS if all(name.startswith(p) for name in names.values())), None)
         if prefix is None:
+            names = _complete_part(names, own)
             break
         names = {name: short.removeprefix(prefix) for name, short in names.items()}
     return {short: state[name] for name, short in names.items()}
+
+
+def _complete_part(names: dict[str, str], own: Collection[str]) -> dict[str, str]:
+    """The names under one prefix, without it, where they are all of the network's; else all names as they are."""
+    for prefix in _WRAPPERS:
+        part = {name: short.removeprefix(prefix) for name, short in names.items() if short.startswith(prefix)}
+        if own and set(own) <= set(part.values()):
+            log.info(
+                "%d entries of the checkpoint that are not under %s are not used",
+                len(names) - len(part),
+                prefix,
+            )
+            return part
+    return names
 
 
 def listed(names: list[str]) -> str:

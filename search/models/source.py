@@ -1,7 +1,7 @@
 """The networks on offer, and how each comes by its weights.
 
 Networks:
-    digits_cnn, digits_mlp: small ones for scikit-learn's digits, trained once and kept in the cache folder.
+    digits_cnn, digits_mlp, digits_vit: small ones for scikit-learn's digits, trained once and kept in the cache folder.
     resnet20..110: CIFAR ResNets (He et al., arXiv 1512.03385) in the layout of
         akamaster/pytorch_resnet_cifar10, whose published weights they load. plain20: without shortcuts.
     mobilenet: MobileNet-V1 (Howard et al., arXiv 1704.04861) with stride 1 in its first convolution.
@@ -9,6 +9,9 @@ Networks:
         for 32 x 32 images, with batch norm; their weights are the user's.
     resnet50: for ImageNet (He et al., arXiv 1512.03385), with the layer names of torchvision, whose
         published weights it loads.
+    vit_cifar10: a small vision transformer (Dosovitskiy et al., arXiv 2010.11929) for 32 x 32 images.
+    torchvision, timm, hf: any classifier of these libraries by its name, with the library's weights.
+    module: what a function of the user's own makes.
 
 An option `model=x` is a file conf/model/x.yaml whose `_target_` is a function here, giving a ModelSource.
 """
@@ -16,17 +19,20 @@ An option `model=x` is a file conf/model/x.yaml whose `_target_` is a function h
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from amc_env.errors import UserError
+from amc_env.errors import UserError, first_line
+from amc_env.inputs import call, described, output_of, take
 from search import files
 from search.data.base import Data
 from search.data.loaders import seeded
@@ -35,6 +41,10 @@ from search.training.finetune import Recipe, train
 
 # Part of the key of a network trained here: raise it when a change of the training makes older weights wrong.
 TRAINED_VERSION = 1
+Build = Callable[[tuple[int, int, int], int], nn.Module]
+PRETRAINED, RANDOM = "pretrained", "random"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,49 +54,116 @@ class ModelSource:
     Attributes:
         build: makes the network with random weights, from (channels, height, width) and class count.
         original_lr: peak learning rate it was trained with; fine-tuning takes a fraction of it.
-        weights: the user's file, or None.
+        weights: the user's file; None or PRETRAINED for weights that come with the network; RANDOM.
         url: published weights; the file's name ends with its SHA-256 prefix. None where there are none.
         recipe: how it is trained once where there are neither; None where that is too expensive.
         key: the entry of the user's file that holds the state dict, see `read_checkpoint`.
+        pretrained: like `build`, with the weights of the library that it is from, for whose classes it is then made.
+        needs_shape: whether it is built for images of a shape; else `build` is given zeros, and inputs may be any.
+        data_settings: how these weights want their inputs, by the names of settings of the data, for those left null.
     """
 
     name: str
-    build: Callable[[tuple[int, int, int], int], nn.Module]
+    build: Build
     original_lr: float
     weights: str | None = None
     url: str | None = None
     recipe: Recipe | None = None
     key: str | None = None
+    pretrained: Build | None = None
+    data_settings: Mapping[str, Any] = field(default_factory=dict)
+    needs_shape: bool = True
+
+    @property
+    def file(self) -> Path | None:
+        """The user's checkpoint."""
+        return None if self.weights in (None, PRETRAINED, RANDOM) else Path(str(self.weights))
+
+    @property
+    def origin(self) -> str:
+        """Where the weights come from, in words."""
+        if self.weights not in (None, PRETRAINED):
+            return str(self.weights)
+        if self.pretrained is not None:
+            return PRETRAINED
+        trained = "trained here once, in seconds, and kept in the cache" if self.recipe else "no weights"
+        return self.url or trained
 
     def check(self) -> None:
         """Finds out, before any data is read, that there are no weights.
 
         Raises:
-            UserError: There is neither a file, nor an address, nor a recipe.
+            UserError: There is neither a file, nor a library's weights, nor an address, nor a recipe.
         """
-        if self.weights is None and self.url is None and self.recipe is None:
-            raise UserError(f"model={self.name} has no published weights; give model.weights=FILE")
+        if self.weights in (None, PRETRAINED) and not (self.pretrained or self.url or self.recipe):
+            raise UserError(
+                f"model={self.name} has no published weights; give {{field}}=FILE, or random to search without any",
+                code="no_weights",
+                field="model.weights",
+            )
 
     def load(self, data: Data) -> nn.Module:
         """The network with its weights, in eval mode on the CPU; the global random state stays as it was.
 
         Raises:
-            UserError: weights missing, unreadable, not finite, or of another network.
+            UserError: weights missing, unreadable, not finite, or of another network; the network does not run on the
+                data or has outputs for another number of classes.
         """
-        build = partial(self.build, data.image_shape, len(data.classes))
-        if self.weights is None and self.url is None and self.recipe is not None:
-            return trained_once(self.name, build, data, self.recipe)
+        self.check()
+        kind = (data.image_shape if self.needs_shape else (0, 0, 0)), len(data.classes)
+        build = partial(self.build, *kind)
         with seeded(0):
-            model = build()
-        load_weights(model, self.weights, self.url, name=self.name, images=_described(data), key=self.key)
-        return model.eval()
+            if self.weights == RANDOM:
+                log.warning("model.weights=random: %s is not trained, and scores mean nothing", self.name)
+                model = build()
+            elif self.file is not None:
+                model = build()
+                load_weights(model, self.weights, None, self.name, _described(data), self.key)
+            elif self.pretrained is not None:
+                model = self.pretrained(*kind)
+            elif self.url is not None:
+                model = build()
+                load_weights(model, None, self.url, self.name, _described(data))
+            else:
+                assert self.recipe is not None
+                return trained_once(self.name, build, data, self.recipe)
+        _check_outputs(model.eval(), data, self.name)
+        return model
+
+
+def _check_outputs(model: nn.Module, data: Data, name: str) -> None:
+    """Run the network on one example.
+
+    Raises:
+        UserError: It fails, or has another number of outputs than the data has classes.
+    """
+    example = data.normalise(take(data.train.inputs, slice(1)))
+    try:
+        with torch.no_grad():
+            outputs = output_of(call(model, example))
+    except Exception as error:  # anything that a network of somebody else's raises
+        raise UserError(
+            f"model={name} does not run{_described(data)}: {first_line(error)}; where the images are of the wrong size, "
+            "data=hub and data=folder have data.size",
+            code="does_not_run",
+            field="model",
+        ) from error
+    if outputs.ndim == 2 and data.classes and outputs.shape[1] != len(data.classes):
+        raise UserError(
+            f"model={name} has {outputs.shape[1]} outputs, and data={data.name} has {len(data.classes)} classes; train the "
+            "network on these and give its checkpoint with {field}=FILE: it is then built with as many outputs",
+            code="wrong_classes",
+            field="model.weights",
+        )
 
 
 def _described(data: Data) -> str:
     """What a network is built for, in messages; the digits are the default, and few weights are made for them."""
-    channels, height, width = data.image_shape
+    inputs = data.train.inputs
+    is_image = isinstance(inputs, Tensor) and inputs.ndim == 4
+    shape = " x ".join(map(str, data.image_shape)) if is_image else described(take(inputs, slice(1)))
     hint = "; weights for colour images go with data=cifar10" if data.name == "digits" else ""
-    return f" on data={data.name} ({channels} x {height} x {width}{hint})"
+    return f" on data={data.name} ({shape}{hint})"
 
 
 # ---------------------------------------------------------------------------------------------------- weights
@@ -110,14 +187,14 @@ def load_weights(
         key: the entry of the user's file that holds the state dict.
 
     Raises:
-        UserError: neither given, names or shapes that do not fit (listed), and as `read_checkpoint`.
+        UserError: names or shapes that do not fit (listed), and as `read_checkpoint`.
     """
     if path is not None:
         source, state = path, read_checkpoint(Path(path), key)
     elif url is not None:
         source, state = url, _download(url)
     else:
-        raise UserError(f"model={name} has no published weights: give a checkpoint with model.weights=FILE")
+        raise ValueError("neither a file nor an address of weights")
     _fit(model, unwrapped(state, model.state_dict()), f"{source} does not fit model={name}{images}")
 
 

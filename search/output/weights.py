@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from amc_env.errors import UserError
 from amc_env.graph.layers import channels_of
+from amc_env.graph.preparing import plain
 from amc_env.graph.surgery import Keeps, resize
 from search import files
 
@@ -73,10 +74,10 @@ def load_pruned(module: nn.Module, folder: str | Path) -> nn.Module:
     """Restores a network that `save_pruned` wrote onto a fresh, unpruned instance of its class.
 
     Args:
-        module: unpruned; it is resized and filled in place, and keeps its device.
+        module: unpruned; it is made ready as for a search, resized and filled in place, and keeps its device.
 
     Returns:
-        The same module, small, in eval mode.
+        The module, small, in eval mode; what was within it where it was wrapped.
 
     Raises:
         UserError: a file that is missing or unreadable, channels that do not fit the module (then unchanged),
@@ -86,6 +87,7 @@ def load_pruned(module: nn.Module, folder: str | Path) -> nn.Module:
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: load_pruned wants the run folder that holds {CHANNELS_FILE}")
     weights = _existing(folder / WEIGHTS_FILE)
+    module = plain(module)  # as the network was before it was pruned
     keeps = _read_channels(module, _existing(folder / CHANNELS_FILE))
     with files.reading(weights, _AGAIN):
         state = load_file(weights)

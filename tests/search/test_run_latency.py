@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 from PIL import Image
 from running import Command
@@ -19,6 +20,7 @@ from amc_env.costs.memory import Activations
 from amc_env.errors import UserError
 from search import run_latency
 from search.config.compose import input_of
+from search.models.source import ModelSource
 from search.output.plots import DPI, plot_latency_check
 from search.output.progress import print_table
 from search.run_latency import overrides_of
@@ -295,11 +297,12 @@ def test_a_runtime_with_one_place_runs_there(runtime: str, device: str, place: s
 
 def test_the_shape_is_known_for_our_data_and_read_from_the_user_s(monkeypatch: pytest.MonkeyPatch) -> None:
     ours = OmegaConf.create({"data": {"_target_": "search.data.imagenet.imagenet", "classes": 100}})
-    assert input_of(ours) == ((3, 224, 224), 100)
+    source = ModelSource("x", lambda *_: torch.nn.Identity(), 0.1, data_settings={"size": 96})
+    assert input_of(ours, source) == ((3, 224, 224), 100)
     theirs = SimpleNamespace(image_shape=(2, 9, 9), classes=("a", "b", "c"))
-    monkeypatch.setattr("search.config.compose.data_of", lambda cfg: theirs)
+    monkeypatch.setattr("search.config.compose.data_of", lambda *_: theirs)
     assert input_of(
-        OmegaConf.create({"data": {"_target_": "types.SimpleNamespace"}, "trusted": ["types"]})
+        OmegaConf.create({"data": {"_target_": "types.SimpleNamespace"}, "trusted": ["types"]}), source
     ) == ((2, 9, 9), 3)
 
 

@@ -218,7 +218,7 @@ def test_missing_columns_are_named_with_what_was_found(folder: Path) -> None:
     [
         ([0, 10], "1 labels outside 0..9, the first is 10 at row 1"),
         ([0, None], "1 rows of column label have no value"),
-        (["cat", "dog"], "cannot be read"),
+        (["kitten", "dog"], "labels outside the classes airplane"),
         ([], "cannot be read"),
     ],
 )

@@ -16,7 +16,9 @@ from PIL import Image
 
 from amc_env.errors import UserError
 from search.data.base import Data, Split
-from search.data.imagenet import SIZE, _part, centre_crop, imagenet, random_crop
+from search.data.crops import _part, random_crop
+from search.data.imagenet import CROP, SIZE, imagenet
+from search.data.look import Look
 
 CONF = Path(__file__).parents[3] / "conf" / "data" / "imagenet.yaml"
 IMAGES = [grey(6 * row) for row in range(40)]  # the shade tells the row
@@ -68,7 +70,7 @@ def test_the_validation_images_are_the_test_split(folder: Path) -> None:
     assert half.test is not None
     assert data.test.targets.tolist() == LABELS[:20]
     for image, content in zip(data.test.inputs, photos(20), strict=True):
-        expected = np.asarray(centre_crop(Image.open(io.BytesIO(content))))
+        expected = np.asarray(Look(SIZE, CROP)(Image.open(io.BytesIO(content))))
         assert np.array_equal(image.numpy(), expected.transpose(2, 0, 1))
     assert half.test.targets.bincount().tolist() == [1] * 10
 
@@ -164,8 +166,8 @@ def test_without_the_hub_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_middle_is_cut_out_after_resizing_the_shorter_side() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (256, 512, 3), dtype=np.uint8)
-    assert np.array_equal(np.asarray(centre_crop(Image.fromarray(pixels))), pixels[16:240, 144:368])
-    assert centre_crop(Image.fromarray(pixels[:100, :130])).size == (SIZE, SIZE)
+    assert np.array_equal(np.asarray(Look(SIZE, CROP)(Image.fromarray(pixels))), pixels[16:240, 144:368])
+    assert Look(SIZE, CROP)(Image.fromarray(pixels[:100, :130])).size == (SIZE, SIZE)
 
 
 def test_crops_have_areas_and_ratios_of_the_allowed_range() -> None:
@@ -181,4 +183,8 @@ def test_crops_have_areas_and_ratios_of_the_allowed_range() -> None:
     assert 0.74 < ratios.min() < 0.76
     assert 1.32 < ratios.max() < 1.35
     assert _part(10, 400, generator) == (0, 193, 10, 13)
-    assert random_crop(Image.fromarray(np.zeros((3, 2, 3), np.uint8)), generator).shape == (3, SIZE, SIZE)
+    assert random_crop(Image.fromarray(np.zeros((3, 2, 3), np.uint8)), SIZE, generator).shape == (
+        3,
+        SIZE,
+        SIZE,
+    )

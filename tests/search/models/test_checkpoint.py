@@ -64,6 +64,11 @@ SHAPES: dict[str, Callable[[], Any]] = {
     },
     "Lightning compiled": lambda: {"state_dict": prefixed("model._orig_mod.")},
     "averaged": lambda: AveragedModel(trained()).state_dict(),
+    "Lightning with a loss": lambda: {"state_dict": prefixed("model.") | {"loss.weight": torch.ones(2)}},
+    "ema": lambda: {"ema": prefixed("module."), "epoch": 1},
+    "state_dict_ema": lambda: {"state_dict_ema": prefixed("_orig_mod.")},
+    "ema_state_dict": lambda: {"meta": {"epoch": 3}, "ema_state_dict": prefixed("module.")},
+    "entry in an entry": lambda: {"model": {"state_dict": prefixed(""), "step": 1}, "epoch": 1},
     "averaged beside": lambda: {"epoch": 1, "model_ema": AveragedModel(trained()).state_dict()},
 }
 
@@ -96,6 +101,14 @@ def test_of_several_state_dicts_one_is_chosen_by_its_key(tmp_path: Path) -> None
     assert same_state(net, trained())
     with refused("no_state_dict", ""):
         read_checkpoint(file, "epoch")
+
+
+def test_a_part_of_the_network_under_a_prefix_is_not_the_network(tmp_path: Path) -> None:
+    state = prefixed("model.") | {"loss.weight": torch.ones(2)}
+    del state["model.head.bias"]
+    torch.save(state, tmp_path / "net.pt")
+    with refused("does_not_fit", ""):
+        load_weights(Net(), str(tmp_path / "net.pt"), None)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 """Networks have their published sizes, layouts and accuracies; weights that do not fit are refused."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from refusals import refused
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -23,10 +25,12 @@ from search.models.checkpoint import read_checkpoint
 from search.models.mobilenet import MobileNet, MobileNetV2
 from search.models.resnet import FixedSelection, ResNet, ResNet50
 from search.models.source import ModelSource, load_weights
+from search.models.vit import Attention
 from search.training.finetune import Recipe
 
 CONF = Path(__file__).parents[3] / "conf" / "model"
-MODELS = [path.stem for path in sorted(CONF.glob("*.yaml"))]
+OF_LIBRARIES = ("torchvision", "timm", "hf", "module")  # these are in test_library_models.py
+MODELS = [path.stem for path in sorted(CONF.glob("*.yaml")) if path.stem not in OF_LIBRARIES]
 PARAMETERS = {
     "resnet20": 269_722,
     "resnet32": 464_154,
@@ -35,6 +39,8 @@ PARAMETERS = {
     "resnet110": 1_727_962,
     "plain20": 269_722,
     "mobilenet": 3_217_226,
+    "digits_vit": 58_474,
+    "vit_cifar10": 1_008_266,
     "resnet50": 23_528_522,  # with ten classes in place of a thousand
 }
 
@@ -276,9 +282,10 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -
         load_weights(ResNet(8), str(tmp_path / "net.safetensors"), None)
 
 
-def test_a_network_without_published_weights_asks_for_a_file(small_data: Data) -> None:
-    with pytest.raises(UserError, match="model=mobilenet has no published weights.*model.weights=FILE"):
-        mobilenet.mobilenet().load(small_data)
+@pytest.mark.parametrize("weights", [None, "pretrained"])
+def test_a_network_without_published_weights_asks_for_a_file(weights: str | None, small_data: Data) -> None:
+    with refused("no_weights", "model.weights"):
+        mobilenet.mobilenet(weights).load(small_data)
 
 
 def published(folder: Path, model: nn.Module, hash_prefix: str | None = None) -> str:
@@ -338,8 +345,31 @@ def test_what_was_trained_otherwise_is_not_read(tmp_path: Path, monkeypatch: pyt
     assert len(list((tmp_path / "models").iterdir())) == 3
 
 
-def test_digits_cnn_reaches_its_accuracy() -> None:
+@pytest.mark.parametrize(
+    ("source", "least"),
+    [(digits_models.digits_cnn, 0.98), pytest.param(digits_models.digits_vit, 0.97, marks=pytest.mark.slow)],
+)
+def test_digits_networks_reach_their_accuracy(source: Callable[[], ModelSource], least: float) -> None:
     data = digits()
-    model = digits_models.digits_cnn().load(data)
+    model = source().load(data)
     assert not model.training
-    assert accuracy(model, data, data.test.inputs, data.test.targets) >= 0.98
+    assert accuracy(model, data, data.test.inputs, data.test.targets) >= least
+
+
+def test_attention_keeps_working_with_fewer_heads() -> None:
+    torch.manual_seed(0)
+    attention, images = Attention(12, 3), torch.randn(2, 5, 12)
+    with torch.no_grad():
+        attention.proj.weight[:, 8:] = 0  # the last head's part of the output
+        expected = attention(images)
+        for layer in (attention.query, attention.key, attention.value):
+            layer.weight, layer.bias = nn.Parameter(layer.weight[:8]), nn.Parameter(layer.bias[:8])
+        attention.proj.weight = nn.Parameter(attention.proj.weight[:, :8])
+        attention.num_heads = 2
+        torch.testing.assert_close(attention(images), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 6), (1, 7, 7)])
+def test_a_vision_transformer_refuses_images_of_no_whole_patches(shape: tuple[int, int, int]) -> None:
+    with refused("image_size", "data"):
+        digits_models.digits_vit().build(shape, 10)
