@@ -101,8 +101,9 @@ class Folder:
             if buffer is not None and buffer.is_floating_point():
                 buffer = buffer.to(self._dtype)
             target._buffers[key] = buffer
-        if isinstance(source, nn.Conv2d) and isinstance(target, nn.Conv2d):
-            target.groups = source.groups  # the one size that the forward pass reads
+        for name, value in vars(source).items():  # sizes that forward passes read, like groups and num_heads
+            if type(value) is int and name in vars(target):
+                setattr(target, name, value)
 
     def _fold(self, layer: nn.Module, norm: nn.Module, target: nn.Module) -> None:
         assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)

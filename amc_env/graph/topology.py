@@ -7,7 +7,7 @@ norms are not folded for scoring, and the sequential repair is refused.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,14 +28,18 @@ class _Tracer(fx.Tracer):
             arguments are inputs.
     """
 
-    def __init__(self, example: Inputs | None = None):
+    def __init__(self, example: Inputs | None = None, numbers: Iterable[tuple[str, str]] = ()):
         super().__init__()
         self._example = example
+        self._numbers = numbers
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
         function, found = super().create_args_for_root(root_fn, is_module, concrete_args)
+        for module, name in self._numbers:
+            read = self.create_proxy("get_attr", f"{module}.{name}".lstrip("."), (), {})
+            setattr(self.root.get_submodule(module), name, read)
         if self._example is None:
             return function, found
         named = self._example if isinstance(self._example, dict) else {}
@@ -69,7 +73,9 @@ class Topology:
     partner: dict[str, fx.Node] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, example: Inputs | None = None) -> Topology:
+    def of(
+        cls, model: nn.Module, example: Inputs | None = None, numbers: Iterable[tuple[str, str]] = ()
+    ) -> Topology:
         """Trace a copy of ``model`` in eval mode: a trace that fails may leave proxies in its attributes.
 
         Tensors that the forward pass creates become attributes of ``model``, so that the graph runs on it.
@@ -77,10 +83,12 @@ class Topology:
         Args:
             model: The network.
             example: A batch of its inputs. Arguments that it leaves out keep their defaults in the trace.
+            numbers: Modules and attributes, like ``num_heads``, that the graph reads when it runs: they change when
+                channels are cut.
         """
         copied = module_copy(model).eval()
         try:
-            graph = _Tracer(example).trace(copied)
+            graph = _Tracer(example, numbers).trace(copied)
         except Exception as error:  # symbolic tracing fails in many ways; the caller says what that costs
             return cls(None, f"torch.fx cannot trace it ({type(error).__name__}: {error})".splitlines()[0])
         modules = dict(model.named_modules())

@@ -65,7 +65,8 @@ def trace(model: nn.Module, example: Inputs) -> LayerGraph:
     channelwise, other = _rest(copied, layers, groups)
     attention = _attention(labels, groups, copied)
     counts = other, sum(others.values()) + _functional(labels, layers, others)
-    topology = Topology.of(model, example)
+    numbers = {(m.module, m.side[1:]): None for g in groups for m in g.members if m.side.startswith(".")}
+    topology = Topology.of(model, example, numbers)
     graph = LayerGraph(tuple(layers.values()), channelwise, tuple(groups), tuple(skipped), *counts, topology)
     return replace(graph, attention=attention)
 
