@@ -34,7 +34,7 @@ class _Term:
 
 def _weights(layer: Layer, places: int = 1) -> _Term:
     """A layer's weights, each counted ``places`` times: k*k for each pair of output and (grouped) input."""
-    area = layer.kernel[0] * layer.kernel[1] * places
+    area = layer.area * places
     if layer.depthwise:
         return _Term(float(area), (layer.name, "out"), None, layer.name)
     return _Term(area / layer.groups, (layer.name, "out"), (layer.name, "in"), layer.name)

@@ -88,9 +88,7 @@ class Cycles(NetworkCost):
         self._sizes, self._per_unit = kept_channels(graph)
         self._depthwise = np.array([layer.depthwise for layer in layers], dtype=bool)
         self._groups = np.array([1 if layer.depthwise else layer.groups for layer in layers])
-        self._area = np.array(
-            [0 if layer.costless else layer.kernel[0] * layer.kernel[1] for layer in layers]
-        )
+        self._area = np.array([0 if layer.costless else layer.area for layer in layers])
         self._positions = np.array([layer.positions for layer in layers])
         self._waves = _ceil(self._positions, np.where(self._depthwise, pixels, pixel_parallel))
         self._parallel = input_parallel, output_parallel

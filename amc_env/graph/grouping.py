@@ -11,7 +11,7 @@ from torch import nn
 
 from amc_env.graph.labels import Ints, Labels, Split
 from amc_env.graph.layers import ChannelGroup, Layer, Member, Skipped
-from amc_env.graph.surgery import side_of
+from amc_env.graph.surgery import CONVOLUTIONS, side_of
 
 Key = tuple[str, str]
 """A module's name and side."""
@@ -69,7 +69,7 @@ def _roots_by_dimension(model: nn.Module, labels: Labels) -> dict[Key, Ints]:
                 if dim.labels is not None:
                     side = side_of(module, key, dimension)
                     roots = labels.roots(dim.labels)
-                    if side == "in" and isinstance(module, nn.Conv2d):
+                    if side == "in" and isinstance(module, CONVOLUTIONS):
                         roots = np.tile(roots, module.groups)
                     found.setdefault((name, side), roots)
     return found

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from amc_env.graph.surgery import CHANNELWISE, Keeps
 from amc_env.graph.topology import UNTRACED, Topology
@@ -16,6 +17,9 @@ from amc_env.graph.topology import UNTRACED, Topology
 @dataclass(frozen=True)
 class Layer:
     """A convolution or linear layer.
+
+    Sizes are two numbers. The leading one is 1 for a one-dimensional convolution, and the product of depth and height
+    for a three-dimensional one.
 
     Attributes:
         name: Qualified module name.
@@ -28,11 +32,14 @@ class Layer:
         groups: Groups of the convolution.
         bias: Whether it has a bias.
         in_size: Height and width of its input; (positions, 1) for a linear layer.
-        out_size: Height and width of its output.
+        out_size: Height and width of its output; of its input where it is transposed.
         costless: A fixed selection that costs nothing (an option-A shortcut): no MACs are charged, it is never
             repaired.
         calls: How often one pass runs it; the positions of all calls are in ``out_size``.
         tied: Whether it shares a parameter with another layer; such layers are not pruned.
+        dimensions: Of the convolution; 0 for a linear layer.
+        transposed: Whether it is a transposed convolution. Its weights are pruned with their channels, but do not speak
+            for them, and are not repaired.
     """
 
     name: str
@@ -49,6 +56,8 @@ class Layer:
     costless: bool = False
     calls: int = 1
     tied: bool = False
+    dimensions: int = 2
+    transposed: bool = False
 
     @property
     def depthwise(self) -> bool:
@@ -61,9 +70,14 @@ class Layer:
         return self.out_size[0] * self.out_size[1]
 
     @property
+    def area(self) -> int:
+        """Weights for each pair of an input and an output."""
+        return self.kernel[0] * self.kernel[1]
+
+    @property
     def weights(self) -> int:
         """Number of weights, the bias left out."""
-        return self.out_channels * (self.in_channels // self.groups) * self.kernel[0] * self.kernel[1]
+        return self.out_channels * (self.in_channels // self.groups) * self.area
 
 
 @dataclass(frozen=True)
@@ -142,7 +156,7 @@ class LayerGraph:
         groups: Coupled channels, in the forward order of their first consumer.
         skipped: Layers whose outputs are not pruned, with the reason.
         other_params: Parameters outside the modules above.
-        other_macs: MACs of convolutions that are counted but never pruned (1d, 3d, transposed).
+        other_macs: MACs that no pruning changes, like those of weights that are used without their module.
         topology: The order of operations, from a symbolic trace.
         attention: Products of activations, as in attention; none where channels were not traced.
     """
@@ -186,7 +200,7 @@ def channels_of(module: nn.Module, side: str) -> int:
         tensor = module._parameters.get(key, module._buffers.get(key))
         known = isinstance(tensor, Tensor) and dimension in map(str, range(tensor.ndim))
         return tensor.shape[int(dimension)] if known and tensor is not None else 0
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, _ConvNd):
         return module.in_channels if side == "in" else module.out_channels
     if isinstance(module, nn.Linear):
         return module.in_features if side == "in" else module.out_features

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 Keeps = dict[str, dict[str, Tensor]]
@@ -21,14 +22,20 @@ another tensor of the module, like ``gamma.0``, and ``.NAME`` a number that its 
 ``.num_heads``.
 """
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
+"""Modules with a weight whose first two dimensions are outputs and inputs, or the other way round where transposed."""
+
 CHANNELWISE = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
 """Modules with one entry per channel: they are cut with the channels that pass through them."""
 
 
 def side_of(module: nn.Module, key: str, dimension: int) -> str:
     """The side that one dimension of a module's tensor belongs to."""
-    if isinstance(module, nn.Conv2d | nn.Linear) and dimension < 2:
-        return "in" if dimension else "out"
+    if isinstance(module, LAYERS) and dimension < 2:
+        reads = dimension == (0 if isinstance(module, TRANSPOSED) else 1)
+        return "in" if reads and key == "weight" else "out"
     if isinstance(module, CHANNELWISE) and getattr(module, key).ndim == 1:
         return "out"
     return f"{key}.{dimension}"
@@ -106,16 +113,16 @@ def _cut_dimensions(
     dimensions: list[tuple[int, Tensor]] = []
     for dimension in range(value.ndim):
         kept: Tensor | None = sides.get(side_of(module, key, dimension))
-        if kept is not None and dimension == 1 and isinstance(module, nn.Conv2d | nn.Linear):
+        if kept is not None and dimension == 1 and isinstance(module, CONVOLUTIONS):
             kept = _local_inputs(module, kept)
         if kept is not None:
             dimensions.append((dimension, kept))
     return dimensions
 
 
-def _local_inputs(module: nn.Conv2d | nn.Linear, into: Tensor) -> Tensor | None:
+def _local_inputs(module: _ConvNd, into: Tensor) -> Tensor | None:
     """Entries of the weight's input dimension that stay; every group of a convolution loses the same ones."""
-    if isinstance(module, nn.Linear) or module.groups == 1:
+    if module.groups == 1:
         return into
     size = module.in_channels // module.groups
     return None if size == 1 else into[into < size]
@@ -125,7 +132,7 @@ def set_sizes(module: nn.Module, sides: Mapping[str, Tensor]) -> None:
     """Makes the module's attributes agree with its cut tensors; ``sides`` index the uncut module."""
     out = sides["out"].numel() if "out" in sides else None
     into = sides["in"].numel() if "in" in sides else None
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, _ConvNd):
         depthwise = 1 < module.groups == module.in_channels == module.out_channels
         if depthwise and out is not None:
             module.groups = module.in_channels = out
@@ -151,8 +158,11 @@ def set_sizes(module: nn.Module, sides: Mapping[str, Tensor]) -> None:
 
 def silence_inputs(module: nn.Module, gone: Tensor) -> None:
     """Zeroes the weights that read the inputs ``gone``, in place: what these channels hold is ignored."""
-    assert isinstance(module, nn.Conv2d | nn.Linear)
+    assert isinstance(module, LAYERS)
     with torch.no_grad():
+        if isinstance(module, TRANSPOSED):
+            module.weight[gone] = 0
+            return
         if isinstance(module, nn.Linear) or module.groups == 1:
             module.weight[:, gone] = 0
             return

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from amc_env.graph.copying import module_copy
+from amc_env.graph.surgery import CONVOLUTIONS, LAYERS
 from amc_env.inputs import Inputs, tensors_of
 
 _ADDS = (operator.add, operator.iadd, torch.add)
@@ -52,7 +53,7 @@ class _Tracer(fx.Tracer):
         return function, found
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        known = isinstance(m, nn.Conv2d | nn.Linear | nn.BatchNorm1d | nn.BatchNorm2d)
+        known = isinstance(m, (*LAYERS, nn.BatchNorm1d, nn.BatchNorm2d))
         return known or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -102,7 +103,7 @@ class Topology:
         norm_after: dict[str, str] = {}
         partner: dict[str, fx.Node] = {}
         for name, nodes in calls.items():
-            if len(nodes) != 1 or not isinstance(modules[name], nn.Conv2d | nn.Linear):
+            if len(nodes) != 1 or not isinstance(modules[name], (*CONVOLUTIONS, nn.Linear)):
                 continue
             last, norm = nodes[0], _norm(nodes[0], modules, calls)
             if norm is not None:
@@ -300,7 +301,7 @@ class Run:
 
     def _layer(self, node: fx.Node) -> nn.Module | None:
         module = self._model.get_submodule(str(node.target)) if node.op == "call_module" else None
-        return module if isinstance(module, nn.Conv2d | nn.Linear) else None
+        return module if isinstance(module, LAYERS) else None
 
     def _read(self, node: fx.Node, lanes: list[fx.Interpreter]) -> tuple[Batches, Batches | None]:
         """A layer's inputs and shortcuts."""

@@ -6,6 +6,7 @@ out it must compute what it computes with them silenced. No network is traced du
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -30,11 +31,9 @@ from amc_env.graph.layers import (
     channels_of,
     keeps_of,
 )
-from amc_env.graph.surgery import CHANNELWISE, resize, silence_inputs
+from amc_env.graph.surgery import CHANNELWISE, LAYERS, TRANSPOSED, resize, silence_inputs
 from amc_env.graph.topology import Topology
 from amc_env.inputs import Inputs, call, described, each, take
-
-_UNPRUNED = "only Conv2d and Linear are pruned; its MACs are counted"
 
 
 def trace(model: nn.Module, example: Inputs) -> LayerGraph:
@@ -49,12 +48,11 @@ def trace(model: nn.Module, example: Inputs) -> LayerGraph:
     """
     copied = module_copy(model).eval()
     layers = _layers(copied, example)
-    others = _other_convolutions(copied, example)
     labels = labelled_run(copied, take(example, slice(1)))
-    groups, skipped = channel_groups(copied, labels, layers, _unsupported(copied, layers, others))
+    groups, skipped = channel_groups(copied, labels, layers, _tied_reasons(layers))
     groups, refuted = _proved(copied, example, groups)
     order = {name: layer.index for name, layer in layers.items()}
-    skipped = [*(Skipped(name, _UNPRUNED) for name in others), *skipped, *refuted]
+    skipped = [*skipped, *refuted]
     skipped.sort(key=lambda s: order.get(s.name, len(order)))
     if not groups:
         reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:8])
@@ -64,7 +62,7 @@ def trace(model: nn.Module, example: Inputs) -> LayerGraph:
     groups.sort(key=lambda group: (order[group.consumers[0]], order[group.producers[0]]))
     channelwise, other = _rest(copied, layers, groups)
     attention = _attention(labels, groups, copied)
-    counts = other, sum(others.values()) + _functional(labels, layers, others)
+    counts = other, _functional(labels, layers)
     numbers = {(m.module, m.side[1:]): None for g in groups for m in g.members if m.side.startswith(".")}
     topology = Topology.of(model, example, numbers)
     graph = LayerGraph(tuple(layers.values()), channelwise, tuple(groups), tuple(skipped), *counts, topology)
@@ -79,14 +77,12 @@ def trace_layers(model: nn.Module, example: Inputs) -> LayerGraph:
     """
     layers = _layers(model, example)
     if not layers:
-        raise UserError("the network has no Conv2d or Linear layer that is run: nothing can be pruned")
-    others = _other_convolutions(model, example)
-    skipped = tuple(Skipped(name, _UNPRUNED) for name in others)
+        raise UserError("the network has no convolution or linear layer that is run: nothing can be pruned")
     channelwise, other = _rest(model, layers, ())
     labels = labelled_run(module_copy(model).eval(), take(example, slice(1)))
     attention = sum(product.macs for product in labels.products)
-    counts = other, sum(others.values()) + attention + _functional(labels, layers, others)
-    return LayerGraph(tuple(layers.values()), channelwise, (), skipped, *counts, Topology.of(model, example))
+    counts = other, attention + _functional(labels, layers)
+    return LayerGraph(tuple(layers.values()), channelwise, (), (), *counts, Topology.of(model, example))
 
 
 def _layers(model: nn.Module, example: Inputs) -> dict[str, Layer]:
@@ -103,7 +99,7 @@ def _layers(model: nn.Module, example: Inputs) -> dict[str, Layer]:
             size = (before.out_size[0] * before.out_size[1] + layer.positions, 1)
             layers[layer.name] = replace(before, out_size=size, calls=before.calls + 1)
 
-    handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, LAYERS)]
     try:
         with torch.no_grad():
             call(model, take(example, slice(1)))
@@ -128,55 +124,43 @@ def _tied(model: nn.Module) -> set[str]:
     return {name for names in owners.values() if len(names) > 1 for name in names}
 
 
-def _other_convolutions(model: nn.Module, example: Inputs) -> dict[str, int]:
-    """MACs of the convolutions that are no `Layer`, by name."""
-    macs: dict[str, int] = {}
-    names = {module: name for name, module in model.named_modules()}
-
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        assert isinstance(module, _ConvNd)
-        places = inputs[0] if module.transposed else output
-        spatial = places.shape[-len(module.kernel_size) :].numel()
-        macs[names[module]] = macs.get(names[module], 0) + module.weight.numel() * spatial
-
-    others = [m for m in model.modules() if isinstance(m, _ConvNd) and not isinstance(m, nn.Conv2d)]
-    handles = [module.register_forward_hook(hook) for module in others]
-    try:
-        with torch.no_grad():
-            call(model, take(example, slice(1)))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return macs
-
-
 def _layer(name: str, index: int, module: nn.Module, inputs: Tensor, output: Tensor) -> Layer:
     costless = bool(getattr(module, "costless", False))
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.Linear):
+        size = (
+            max(1, output.numel() // module.out_features),
+            1,
+        )  # of one example, also where it is cut into windows
+        features = module.in_features, module.out_features
+        bias = module.bias is not None
         return Layer(
-            name=name,
-            index=index,
-            kind="conv",
-            in_channels=module.in_channels,
-            out_channels=module.out_channels,
-            kernel=(module.kernel_size[0], module.kernel_size[1]),
-            stride=(module.stride[0], module.stride[1]),
-            groups=module.groups,
-            bias=module.bias is not None,
-            in_size=(inputs.shape[-2], inputs.shape[-1]),
-            out_size=(output.shape[-2] * len(output), output.shape[-1]),
-            costless=costless,
-            calls=len(output),  # several parts of one example, as frames of a video
+            name, index, "linear", *features, (1, 1), (1, 1), 1, bias, size, size, costless, dimensions=0
         )
-    assert isinstance(module, nn.Linear)
-    size = (
-        max(1, output.numel() // module.out_features),
-        1,
-    )  # of one example, also where it was cut into windows
-    features = module.in_features, module.out_features
+    assert isinstance(module, _ConvNd)
+    parts = len(output)  # of one example, as frames of a video
+    height, width = _folded((inputs if module.transposed else output).shape[2:])
     return Layer(
-        name, index, "linear", *features, (1, 1), (1, 1), 1, module.bias is not None, size, size, costless
+        name=name,
+        index=index,
+        kind="conv",
+        in_channels=module.in_channels,
+        out_channels=module.out_channels,
+        kernel=_folded(module.kernel_size),
+        stride=_folded(module.stride),
+        groups=module.groups,
+        bias=module.bias is not None,
+        in_size=_folded(inputs.shape[2:]),
+        out_size=(height * parts, width),
+        costless=costless,
+        calls=parts,
+        dimensions=len(module.kernel_size),
+        transposed=module.transposed,
     )
+
+
+def _folded(sizes: Sequence[int]) -> tuple[int, int]:
+    """Two sizes of one, two or three: the leading ones are multiplied."""
+    return math.prod(sizes[:-1]), sizes[-1]
 
 
 def _rest(
@@ -233,8 +217,8 @@ def _attention(labels: Labels, groups: Sequence[ChannelGroup], model: nn.Module)
     owners: dict[int, tuple[str, str]] = {}
     for name, side in consumers:
         module = model.get_submodule(name)
-        assert isinstance(module, nn.Conv2d | nn.Linear)
-        own = labels.dims(module.weight)[1].labels
+        assert isinstance(module, LAYERS)
+        own = labels.dims(module.weight)[0 if isinstance(module, TRANSPOSED) else 1].labels
         assert own is not None
         owners |= dict.fromkeys(labels.roots(own).tolist(), (name, side))
     fixed, found = 0, []
@@ -248,25 +232,19 @@ def _attention(labels: Labels, groups: Sequence[ChannelGroup], model: nn.Module)
     return (*found, *([AttentionMacs(fixed, None)] if fixed else []))
 
 
-def _functional(labels: Labels, layers: Mapping[str, Layer], others: Mapping[str, int]) -> int:
-    """MACs of a run that are no layer's, no other convolution's and no product of activations.
+def _functional(labels: Labels, layers: Mapping[str, Layer]) -> int:
+    """MACs of a run that are neither a layer's nor products of activations.
 
     They are of weights that are used without their module being called, as in ``F.linear(x, self.proj.weight)``.
     """
-    known = sum(layer.weights * layer.positions for layer in layers.values()) + sum(others.values())
+    known = sum(layer.weights * layer.positions for layer in layers.values())
     return max(0, labels.macs - known - sum(product.macs for product in labels.products))
 
 
-def _unsupported(model: nn.Module, layers: Mapping[str, Layer], others: Mapping[str, int]) -> dict[str, str]:
-    """Modules whose channels are left alone, with the reason."""
-    found = {
-        name: f"its channels pass through {name}, a {type(model.get_submodule(name)).__name__}"
-        for name in others
-    }
-    for name, layer in layers.items():
-        if layer.tied:
-            found[name] = f"its channels meet {name}, which shares a parameter with another layer"
-    return found
+def _tied_reasons(layers: Mapping[str, Layer]) -> dict[str, str]:
+    """Layers that share a parameter, with the reason why their channels are left alone."""
+    tied = [name for name, layer in layers.items() if layer.tied]
+    return {name: f"its channels meet {name}, which shares a parameter with another layer" for name in tied}
 
 
 def _proved(

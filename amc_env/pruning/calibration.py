@@ -6,6 +6,7 @@ for the same seed, strides and padding respected.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from amc_env.graph.layers import Layer
+from amc_env.graph.surgery import CONVOLUTIONS
 from amc_env.inputs import Inputs, call, count, take
 from amc_env.system import named_generator
 
@@ -38,12 +40,11 @@ class SampledPositions:
             flat = torch.arange(height * width).expand(images, -1)
         else:
             flat = torch.randint(height * width, (images, per_image), generator=generator)
-        self._width = width
         self._channels_last = layer.kind == "linear"
         self._flat = flat
 
     def outputs(self, output: Tensor, images: slice = slice(None)) -> Tensor:
-        """Samples [images * positions, channels] of an output [N, C, H, W] or [N, ..., C]."""
+        """Samples [images * positions, channels] of an output [N, C, ...] or, of a linear layer, [N, ..., C]."""
         flat = self._flat[images].to(output.device)
         if not self._channels_last:
             index = flat[:, None].expand(-1, output.shape[1], -1)
@@ -52,30 +53,46 @@ class SampledPositions:
         return tokens.gather(1, flat[..., None].expand(-1, -1, tokens.shape[-1])).flatten(0, 1)
 
     def inputs(self, module: nn.Module, inputs: Tensor, images: slice = slice(None)) -> Tensor:
-        """Samples [images * positions, in_channels * kh * kw] of what the layer sees at those positions."""
+        """Samples [images * positions, in_channels * weights of a kernel] of what the layer sees at those positions."""
         if isinstance(module, nn.Linear):
             return self.outputs(inputs, images)
-        assert isinstance(module, nn.Conv2d)
+        assert isinstance(module, CONVOLUTIONS)
         padded = F.pad(inputs, module._reversed_padding_repeated_twice)
         flat = self._flat[images].to(inputs.device)
-        rows = _along(flat // self._width, module, 0)
-        columns = _along(flat % self._width, module, 1)
-        places = (rows[..., :, None] * padded.shape[-1] + columns[..., None, :]).flatten(1)
+        places = patches(module, padded.shape[2:], flat).flatten(1)
         channels = padded.shape[1]
         taken = padded.flatten(2).gather(2, places[:, None].expand(-1, channels, -1))
-        area = module.kernel_size[0] * module.kernel_size[1]
+        area = math.prod(module.kernel_size)
         return taken.reshape(len(flat), channels, -1, area).transpose(1, 2).reshape(-1, channels * area)
 
 
-def _along(position: Tensor, module: nn.Conv2d, axis: int) -> Tensor:
-    offsets = torch.arange(module.kernel_size[axis], device=position.device) * module.dilation[axis]
-    return position[..., None] * module.stride[axis] + offsets
+def patches(module: nn.Module, sizes: Sequence[int], flat: Tensor) -> Tensor:
+    """What a convolution reads at its output positions.
+
+    Args:
+        module: The convolution.
+        sizes: Spatial sizes of its padded input.
+        flat: Output positions, counted along the last dimension first, [...].
+
+    Returns:
+        Flat positions in the padded input, [..., weights of a kernel].
+    """
+    assert isinstance(module, CONVOLUTIONS)
+    axes = list(zip(sizes, module.kernel_size, module.stride, module.dilation, strict=True))
+    places = torch.zeros((*flat.shape, 1), dtype=torch.int64, device=flat.device)
+    scale = 1
+    for size, kernel, stride, dilation in reversed(axes):
+        outputs = (size - dilation * (kernel - 1) - 1) // stride + 1
+        along = (flat % outputs)[..., None] * stride + torch.arange(kernel, device=flat.device) * dilation
+        places = (scale * along[..., :, None] + places[..., None, :]).flatten(-2)
+        flat, scale = flat // outputs, scale * size
+    return places
 
 
 def repairable(module: nn.Module, layer: Layer) -> bool:
     """Whether least squares can repair a layer: run once, not depthwise or fixed, padded with zeros alone."""
-    zeros = not isinstance(module, nn.Conv2d) or module.padding_mode == "zeros"
-    plain = type(module).forward in (nn.Conv2d.forward, nn.Linear.forward)
+    zeros = not isinstance(module, CONVOLUTIONS) or module.padding_mode == "zeros"
+    plain = type(module).forward in {kind.forward for kind in (*CONVOLUTIONS, nn.Linear)}
     return plain and zeros and layer.calls == 1 and not layer.depthwise and not layer.costless
 
 

@@ -160,6 +160,8 @@ class Vector:
         """One grid per layer over the rows (columns) of all its kernels."""
 
         def grid(layer: Layer) -> Grid | str:
+            if layer.dimensions not in (0, 2):
+                return "its kernels are not two-dimensional"
             length = layer.kernel[1 if self.axis == "row" else 0]
             if length == 1:
                 return f"a {self.axis} of its kernels is a single weight"
@@ -194,10 +196,11 @@ class Kernel:
         """One grid per convolution over its kernels."""
 
         def grid(layer: Layer) -> Grid | str:
-            area = layer.kernel[0] * layer.kernel[1]
-            if area == 1:
+            if layer.dimensions not in (0, 2):
+                return "its kernels are not two-dimensional"
+            if layer.area == 1:
                 return "its kernels are single weights"
-            return _grid(layer, layer.weights // area, self.max_ratio)
+            return _grid(layer, layer.weights // layer.area, self.max_ratio)
 
         return _per_layer(graph, grid)
 
@@ -314,11 +317,17 @@ class _MakesGrid(Protocol):
 
 def _per_layer(graph: LayerGraph, make: _MakesGrid) -> tuple[LayerGraph, tuple[Grid, ...]]:
     """The grids of all layers, and the graph where those that gave a reason instead are reported as skipped."""
-    shared = "it shares a parameter with another layer"
-    made = {layer.name: shared if layer.tied else make(layer) for layer in graph.layers if not layer.costless}
+    made = {layer.name: _unfit(layer) or make(layer) for layer in graph.layers if not layer.costless}
     reasons: Mapping[str, str] = {name: grid for name, grid in made.items() if isinstance(grid, str)}
     skipped = tuple(Skipped(name, reason) for name, reason in reasons.items())
     return graph.uncoupled(skipped), tuple(grid for grid in made.values() if isinstance(grid, Grid))
+
+
+def _unfit(layer: Layer) -> str:
+    """Why a layer's weights are not masked; empty where they are."""
+    if layer.tied:
+        return "it shares a parameter with another layer"
+    return "weights of transposed convolutions are not masked" if layer.transposed else ""
 
 
 def _ranks(scores: Tensor) -> Tensor:

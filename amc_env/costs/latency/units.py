@@ -199,7 +199,19 @@ def activation_of(node: fx.Node, model: nn.Module) -> str:
 
 
 def _unit(model: nn.Module, layer: Layer, chain: tuple[fx.Node, ...]) -> Unit:
+    """The unit of a layer.
+
+    Raises:
+        UserError: It is a convolution of another kind than Conv2d.
+    """
     module = model.get_submodule(layer.name)
+    if not isinstance(module, nn.Conv2d | nn.Linear):
+        raise UserError(
+            f"latency tables hold Conv2d and Linear; {layer.name} is a {type(module).__name__}: use another budget, like "
+            "budget=flops",
+            code="not_in_table",
+            field="budget.cost",
+        )
     convolution = module if isinstance(module, nn.Conv2d) else None
     names = [activation_of(node, model) for node in chain[1:]]
     return Unit(

@@ -159,7 +159,7 @@ class Lasso:
 
 
 def _moment_bytes(layer: Layer) -> int:
-    columns = layer.in_channels // layer.groups * layer.kernel[0] * layer.kernel[1]
+    columns = layer.in_channels // layer.groups * layer.area
     return 8 * layer.groups * columns * (columns + layer.out_channels // layer.groups)
 
 
@@ -169,7 +169,7 @@ def contributions(module: nn.Module, layer: Layer, moments: Moments) -> Tensor:
     Channel i adds w_i x_i, so the entry of i and j is the trace of (sum of x_j x_i') (w_i' w_j): it follows from
     the moments of the inputs, whatever the number of samples and outputs.
     """
-    area = layer.kernel[0] * layer.kernel[1]
+    area = layer.area
     weight = module.weight
     assert isinstance(weight, Tensor)
     rows = weight.detach().double().reshape(layer.groups, layer.out_channels // layer.groups, -1)

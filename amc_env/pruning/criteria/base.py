@@ -133,7 +133,10 @@ def scoring_members(group: ChannelGroup, graph: LayerGraph, members: Members) ->
 
     Depthwise layers ride along, and the weights of fixed selections (``costless``) say nothing.
     """
-    layers = {layer.name: layer for layer in graph.layers if not layer.depthwise and not layer.costless}
+    speaking = (
+        layer for layer in graph.layers if not (layer.depthwise or layer.costless or layer.transposed)
+    )
+    layers = {layer.name: layer for layer in speaking}
     return [
         (member, layers[member.module])
         for member in group.members
@@ -149,7 +152,7 @@ def scoring_layers(graph: LayerGraph, members: Members) -> list[Layer]:
 
 def unit_sums(elements: Tensor, member: Member, layer: Layer) -> Tensor:
     """Sums [..., units] over the elements [..., *weight's shape] that go with each unit."""
-    lead = elements.shape[: elements.ndim - (4 if layer.kind == "conv" else 2)]
+    lead = elements.shape[: elements.ndim - (2 + layer.dimensions)]
     blocks = layer.out_channels // layer.groups, layer.in_channels // layer.groups
     split = elements.reshape(*lead, layer.groups, *blocks, -1)
     entries = split.sum((-1, -2) if member.side == "out" else (-1, -3)).flatten(-2)

@@ -16,7 +16,9 @@ from torch.nn import functional as F
 from amc_env.errors import UserError
 from amc_env.graph.copying import module_copy
 from amc_env.graph.layers import Layer, LayerGraph, Member
+from amc_env.graph.surgery import CONVOLUTIONS
 from amc_env.inputs import Inputs, call, count, pieces
+from amc_env.pruning.calibration import patches
 from amc_env.pruning.criteria.base import (
     EVERY,
     Aggregate,
@@ -120,28 +122,32 @@ def _total(model: nn.Module, inputs: Inputs, targets: Inputs, task: Task, loss: 
 def _batches(sample: Sample, layers: Sequence[Layer]) -> Iterator[tuple[Inputs, Inputs]]:
     """Inputs and targets in batches whose activations and per-example gradients fit into _BYTES."""
     outputs = sum(layer.out_channels * layer.positions for layer in layers)
-    own = max(layer.in_channels * _area(layer) * (layer.positions + layer.out_channels) for layer in layers)
+    own = max(layer.in_channels * layer.area * (layer.positions + layer.out_channels) for layer in layers)
     # Autograd keeps some four tensors of each output's size: convolution, batch norm, activation, gradient.
     size = max(1, min(_MOST, _BYTES // (4 * (4 * outputs + own))))
     yield from zip(pieces(sample.inputs, size), pieces(sample.targets, size), strict=True)
 
 
-def _area(layer: Layer) -> int:
-    return layer.kernel[0] * layer.kernel[1]
-
-
 def _weight_gradients(module: nn.Module, layer: Layer, x: Tensor, gradient: Tensor) -> Tensor:
     """Gradients [N, *weight's shape] from a call's input and the gradient of its output."""
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, CONVOLUTIONS):
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         padded = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-        seen = F.unfold(padded, layer.kernel, dilation=module.dilation, stride=module.stride)
+        seen = _unfolded(module, padded, gradient.shape[2:].numel())
         into = seen.reshape(len(x), layer.groups, -1, seen.shape[-1])
         out = gradient.reshape(len(x), layer.groups, -1, seen.shape[-1])
         return (out @ into.transpose(-1, -2)).reshape(len(x), *module.weight.shape)
     into = x.reshape(len(x), -1, x.shape[-1])
     out = gradient.reshape(len(x), -1, gradient.shape[-1])
     return out.transpose(-1, -2) @ into
+
+
+def _unfolded(module: nn.Module, padded: Tensor, positions: int) -> Tensor:
+    """What each output position of a convolution reads: [N, channels * weights of a kernel, positions]."""
+    if isinstance(module, nn.Conv2d):
+        return F.unfold(padded, module.kernel_size, dilation=module.dilation, stride=module.stride)
+    places = patches(module, padded.shape[2:], torch.arange(positions, device=padded.device))
+    return padded.flatten(2)[:, :, places.T].flatten(1, 2)
 
 
 def fisher_diagonal(

@@ -81,7 +81,7 @@ def _error(
     moments: Moments, layer: Layer, places: Tensor, counts: Sequence[int], topology: Topology, ridge: float
 ) -> Floats:
     """The unexplained share of a layer's output energy with the last ``count`` units gone, for each count."""
-    area = layer.kernel[0] * layer.kernel[1]
+    area = layer.area
     order = torch.sort(places, stable=True).indices  # other channels first, then those that stay longest
     columns = (order[:, None] * area + torch.arange(area)).flatten().to(moments.xx.device)
     about, factor = factored(select(moments, columns), absorbs(layer, topology), ridge)

@@ -62,7 +62,7 @@ class _Columns:
 
     def __init__(self, candidates: Candidates, layer: Layer):
         self.layer = layer
-        self.area = layer.kernel[0] * layer.kernel[1]
+        self.area = layer.area
         self.local = layer.in_channels // layer.groups
         ranks = torch.full((layer.in_channels,), -1)
         feeding = 0

@@ -143,7 +143,6 @@ class Scaled(nn.Module):
     [
         (nn.GroupNorm(1, 8), "its channels are normalised together by norm"),
         (nn.LayerNorm([8, 8, 8]), "its channels are normalised together by norm"),
-        (nn.ConvTranspose2d(8, 8, 1), "its channels pass through norm, a ConvTranspose2d"),
     ],
 )
 def test_what_cannot_be_pruned_is_left_whole_with_its_reason(norm: nn.Module, reason: str) -> None:

@@ -1,0 +1,55 @@
+"""Every construct has the decisions that it should have, and its cut networks are what the costs say."""
+
+import pytest
+import torch
+from constructs import CONSTRUCTS
+from torch import nn
+
+from amc_env.costs.counts import Macs, Params
+from amc_env.errors import UserError
+from amc_env.graph.preparing import prepared
+from amc_env.graph.surgery import silence_inputs
+from amc_env.graph.tracing import trace, trace_layers
+from amc_env.inputs import call, output_of
+from amc_env.pruning.candidate import Candidates
+from amc_env.pruning.granularity import Channel
+
+NOTHING = {name for name, construct in CONSTRUCTS.items() if not construct.units}
+
+
+def network(name: str) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return prepared(CONSTRUCTS[name].build())
+
+
+@pytest.mark.parametrize("name", sorted(NOTHING))
+def test_what_cannot_be_pruned_is_refused_with_reasons(name: str) -> None:
+    with pytest.raises(UserError, match="no channel of this network can be pruned"):
+        trace(network(name), CONSTRUCTS[name].example())
+
+
+@pytest.mark.parametrize("name", sorted(set(CONSTRUCTS) - NOTHING))
+def test_decisions_and_cut_networks(name: str) -> None:
+    model, example = network(name), CONSTRUCTS[name].example()
+    graph = trace(model, example)
+    assert {group.name: group.total for group in graph.groups} == CONSTRUCTS[name].units
+    graph, grids = Channel(1, 0.9).decisions(graph)
+    orders = [
+        torch.randperm(g.total, generator=torch.Generator().manual_seed(i))
+        for i, g in enumerate(graph.groups)
+    ]
+    candidates = Candidates(model, graph, orders)
+    removed = [grid.count(grid.size // 2) for grid in grids]
+    cut = candidates.build(removed)
+    masked = prepared(candidates.build([0] * len(grids)))
+    for group, order, count in zip(graph.groups, orders, removed, strict=True):
+        for member in group.members:
+            if member.side == "in" and member.module in group.consumers:
+                gone = member.positions[order[len(order) - count :]].flatten()
+                silence_inputs(masked.get_submodule(member.module), gone)
+    with torch.no_grad():
+        got, want = output_of(call(cut, example)), output_of(call(masked, example))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert Params(graph)(removed) == sum(p.numel() for p in cut.parameters())
+    assert Macs(graph)(removed) == Macs(trace_layers(cut, example))(())
