@@ -205,8 +205,8 @@ def _gather(name: str, loader: Iterable[Any], reader: Reader, limit: int | None 
         return Split(take(joined(inputs), whole), take(joined(targets), whole))
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"{name}: its batches do not fit together: {first_line(error)}. All examples must have one shape: bring images "
-            "to one size, and texts to one length (padding='max_length')",
+            f"{name}: its batches do not fit together: {first_line(error).rstrip('.')}. All examples must have one shape: "
+            "bring images to one size, and texts to one length (padding='max_length')",
             code="batch",
             field=name,
         ) from error

@@ -107,7 +107,7 @@ def delivered_of(problem: PruningProblem, networks: Mapping[str, nn.Module]) -> 
         return "finetuned"
     split = problem.data.search
     before, after = (_score(problem, networks[stage], split) for stage in ("pruned", "finetuned"))
-    # of hits this is the standard error; of any other mean of numbers in [0, 1] it is no smaller
+    # the standard error of a share of hits, which stands in for that of other scores
     error = math.sqrt(before * (1 - before) / len(split))
     if after >= before - error:
         return "finetuned"
