@@ -23,6 +23,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from search.training.finetune import Recipe, train
 # Part of the key of a network trained here: raise it when a change of the training makes older weights wrong.
 TRAINED_VERSION = 1
 Build = Callable[[tuple[int, int, int], int], nn.Module]
+_CLOSE = 8  # names that are shown where one is wrong
 PRETRAINED, RANDOM = "pretrained", "random"
 
 log = logging.getLogger(__name__)
@@ -155,6 +157,17 @@ def _check_outputs(model: nn.Module, data: Data, name: str) -> None:
             code="wrong_classes",
             field="model.weights",
         )
+
+
+def unknown_name(library: str, name: str | None, known: list[str]) -> UserError:
+    """The error for a network that a library does not have, with names that are close."""
+    close = get_close_matches(name or "", known, _CLOSE, 0.3)
+    there = ", ".join([*close, f"and {len(known) - len(close)} more"])
+    return UserError(
+        f"{{field}}={name} is no classifier of {library}; there are {there}",
+        code="unknown_model",
+        field="model.name",
+    )
 
 
 def _described(data: Data) -> str:

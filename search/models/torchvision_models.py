@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from amc_env.errors import UserError, missing_package
+from amc_env.errors import missing_package
 from amc_env.validation import Positive
 from search import files
-from search.models.source import ModelSource
+from search.models.source import ModelSource, unknown_name
 
 
 def torchvision_model(
@@ -36,11 +36,7 @@ def torchvision_model(
     models = _library()
     known = models.list_models(module=models)
     if name is None or name not in known:
-        raise UserError(
-            f"{{field}}={name} is no classifier of torchvision; there are {', '.join(known)}",
-            code="unknown_model",
-            field="model.name",
-        )
+        raise unknown_name("torchvision", name, known)
     more = dict(arguments or {})
     return ModelSource(
         name,
