@@ -61,6 +61,7 @@ class ModelSource:
         recipe: how it is trained once where there are neither; None where that is too expensive.
         key: the entry of the user's file that holds the state dict, see `read_checkpoint`.
         pretrained: like `build`, with the weights of the library that it is from, for whose classes it is then made.
+        class_names: of the outputs of `pretrained`; empty where they are not known.
         needs_shape: whether it is built for images of a shape; else `build` is given zeros, and inputs may be any.
         data_settings: how these weights want their inputs, by the names of settings of the data, for those left null.
     """
@@ -75,6 +76,7 @@ class ModelSource:
     pretrained: Build | None = None
     data_settings: Mapping[str, Any] = field(default_factory=dict)
     needs_shape: bool = True
+    class_names: tuple[str, ...] = ()
 
     @property
     def file(self) -> Path | None:
@@ -122,6 +124,7 @@ class ModelSource:
                 model = build()
                 load_weights(model, self.weights, None, self.name, _described(data), self.key)
             elif self.pretrained is not None:
+                _check_order(self.class_names, data)
                 model = self.pretrained(*kind)
             elif self.url is not None:
                 model = build()
@@ -131,6 +134,22 @@ class ModelSource:
                 return trained_once(self.name, build, data, self.recipe)
         _check_outputs(model.eval(), data, self.name)
         return model
+
+
+def _check_order(outputs: tuple[str, ...], data: Data) -> None:
+    """Refuse outputs for the classes of the data in another order, for which all scores would be wrong.
+
+    Raises:
+        UserError: They are.
+    """
+    ours, theirs = ([name.lower() for name in names] for names in (data.classes, outputs))
+    if ours != theirs and sorted(ours) == sorted(theirs):
+        raise UserError(
+            f"the network's outputs are {listed([*outputs])}, and the labels of data={data.name} are the same classes in "
+            f"another order, {listed([*data.classes])}; number the labels as the network does",
+            code="class_order",
+            field="data",
+        )
 
 
 def _check_outputs(model: nn.Module, data: Data, name: str) -> None:

@@ -38,6 +38,7 @@ def torchvision_model(
     if name is None or name not in known:
         raise unknown_name("torchvision", name, known)
     more = dict(arguments or {})
+    published = models.get_model_weights(name).DEFAULT
     return ModelSource(
         name,
         partial(_build, name, more),
@@ -45,7 +46,8 @@ def torchvision_model(
         weights,
         key=key,
         pretrained=partial(_pretrained, name, more),
-        data_settings=_data_settings(models.get_model_weights(name).DEFAULT.transforms()),
+        data_settings=_data_settings(published.transforms()),
+        class_names=tuple(published.meta["categories"]),
     )
 
 
