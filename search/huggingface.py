@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from amc_env.errors import UserError, missing_package
@@ -82,7 +83,9 @@ def pretrained(name: str, configuration: Any) -> nn.Module:
     """
     kind = getattr(library("model"), _CLASSES[kind_of(configuration)])
     with _reading("model.name", name):
-        model, loaded = kind.from_pretrained(name, config=configuration, output_loading_info=True)
+        model, loaded = kind.from_pretrained(
+            name, config=configuration, dtype=torch.float32, output_loading_info=True
+        )
     if loaded["missing_keys"]:
         raise UserError(
             f"{{field}}={name} has no weights for {', '.join(sorted(loaded['missing_keys'])[:4])}: it is not trained to "
@@ -98,7 +101,7 @@ def untrained(configuration: Any, classes: int) -> nn.Module:
     own = copy.deepcopy(configuration)
     own.num_labels = classes
     kind = getattr(library("model"), _CLASSES[kind_of(configuration)])
-    return cast(nn.Module, kind.from_config(own))
+    return cast(nn.Module, kind.from_config(own, dtype=torch.float32))
 
 
 def image_settings(name: str) -> dict[str, Any]:

@@ -21,8 +21,8 @@ _FOLDERS = (
 
 def images(
     name: str | None = None,
-    path: str | None = None,
     subset: str | None = None,
+    path: str | None = None,
     image: str | None = None,
     label: str | None = None,
     test: str | None = None,
@@ -41,8 +41,8 @@ def images(
 
     Args:
         name: On the hub, or a folder or file of parquet.
-        path: A folder with one folder of images for each class, or with train and test (or val) folders of such folders.
         subset: The configuration of a dataset on the hub that has several.
+        path: A folder with one folder of images for each class, or with train and test (or val) folders of such folders.
         image: The column of images; the only one where None.
         label: The column of labels; the only one where None.
         test: The part that is the test split; ``test``, else ``validation`` where None.
@@ -73,7 +73,7 @@ def _tables(name: str | None, path: str | None, subset: str | None) -> Tables:
     if path is not None:
         return read_local(Path(path).expanduser(), _FOLDERS)
     if name is not None:
-        return read(name, _WAY_OUT, ("parquet",), **({} if subset is None else {"name": subset}))
+        return read(name, _WAY_OUT, ("parquet",), subset)
     raise UserError(
         f"data.name or data.path is needed. data=hub: {_WAY_OUT}. data=folder: {_FOLDERS}",
         code="missing",

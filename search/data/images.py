@@ -21,6 +21,7 @@ from search import files
 from search.data.look import Look
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # without EPS, for which Pillow starts Ghostscript
+_SMALL = 2**29  # bytes of pixels that are copied from the cache instead of mapped
 _AT_ONCE = 256  # encoded images in memory while they are decoded
 
 
@@ -69,12 +70,17 @@ class Images:
             return list(threads.map(self._decode, rows, self._table[rows][self._column]))
 
     def pixels(self, rows: Tensor, look: Look) -> Tensor:
-        """The images at `rows` in one size, uint8 [N, 3, size, size], mapped from the cache folder.
+        """The images at `rows` in one size, uint8 [N, 3, size, size], from the cache folder.
+
+        Small datasets are decoded as a whole, so that other rows of them are there already; of large ones the rows alone,
+        which are mapped.
 
         Raises:
             UserError: An image that cannot be decoded or has another size; no room in the cache folder, which
                 PRUNING_CACHE moves.
         """
+        if len(rows) < len(self) and len(self) * 3 * look.size**2 <= _SMALL:
+            return self.pixels(torch.arange(len(self)), look)[rows]
         key = hashlib.sha256(f"{self._key} {look.key}".encode() + rows.numpy().tobytes())
         file = files.cache_folder() / "data" / f"pixels-{key.hexdigest()[:32]}.npy"
         shape = (len(rows), 3, look.size, look.size)

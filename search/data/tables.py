@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,14 +70,14 @@ class Tables:
         return next((part for part in found if not _hidden(self.parts[part], label)), None)
 
 
-def read(name: str, way_out: str, formats: Sequence[str] = (), **hub: Any) -> Tables:
+def read(name: str, way_out: str, formats: Sequence[str], subset: str | None = None) -> Tables:
     """The tables of a local file or folder where the name is a path, else of a dataset on the hub.
 
     Args:
         name: Of the dataset.
-        way_out: See `read_hub`.
+        way_out: What to do where it cannot be read.
         formats: See `read_local`.
-        hub: See `read_hub`.
+        subset: The configuration of a dataset on the hub that has several.
 
     Raises:
         UserError: As `read_hub` and `read_local`.
@@ -85,21 +85,21 @@ def read(name: str, way_out: str, formats: Sequence[str] = (), **hub: Any) -> Ta
     path = Path(name).expanduser()
     if path.exists() or name.startswith((".", "/", "~")):
         return read_local(path, way_out, formats, field="data.name")
-    return read_hub(name, way_out, **hub)
+    return _loaded(name, way_out, path=name, name=subset)
 
 
-def read_hub(name: str, way_out: str, **options: Any) -> Tables:
+def read_hub(repository: str, way_out: str, data_files: Mapping[str, str]) -> Tables:
     """The tables of a dataset on the hub.
 
     Args:
-        name: Of the dataset.
+        repository: Its name.
         way_out: What to do where it cannot be read.
-        options: Further arguments of `datasets.load_dataset`.
+        data_files: A pattern of files for each part.
 
     Raises:
         UserError: It cannot be read.
     """
-    return _loaded(name, way_out, path=name, **options)
+    return _loaded(repository, way_out, path=repository, data_files=data_files)
 
 
 def read_local(
@@ -132,15 +132,15 @@ def read_local(
     return _loaded(str(path), way_out, path=kind, data_files=found, cache_dir=cache, **options)
 
 
-def _loaded(name: str, way_out: str, **options: Any) -> Tables:
-    with files.reading(name, way_out):
+def _loaded(place: str, way_out: str, **options: Any) -> Tables:
+    with files.reading(place, way_out):
         loaded = datasets.load_dataset(**options)
     parts: dict[str, datasets.Dataset] = {}
     for split, table in loaded.items():
         parts.setdefault(_part(str(split)) or str(split), table)
     if "train" not in parts:
         parts["train"] = parts.pop(next(iter(parts)))
-    return Tables(name, parts, folders=parts["train"].info.builder_name == _CLASS_FOLDERS)
+    return Tables(place, parts, folders=parts["train"].info.builder_name == _CLASS_FOLDERS)
 
 
 def _files_of(path: Path, formats: Sequence[str]) -> tuple[str, dict[str, list[str]], dict[str, Any]]:

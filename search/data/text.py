@@ -65,7 +65,7 @@ def texts(
             code="missing",
             field="data.tokenizer",
         )
-    tables = read(name, _WAY_OUT, ("parquet", "csv", "json"), **({} if subset is None else {"name": subset}))
+    tables = read(name, _WAY_OUT, ("parquet", "csv", "json"), subset)
     label = label_column(tables, label)
     columns = _text_columns(tables, text, label)
     classes = class_names(tables, label)

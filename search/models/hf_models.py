@@ -44,6 +44,7 @@ def hf_model(
     def pretrained(shape: tuple[int, int, int], classes: int) -> nn.Module:
         return huggingface.pretrained(name, configuration)
 
+    names = tuple(str(configuration.id2label[number]) for number in range(configuration.num_labels))
     settings: dict[str, Any] = huggingface.image_settings(name) if is_image else {"tokenizer": name}
     return ModelSource(
         name,
@@ -54,4 +55,5 @@ def hf_model(
         pretrained=pretrained,
         data_settings=settings,
         needs_shape=False,
+        class_names=() if names[0].startswith("LABEL_") else names,
     )

@@ -23,6 +23,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from search.training.finetune import Recipe, train
 # Part of the key of a network trained here: raise it when a change of the training makes older weights wrong.
 TRAINED_VERSION = 1
 Build = Callable[[tuple[int, int, int], int], nn.Module]
+_CLOSE = 8  # names that are shown where one is wrong
 PRETRAINED, RANDOM = "pretrained", "random"
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ class ModelSource:
         recipe: how it is trained once where there are neither; None where that is too expensive.
         key: the entry of the user's file that holds the state dict, see `read_checkpoint`.
         pretrained: like `build`, with the weights of the library that it is from, for whose classes it is then made.
+        class_names: of the outputs of `pretrained`; empty where they are not known.
         needs_shape: whether it is built for images of a shape; else `build` is given zeros, and inputs may be any.
         data_settings: how these weights want their inputs, by the names of settings of the data, for those left null.
     """
@@ -73,6 +76,7 @@ class ModelSource:
     pretrained: Build | None = None
     data_settings: Mapping[str, Any] = field(default_factory=dict)
     needs_shape: bool = True
+    class_names: tuple[str, ...] = ()
 
     @property
     def file(self) -> Path | None:
@@ -120,6 +124,7 @@ class ModelSource:
                 model = build()
                 load_weights(model, self.weights, None, self.name, _described(data), self.key)
             elif self.pretrained is not None:
+                _check_order(self.class_names, data)
                 model = self.pretrained(*kind)
             elif self.url is not None:
                 model = build()
@@ -129,6 +134,22 @@ class ModelSource:
                 return trained_once(self.name, build, data, self.recipe)
         _check_outputs(model.eval(), data, self.name)
         return model
+
+
+def _check_order(outputs: tuple[str, ...], data: Data) -> None:
+    """Refuse outputs for the classes of the data in another order, for which all scores would be wrong.
+
+    Raises:
+        UserError: They are.
+    """
+    ours, theirs = ([name.lower() for name in names] for names in (data.classes, outputs))
+    if ours != theirs and sorted(ours) == sorted(theirs):
+        raise UserError(
+            f"the network's outputs are {listed([*outputs])}, and the labels of data={data.name} are the same classes in "
+            f"another order, {listed([*data.classes])}; number the labels as the network does",
+            code="class_order",
+            field="data",
+        )
 
 
 def _check_outputs(model: nn.Module, data: Data, name: str) -> None:
@@ -155,6 +176,17 @@ def _check_outputs(model: nn.Module, data: Data, name: str) -> None:
             code="wrong_classes",
             field="model.weights",
         )
+
+
+def unknown_name(library: str, name: str | None, known: list[str]) -> UserError:
+    """The error for a network that a library does not have, with names that are close."""
+    close = get_close_matches(name or "", known, _CLOSE, 0.3)
+    there = ", ".join([*close, f"and {len(known) - len(close)} more"])
+    return UserError(
+        f"{{field}}={name} is no classifier of {library}; there are {there}",
+        code="unknown_model",
+        field="model.name",
+    )
 
 
 def _described(data: Data) -> str:

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from amc_env.errors import UserError, missing_package
+from amc_env.errors import missing_package
 from amc_env.validation import Positive
 from search import files
-from search.models.source import ModelSource
+from search.models.source import ModelSource, unknown_name
 
 
 def timm_model(
@@ -36,12 +36,7 @@ def timm_model(
     timm = _library()
     published = timm.get_pretrained_cfg(name) if name and timm.is_model(name) else None
     if name is None or published is None:
-        close = timm.list_models(f"*{(name or '').split('.')[0].split('_')[0]}*")[:8]
-        raise UserError(
-            f"{{field}}={name} is no network of timm; there are {', '.join(close) or 'those of timm.list_models()'}",
-            code="unknown_model",
-            field="model.name",
-        )
+        raise unknown_name("timm", name, timm.list_models())
     more = dict(arguments or {})
     return ModelSource(
         name,

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from amc_env.errors import UserError, missing_package
+from amc_env.errors import missing_package
 from amc_env.validation import Positive
 from search import files
-from search.models.source import ModelSource
+from search.models.source import ModelSource, unknown_name
 
 
 def torchvision_model(
@@ -36,12 +36,9 @@ def torchvision_model(
     models = _library()
     known = models.list_models(module=models)
     if name is None or name not in known:
-        raise UserError(
-            f"{{field}}={name} is no classifier of torchvision; there are {', '.join(known)}",
-            code="unknown_model",
-            field="model.name",
-        )
+        raise unknown_name("torchvision", name, known)
     more = dict(arguments or {})
+    published = models.get_model_weights(name).DEFAULT
     return ModelSource(
         name,
         partial(_build, name, more),
@@ -49,7 +46,8 @@ def torchvision_model(
         weights,
         key=key,
         pretrained=partial(_pretrained, name, more),
-        data_settings=_data_settings(models.get_model_weights(name).DEFAULT.transforms()),
+        data_settings=_data_settings(published.transforms()),
+        class_names=tuple(published.meta["categories"]),
     )
 
 

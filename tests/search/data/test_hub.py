@@ -104,6 +104,19 @@ def test_a_choice_that_is_not_clear_is_asked_for(tmp_path: Path) -> None:
             images(name if name != str(tmp_path) else str(tmp_path / "x" / "train.txt"))
 
 
+def test_a_name_that_is_no_path_is_one_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def load_dataset(**options: Any) -> dict[str, datasets.Dataset]:
+        asked.append(options)
+        columns = {"image": [{"bytes": grey(9, 4, 4), "path": None}] * 10, "label": [0, 1] * 5}
+        return {"full": datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert images("someone/pets", "small").name == "someone/pets"
+    assert asked == [{"path": "someone/pets", "name": "small"}]
+
+
 def test_images_are_brought_to_a_size_and_others_refused(tmp_path: Path) -> None:
     write(tmp_path / "x", "train-0", range(6), side=4)
     write(tmp_path / "x", "train-1", range(6, 12), side=6)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,15 @@ def test_an_image_classifier_of_transformers_is_read_from_its_folder(tiny_vit: P
         source.load(images_of(16, 4))
     with refused("does_not_run", "model"):
         source.load(images_of(8, 3))
+
+
+def test_classes_in_another_order_are_refused(tiny_vit: Path) -> None:
+    source = hf_model(str(tiny_vit))
+    assert source.class_names == ()  # LABEL_0 and so on say nothing
+    data = replace(images_of(16), classes=("cat", "dog", "eel"))
+    replace(source, class_names=("Cat", "dog", "EEL")).load(data)
+    with refused("class_order", "data"):
+        replace(source, class_names=("dog", "cat", "eel")).load(data)
 
 
 def test_a_checkpoint_for_other_classes_goes_into_a_network_of_transformers(
