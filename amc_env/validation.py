@@ -55,6 +55,7 @@ _TYPES = {
     "bool_type": "true or false",
     "string_type": "text",
     "tuple_type": "a list",
+    "dict_type": "names with values, like {name: 8}",
 }
 
 

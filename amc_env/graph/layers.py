@@ -174,6 +174,11 @@ class LayerGraph:
         """The layer of that name."""
         return next(layer for layer in self.layers if layer.name == name)
 
+    def heads(self) -> set[str]:
+        """Names of the groups whose units are attention heads."""
+        read = {product.dimension for product in self.attention}
+        return {g.name for g in self.groups if any((m.module, m.side) in read for m in g.members)}
+
     def uncoupled(self, skipped: tuple[Skipped, ...]) -> LayerGraph:
         """The graph without channel groups, for decisions about layers; ``skipped`` of them are not pruned."""
         names = {layer.name for layer in self.layers}

@@ -52,11 +52,13 @@ class Granularity(Protocol):
 
 @settings
 class Channel:
-    """Whole channels (neurons of linear layers): one decision per channel group.
+    """Whole channels (neurons of linear layers, heads of attention): one decision per channel group.
 
     Attributes:
-        multiple: What is kept of a layer is a multiple of this many channels, or everything.
+        multiple: What is kept of a layer is a multiple of this many channels, or everything. Heads are counted singly.
         max_ratio: The largest pruning ratio of a decision, in (0, 1).
+        heads: Whether attention loses heads.
+        least: The fewest channels that a layer keeps, by patterns of names, like ``{"stem.*": 16}`` (`fnmatch`).
     """
 
     name: ClassVar[str] = "channel"
@@ -68,22 +70,42 @@ class Channel:
 
     multiple: Count = 2
     max_ratio: Fraction = 0.9
+    heads: bool = True
+    least: dict[str, Count] | None = None
 
     def decisions(self, graph: LayerGraph) -> tuple[LayerGraph, tuple[Grid, ...]]:
         """The grids of all decisions, and the graph without the groups that leave nothing to decide.
 
-        Groups too small for ``multiple`` and ``max_ratio`` are added to the graph's ``skipped`` with that
+        Groups too small for ``multiple``, ``max_ratio`` and ``least`` are added to the graph's ``skipped`` with that
         reason.
+
+        Raises:
+            UserError: A pattern of ``least`` matches no layer whose channels can be cut.
         """
-        grids = {group.name: self._grid(group) for group in graph.groups}
+        heads = graph.heads()
+        grids = {group.name: self._grid(group, group.name in heads) for group in graph.groups}
         reason = f"it is too narrow for channel_multiple={self.multiple} and max_ratio={self.max_ratio}"
-        graph = graph.only({name: reason for name, grid in grids.items() if grid.size == 1})
+        out = {name: reason for name, grid in grids.items() if grid.size == 1}
+        if not self.heads:
+            out |= dict.fromkeys(heads, "its channels are attention heads, and granularity.heads=false")
+        names = {name for group in graph.groups for name in group.producers}
+        if unknown := [p for p in self.least or () if not any(fnmatchcase(name, p) for name in names)]:
+            raise UserError(
+                f"{{field}}: {', '.join(unknown)} matches no layer whose channels can be cut; there are "
+                f"{', '.join(sorted(names))}",
+                code="unknown_layer",
+                field="granularity.least",
+            )
+        graph = graph.only(out)
         return graph, tuple(grids[group.name] for group in graph.groups)
 
-    def _grid(self, group: ChannelGroup) -> Grid:
+    def _grid(self, group: ChannelGroup, heads: bool) -> Grid:
         per_unit = group.channels // group.total
-        step = self.multiple // math.gcd(self.multiple, per_unit)
-        return Grid(group.name, group.total, step, _most(self.max_ratio, group.total))
+        step = 1 if heads else self.multiple // math.gcd(self.multiple, per_unit)
+        limits = (n for p, n in (self.least or {}).items() if any(fnmatchcase(name, p) for name in group.producers))
+        kept = math.ceil(max(limits, default=0) / per_unit)
+        most = min(_most(self.max_ratio, group.total), group.total - kept)
+        return Grid(group.name, group.total, step, max(most, 0))
 
 
 class Masked(Protocol):

@@ -344,7 +344,9 @@ CONSTRUCTS = {
     "standardised weights": between(
         lambda: Standardised(WIDTH, WIDTH, 3, padding=1), {"first": 8, "middle": 8}
     ),
-    "weight norm": between(lambda: _conv_of(parametrizations.weight_norm), {"first": 8, "middle.0": 8, "middle.2": 8}),
+    "weight norm": between(
+        lambda: _conv_of(parametrizations.weight_norm), {"first": 8, "middle.0": 8, "middle.2": 8}
+    ),
     "spectral norm": between(
         lambda: _conv_of(parametrizations.spectral_norm), {"first": 8, "middle.0": 8, "middle.2": 8}
     ),

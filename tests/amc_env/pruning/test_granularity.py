@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from constructs import CONSTRUCTS
 from masking import GRANULARITIES, SUITABLE, layers, masked, weight
 from networks import NETWORKS, images, traced
 from refusals import refused
@@ -330,3 +331,22 @@ def test_only_two_of_four_is_promised_speed_on_gpus() -> None:
     assert "no special kernels" in Channel().speed
     for granularity in (FineGrained(), Vector(), Kernel()):
         assert granularity.speed.startswith("Sparsity only")
+
+
+def test_heads_are_counted_singly_and_may_be_kept() -> None:
+    construct = CONSTRUCTS["attention"]
+    graph = trace(construct.build().eval(), construct.example())
+    _, (grid,) = Channel(multiple=8, max_ratio=0.9).decisions(graph)
+    assert [grid.count(i) for i in range(grid.size)] == [0, 1, 2, 3]
+    kept, grids = Channel(heads=False).decisions(graph)
+    assert not grids
+    assert "heads=false" in next(s.reason for s in kept.skipped if s.name == "block.q")
+
+
+def test_layers_keep_at_least_so_many_channels() -> None:
+    _, graph = traced("residual")
+    _, grids = Channel(multiple=1, max_ratio=0.9, least={"layer1.*": 12}).decisions(graph)
+    assert {grid.name: grid.total - grid.most for grid in grids}["layer1.0.conv1"] == 12
+    assert {grid.name: grid.total - grid.most for grid in grids}["layer2.0.conv1"] == 4
+    with refused("unknown_layer", "granularity.least"):
+        Channel(least={"stem": 4}).decisions(graph)
