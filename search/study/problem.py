@@ -162,7 +162,9 @@ def _of_task(data: Data, task: Task, model: nn.Module) -> Data:
     def ready(split: Split) -> Split:
         return replace(split, targets=task.targets(data.name, split.targets))
 
-    reader = data.reader if data.reader.task == task else Reader(task, Signature.of(model))
+    reader = data.reader
+    if reader is None or reader.task != task:
+        reader = Reader(task, Signature.of(model))
     train, search, test = ready(data.train), ready(data.search), data.test and ready(data.test)
     augment = data.augment and not isinstance(
         task, Segmentation

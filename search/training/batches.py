@@ -18,7 +18,7 @@ from amc_env.errors import UserError, out_of_range
 from amc_env.inputs import Inputs, count, device_of, each, take, to_device
 from search.data.base import Data, Split
 from search.data.loaders import MOST_BATCHES, Reseeded, endless, one_pass
-from search.data.reading import batches_from
+from search.data.reading import Reader, batches_from
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class LoaderBatches:
             UserError: as `batches_of`.
         """
         loader: Any = data.loader
-        self._read = data.reader
+        self._read = data.reader or Reader()
         self._length = batches_of(loader)
         self.device = torch.device(device)
         self.example = data.normalise(to_device(take(data.train.inputs, slice(2)), device))
