@@ -104,6 +104,8 @@ class Folder:
         for name, value in vars(source).items():  # sizes that forward passes read, like groups and num_heads
             if type(value) is int and name in vars(target):
                 setattr(target, name, value)
+        if isinstance(source, nn.LayerNorm | nn.RMSNorm) and isinstance(target, nn.LayerNorm | nn.RMSNorm):
+            target.normalized_shape = source.normalized_shape
 
     def _fold(self, layer: nn.Module, norm: nn.Module, target: nn.Module) -> None:
         assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)

@@ -24,7 +24,7 @@ _OUTPUT = "its channels are the network's output"
 _INPUT = "its channels are the network's input"
 
 
-def labelled_run(model: nn.Module, inputs: Inputs) -> Labels:
+def labelled_run(model: nn.Module, inputs: Inputs, *, through_norms: bool = False) -> Labels:
     """The labels of all parameters' entries after a run without gradients.
 
     A second run follows where the first one found attention: its heads can only be told from other reshapes by what
@@ -33,12 +33,18 @@ def labelled_run(model: nn.Module, inputs: Inputs) -> Labels:
     Args:
         model: The network, in eval mode.
         inputs: A batch of one example.
+        through_norms: Whether channels may be cut that a norm normalises together.
     """
-    labels = _run(model, inputs, frozenset())
-    return _run(model, inputs, frozenset(labels.heads)) if labels.heads else labels
+    labels = _run(model, inputs, frozenset(), through_norms)
+    return _run(model, inputs, frozenset(labels.heads), through_norms) if labels.heads else labels
 
 
-def _run(model: nn.Module, inputs: Inputs, heads: frozenset[Axis]) -> Labels:
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm, by the name of its class."""
+    return "norm" in type(module).__name__.lower()
+
+
+def _run(model: nn.Module, inputs: Inputs, heads: frozenset[Axis], through_norms: bool) -> Labels:
     labels = Labels([*model.parameters(), *(b for b in model.buffers() if b.is_floating_point())], heads)
     for tensor in tensors_of(inputs):
         if tensor.is_floating_point() and tensor.ndim > 1:
@@ -46,7 +52,7 @@ def _run(model: nn.Module, inputs: Inputs, heads: frozenset[Axis]) -> Labels:
             for place in {1, tensor.ndim - 1}:
                 dims[place] = Dim(labels.fixed(tensor.shape[place], _INPUT))
             labels.label(tensor, dims)
-    with torch.no_grad(), _modules_named(model, labels), _Recorder(labels):
+    with torch.no_grad(), _modules_named(model, labels, through_norms), _Recorder(labels):
         outputs = call(model, inputs)
     for output in tree_leaves(outputs):
         for dim in labels.dims(output) if isinstance(output, Tensor) else ():
@@ -97,21 +103,21 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def _modules_named(model: nn.Module, labels: Labels) -> Iterator[None]:
-    """Keep the name of the module that runs in ``labels.module``."""
-    running: list[str] = []
+def _modules_named(model: nn.Module, labels: Labels, through_norms: bool) -> Iterator[None]:
+    """Keep the name of the module that runs in ``labels.module``, and in ``labels.in_norm`` whether it is a norm."""
+    running: list[tuple[str, bool]] = [("", False)]
     handles = []
 
     def enter(name: str) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
-            running.append(name)
-            labels.module = name
+            running.append((name, through_norms and is_norm(module)))
+            labels.module, labels.in_norm = running[-1]
 
         return hook
 
     def leave(module: nn.Module, args: Any, out: Any) -> None:
         running.pop()
-        labels.module = running[-1] if running else ""
+        labels.module, labels.in_norm = running[-1]
 
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(enter(name)))

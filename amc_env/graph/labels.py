@@ -85,6 +85,9 @@ class Labels:
         self.splits: list[Split] = []
         self.products: list[Product] = []
         self.macs = 0  # of all products with weights or activations
+        self.in_norm = (
+            False  # whether a norm runs whose channels may be cut although it normalises them together
+        )
         self.module = ""
         self.operation = 0
 

@@ -216,7 +216,7 @@ def _channels(module: nn.Module) -> int:
     """Channels of a module with one entry per channel; 0 where all share one entry, or it has several dimensions."""
     if isinstance(module, nn.PReLU):
         return module.num_parameters if module.num_parameters > 1 else 0
-    if isinstance(module, nn.LayerNorm):
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return module.normalized_shape[0] if len(module.normalized_shape) == 1 else 0
     found = module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features
     assert isinstance(found, int)

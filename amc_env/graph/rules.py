@@ -104,6 +104,8 @@ def _matmul(labels: Labels, a: Tensor, b: Tensor, out: Tensor) -> list[Dim]:
             labels.heads |= dim.axes
         cut = next((dim.labels for dim in batch if dim.labels is not None), None)
         labels.products.append(Product(out.numel() * a.shape[-1], cut))
+    elif labels.is_weight(b):
+        labels.fix(left[-2], "a layer is applied to each of its channels")
     return [*batch, left[-2], right[-1]]
 
 
@@ -112,7 +114,7 @@ def _convolution(labels: Labels, arguments: Arguments, out: Tensor) -> Sequence[
     x, weight, bias, groups = (arguments[key] for key in ("input", "weight", "bias", "groups"))
     given, own = labels.dims(x), labels.dims(weight)
     labels.macs += (x if arguments["transposed"] else out).shape[2:].numel() * len(x) * weight.numel()
-    for dim in given[2:]:
+    for dim in (given[0], *given[2:]):
         labels.fix(dim, "a convolution slides over its channels")
     inputs, outputs = (own[0], own[1]) if arguments["transposed"] else (own[1], own[0])
     if groups > 1:
@@ -229,8 +231,13 @@ def _layer_norm(labels: Labels, arguments: Arguments, out: Tensor) -> Sequence[D
     for place in range(-len(arguments["normalized_shape"]), 0):
         shared = [labels.dims(tensor)[place] for tensor in own if tensor is not None]
         dims[place] = labels.same([dims[place], *shared])
-        labels.fix(dims[place], f"its channels are normalised together by {labels.module or 'a norm'}")
+        _normalised(labels, dims[place])
     return dims
+
+
+def _normalised(labels: Labels, dim: Dim) -> None:
+    if not labels.in_norm:
+        labels.fix(dim, f"its channels are normalised together by {labels.module or 'a norm'}")
 
 
 @rule("native_group_norm")
@@ -239,11 +246,11 @@ def _group_norm(labels: Labels, arguments: Arguments, out: Tensor) -> Sequence[D
     x = labels.dims(arguments["input"])
     own = [arguments.get(name) for name in ("weight", "bias")]
     channels = labels.same([x[1], *(labels.dims(tensor)[0] for tensor in own if tensor is not None)])
-    if channels.labels is not None:
+    if channels.labels is not None and not (arguments["group"] == 1 and labels.in_norm):
         rows = channels.labels.reshape(arguments["group"], -1)
         labels.unite(np.repeat(rows[:, :1], rows.shape[1] - 1, axis=1).ravel(), rows[:, 1:].ravel())
         if arguments["group"] == 1:
-            labels.fix(channels, f"its channels are normalised together by {labels.module or 'a norm'}")
+            _normalised(labels, channels)
     return [x[0], channels, *x[2:]]
 
 
@@ -261,7 +268,7 @@ def _reduction(labels: Labels, arguments: Arguments, out: Tensor) -> Sequence[Di
     gone = _places(arguments.get("dim"), x.ndim)
     dims = labels.dims(x)
     for place in gone:
-        if x.shape[place] > 1:
+        if x.shape[place] > 1 and not labels.in_norm:
             labels.fix(dims[place], "its channels are reduced to one value")
     if out.ndim == x.ndim:
         return [Dim() if place in gone else dim for place, dim in enumerate(dims)]
@@ -470,6 +477,17 @@ def _index(labels: Labels, arguments: Arguments, out: Tensor) -> Sequence[Dim]:
         return [Dim() for _ in out.shape]
     rest = dims[len(used) :]
     return [*(Dim() for _ in range(out.ndim - len(rest))), *rest]
+
+
+@rule("as_strided", "as_strided_")
+def _as_strided(labels: Labels, arguments: Arguments, out: Tensor) -> Sequence[Dim]:
+    """The same values in another layout, as pooling of channels-last maps leaves them."""
+    x = arguments["self"]
+    if x.shape == out.shape:
+        return labels.dims(x)
+    for dim in labels.dims(x):
+        labels.fix(dim, "its channels are read by their places in memory")
+    return [Dim() for _ in out.shape]
 
 
 @rule("index_select")

@@ -27,7 +27,7 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 """Modules with a weight whose first two dimensions are outputs and inputs, or the other way round where transposed."""
 
-CHANNELWISE = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.GroupNorm, nn.PReLU)
+CHANNELWISE = (_BatchNorm, _InstanceNorm, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.PReLU)
 """Modules with one entry per channel: they are cut with the channels that pass through them."""
 
 
@@ -146,8 +146,9 @@ def set_sizes(module: nn.Module, sides: Mapping[str, Tensor]) -> None:
     elif isinstance(module, _BatchNorm | _InstanceNorm) and out is not None:
         module.num_features = out
     elif isinstance(module, nn.GroupNorm) and out is not None:
-        module.num_groups, module.num_channels = module.num_groups * out // module.num_channels, out
-    elif isinstance(module, nn.LayerNorm) and out is not None:
+        groups = module.num_groups * out // module.num_channels  # whole ones are cut; one alone stays
+        module.num_groups, module.num_channels = max(1, groups), out
+    elif isinstance(module, nn.LayerNorm | nn.RMSNorm) and out is not None:
         module.normalized_shape = (out,)
     elif isinstance(module, nn.PReLU) and out is not None:
         module.num_parameters = out

@@ -13,12 +13,14 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_leaves
 
 from amc_env.errors import UserError, first_line
 from amc_env.graph.copying import module_copy
-from amc_env.graph.coupling import labelled_run
+from amc_env.graph.coupling import is_norm, labelled_run
 from amc_env.graph.grouping import channel_groups
 from amc_env.graph.labels import Labels
 from amc_env.graph.layers import (
@@ -31,24 +33,26 @@ from amc_env.graph.layers import (
     channels_of,
     keeps_of,
 )
-from amc_env.graph.surgery import CHANNELWISE, LAYERS, TRANSPOSED, resize, silence_inputs
+from amc_env.graph.surgery import CHANNELWISE, LAYERS, TRANSPOSED, Keeps, resize, silence_inputs
 from amc_env.graph.topology import Topology
 from amc_env.inputs import Inputs, call, described, each, take
 
 
-def trace(model: nn.Module, example: Inputs) -> LayerGraph:
+def trace(model: nn.Module, example: Inputs, *, residual: bool = False) -> LayerGraph:
     """Trace the layers and coupled channels of a network.
 
     Args:
         model: The network; its weights and modules stay as they are.
         example: A batch of inputs, [N, ...] each; one example is enough.
+        residual: Whether channels may be cut that a LayerNorm, an RMSNorm or a GroupNorm of one group normalises
+            together, like the residual stream of a transformer. The statistics are then those of the channels that stay.
 
     Raises:
         UserError: The network cannot be run, or no channel of it can be pruned.
     """
     copied = module_copy(model).eval()
     layers = _layers(copied, example)
-    labels = labelled_run(copied, take(example, slice(1)))
+    labels = labelled_run(copied, take(example, slice(1)), through_norms=residual)
     groups, skipped = channel_groups(copied, labels, layers, _tied_reasons(layers))
     groups, refuted = _proved(copied, example, groups)
     order = {name: layer.index for name, layer in layers.items()}
@@ -316,17 +320,21 @@ def _stirred(model: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def _refuted(model: nn.Module, inputs: Inputs, groups: Sequence[ChannelGroup]) -> str | None:
-    """Cuts every second unit of the groups; why that is not the same as silencing them, or None."""
+    """Cuts every second unit of the groups; why that is not the same as silencing them, or None.
+
+    Norms that normalise cut channels together do so over those that stay, in both.
+    """
     units = [torch.arange(0, group.total, 2) for group in groups]
     keeps = keeps_of(groups, units)
     small, masked = resize(module_copy(model), keeps), module_copy(model)
     modules = dict(masked.named_modules())
-    for group, kept in zip(groups, units, strict=True):
+    for group, left in zip(groups, units, strict=True):
         gone = torch.ones(group.total, dtype=torch.bool)
-        gone[kept] = False
+        gone[left] = False
         for member in group.members:
             if member.side == "in" and member.module in group.consumers:
                 silence_inputs(modules[member.module], member.positions[gone].flatten())
+    _normalise_some(masked, small, keeps)
     want = _tensors(call(masked, inputs))
     try:
         got = _tensors(call(small, inputs))
@@ -337,6 +345,34 @@ def _refuted(model: nn.Module, inputs: Inputs, groups: Sequence[ChannelGroup]) -
     if all(_agree(*pair) for pair in zip(got, want, strict=True)):
         return None
     return "cut and masked networks disagree (the channels are mixed elsewhere)"
+
+
+def _normalise_some(masked: nn.Module, small: nn.Module, keeps: Keeps) -> None:
+    """Replaces norms of several channels together, in place, by those of the channels that stay."""
+    modules = dict(masked.named_modules())
+    for name, sides in keeps.items():
+        side = "out" if "out" in sides else "weight.0"
+        module = modules[name]
+        if side in sides and is_norm(module) and not isinstance(module, _BatchNorm | _InstanceNorm):
+            parent, _, child = name.rpartition(".")
+            some = _NormOfSome(small.get_submodule(name), sides[side], channels_of(module, side))
+            setattr(masked.get_submodule(parent), child, some)
+
+
+class _NormOfSome(nn.Module):
+    """A norm of the channels that stay; the others become 0."""
+
+    def __init__(self, norm: nn.Module, kept: Tensor, channels: int):
+        super().__init__()
+        self._norm, self._kept, self._channels = norm, kept, channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Channels are the last dimension, or the second one of maps [N, C, H, W]."""
+        maps = isinstance(self._norm, nn.GroupNorm) or type(self._norm).__name__.endswith("2d")
+        dim = 1 if maps or x.shape[-1] != self._channels else -1
+        kept = self._kept.to(x.device)
+        out: Tensor = torch.zeros_like(x).index_copy_(dim, kept, self._norm(x.index_select(dim, kept)))
+        return out
 
 
 def _tensors(outputs: object) -> list[Tensor]:

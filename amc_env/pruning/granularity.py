@@ -58,6 +58,7 @@ class Channel:
         multiple: What is kept of a layer is a multiple of this many channels, or everything. Heads are counted singly.
         max_ratio: The largest pruning ratio of a decision, in (0, 1).
         heads: Whether attention loses heads.
+        residual: Whether channels are cut that a norm normalises together, see `amc_env.graph.tracing.trace`.
         least: The fewest channels that a layer keeps, by patterns of names, like ``{"stem.*": 16}`` (`fnmatch`).
     """
 
@@ -71,6 +72,7 @@ class Channel:
     multiple: Count = 2
     max_ratio: Fraction = 0.9
     heads: bool = True
+    residual: bool = False
     least: dict[str, Count] | None = None
 
     def decisions(self, graph: LayerGraph) -> tuple[LayerGraph, tuple[Grid, ...]]:
@@ -102,7 +104,9 @@ class Channel:
     def _grid(self, group: ChannelGroup, heads: bool) -> Grid:
         per_unit = group.channels // group.total
         step = 1 if heads else self.multiple // math.gcd(self.multiple, per_unit)
-        limits = (n for p, n in (self.least or {}).items() if any(fnmatchcase(name, p) for name in group.producers))
+        limits = (
+            n for p, n in (self.least or {}).items() if any(fnmatchcase(name, p) for name in group.producers)
+        )
         kept = math.ceil(max(limits, default=0) / per_unit)
         most = min(_most(self.max_ratio, group.total), group.total - kept)
         return Grid(group.name, group.total, step, max(most, 0))

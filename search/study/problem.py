@@ -84,7 +84,10 @@ class PruningProblem:
         data = _of_task(data, settings.task, model)
         example = data.normalise(to_device(take(data.search.inputs, slice(2)), settings.device))
         granularity = settings.granularity
-        graph = (trace_layers if granularity.masked else trace)(model, example)
+        if granularity.masked:
+            graph = trace_layers(model, example)
+        else:
+            graph = trace(model, example, residual=getattr(granularity, "residual", False))
         _check_outputs(model, example, data, settings.task)
         graph, grids = granularity.decisions(graph)
         if settings.keep:

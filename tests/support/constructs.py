@@ -15,11 +15,15 @@ WIDTH, HEADS, TOKENS = 8, 4, 6
 
 @dataclass(frozen=True)
 class Construct:
-    """A network, a batch of two examples, and the units of the decisions that are expected, by name."""
+    """A network, a batch of two examples, and the units of the decisions that are expected, by name.
+
+    ``residual`` is that of `trace`.
+    """
 
     build: Callable[[], nn.Module]
     example: Callable[[], Inputs]
     units: dict[str, int] = field(default_factory=dict)
+    residual: bool = False
 
 
 def image() -> Tensor:
@@ -231,6 +235,41 @@ class ClassToken(nn.Module):
         return self.head((x + self.outer(F.gelu(self.inner(x))))[:, 0])
 
 
+class Stream(nn.Module):
+    """A residual stream with norms: patches, positions, attention and a hidden layer."""
+
+    def __init__(self, norm: Callable[[int], nn.Module]):
+        super().__init__()
+        self.patches = nn.Conv2d(3, WIDTH, 4, stride=4)
+        self.position = nn.Parameter(torch.randn(1, 4, WIDTH))
+        self.norms = nn.ModuleList(norm(WIDTH) for _ in range(3))
+        self.attention = Fused()
+        self.inner, self.outer = nn.Linear(WIDTH, 12), nn.Linear(12, WIDTH)
+        self.head = nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.position
+        x = x + self.attention(self.norms[0](x))
+        x = x + self.outer(F.gelu(self.inner(self.norms[1](x))))
+        return self.head(self.norms[2](x).mean(1))
+
+
+class LayerNorm2d(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class OwnNorm(nn.Module):
+    """A root mean square norm as Hugging Face's models write it."""
+
+    def __init__(self, width: int = WIDTH):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
 def merged(m: nn.Module, x: Tensor) -> Tensor:
     corners = [x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)]
     return m.join(torch.cat(corners, 1))
@@ -384,5 +423,17 @@ CONSTRUCTS = {
     ),
     "layer norm within a block": on_tokens(
         lambda: nn.Sequential(nn.Linear(WIDTH, 12), nn.LayerNorm(12), nn.ReLU(), nn.Linear(12, WIDTH)), {}
+    ),
+    "residual stream": Construct(
+        lambda: Stream(nn.LayerNorm), image, {"patches": 8, "attention.qkv": 4, "inner": 12}, residual=True
+    ),
+    "residual stream with RMSNorm": Construct(
+        lambda: Stream(OwnNorm), image, {"patches": 8, "attention.qkv": 4, "inner": 12}, residual=True
+    ),
+    "layer norm of maps": Construct(
+        lambda: Between(LayerNorm2d(WIDTH)), image, {"first": 8, "last": 6}, residual=True
+    ),
+    "group norm of one group, cut": Construct(
+        lambda: Between(nn.GroupNorm(1, WIDTH)), image, {"first": 8, "last": 6}, residual=True
     ),
 }
