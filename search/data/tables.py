@@ -209,7 +209,11 @@ def column(
     features = tables.train.features
     if given is not None:
         if given not in features:
-            raise _wrong(setting, given, f"{tables.name} has no such column; there are {', '.join(features)}")
+            raise UserError(
+                f"no column {given} in {tables.name}; there are {', '.join(features)}",
+                code="column",
+                field=f"data.{setting}",
+            )
         return given
     found = [name for name, feature in features.items() if name != but and fits(feature)]
     found = [name for name in usual if name in found][:1] or found
