@@ -149,10 +149,11 @@ def session(file: Path | bytes, threads: int | None = None) -> Callable[[Inputs]
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Drops the two messages of a plain export that no user can act on; everything else is shown."""
+    """Drops the messages of a plain export that no user can act on; everything else is shown."""
     registration = logging.getLogger("torch.onnx._internal.exporter._registration")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", "# The axis name: batch will not be used", UserWarning)
         registration.addFilter(_not_about_torchvision)
         try:
             yield

@@ -310,9 +310,10 @@ class MultiLabel(TalliedTask):
 
     def teacher_loss(self, outputs: Any, teacher: Any, temperature: float) -> Tensor:
         """T^2 times the binary divergence from the teacher's probabilities, both softened by T."""
-        soft = (teacher.float() / temperature).sigmoid()
+        wanted = teacher.float() / temperature
+        soft = wanted.sigmoid()
         cross = F.binary_cross_entropy_with_logits(outputs.float() / temperature, soft)
-        entropy = F.binary_cross_entropy(soft, soft)
+        entropy = F.binary_cross_entropy_with_logits(wanted, soft)
         return temperature**2 * (cross - entropy)
 
     def tally(self) -> Tally:

@@ -270,8 +270,11 @@ def _data(
     if val_loader is None:
         raise UserError("{field} is needed: candidates are scored on it", code="missing", field="val_loader")
     size = settings.finetune.batch_size
-    train = as_loader(train_loader, size, shuffle=True)
-    val, test = as_loader(val_loader, size), as_loader(test_loader, size)
+    train = as_loader("train_loader", train_loader, size, shuffle=True)
+    val, test = (
+        as_loader(name, given, size)
+        for name, given in (("val_loader", val_loader), ("test_loader", test_loader))
+    )
     reader = Reader(settings.task, Signature.of(network))
     with seeded(settings.seed):  # a loader draws from the global state when it begins, which is the caller's
         outputs = _outputs(network, val, reader)

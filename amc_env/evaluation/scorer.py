@@ -138,7 +138,9 @@ class Scorer:
         self.task = task or Classification()
         if precision in (BFLOAT16, INT8) and not isinstance(self.task, TalliedTask):
             raise UserError(
-                f"evaluator.precision={precision} does not work for a task that runs networks itself; use {FLOAT32}"
+                f"{{field}}={precision} does not work for a task that runs networks itself; use {FLOAT32}",
+                code="task",
+                field="evaluator.precision",
             )
         channels_last = channels_last and holds_images(inputs)
         few = take(inputs, slice(4))

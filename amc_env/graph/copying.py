@@ -24,10 +24,20 @@ def forget_activations(model: nn.Module) -> None:
 
 
 def stored_activations(model: nn.Module) -> list[str]:
-    """Names of the attributes that hold activations of autograd."""
+    """Names of the attributes that hold activations of autograd; not of weights that a hook computes before each pass."""
     names = {id(module): name for name, module in model.named_modules()}
-    found = (f"{names[id(module)]}.{name}".lstrip(".") for module, name, _ in _stored(model))
+    found = (
+        f"{names[id(module)]}.{name}".lstrip(".")
+        for module, name, _ in _stored(model)
+        if name not in _computed(module)
+    )
     return list(dict.fromkeys(found))
+
+
+def _computed(module: nn.Module) -> set[Any]:
+    """Names of the weights that hooks of torch.nn.utils compute: weight_norm, spectral_norm, prune."""
+    hooks = module._forward_pre_hooks.values()
+    return {getattr(hook, place, None) for hook in hooks for place in ("name", "_tensor_name")}
 
 
 def _stored(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:

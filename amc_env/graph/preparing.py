@@ -109,6 +109,11 @@ def _bake(name: str, module: nn.Module) -> bool:
 def _bake_parametrizations(module: nn.Module) -> bool:
     if not parametrize.is_parametrized(module):
         return False
+    kind = type(
+        module
+    )  # made for this module, and shared by its copies, from which the weight must not be taken
+    own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(kind.__name__, kind.__bases__, own)
     for name in list(module.parametrizations):  # type: ignore[arg-type]
         parametrize.remove_parametrizations(module, name, leave_parametrized=True)
     return True

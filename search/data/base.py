@@ -6,7 +6,7 @@ judges candidates and nothing else. `test`: read once, for the final figures.
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ class Data:
         fingerprint: short SHA-256 of all inputs, targets and the split.
         loader: the user's own training batches, used for fine-tuning in place of `train`.
         stream: makes such batches of a batch size and a seed, where the training images do not fit in memory.
-        reader: makes inputs and targets of a batch of `loader` or `stream`.
+        reader: makes inputs and targets of a batch of `loader` or `stream`; None: one for the run's task and network.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Data:
     fingerprint: str
     loader: Iterable[Any] | None = None
     stream: Callable[[int, int], Iterable[Any]] | None = None
-    reader: Reader = field(default_factory=Reader)
+    reader: Reader | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

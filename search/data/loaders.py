@@ -17,6 +17,9 @@ from amc_env.inputs import Inputs, count, described, joined, take, to_device
 from search.data.base import Data, Split, check_split, fingerprint
 from search.data.reading import Reader, batches_from
 
+MOST_BATCHES = 100_000
+"""Batches after which a loader is taken for endless."""
+
 
 def from_loaders(
     train_loader: Iterable[Any],
@@ -73,16 +76,23 @@ def from_loaders(
     )
 
 
-def as_loader(given: Any, batch_size: int, *, shuffle: bool = False) -> Any:
+def as_loader(name: str, given: Any, batch_size: int, *, shuffle: bool = False) -> Any:
     """A loader as it is; a DataLoader of a dataset, or of a pair (inputs, targets) of tensors.
 
     Args:
+        name: the argument's.
         given: what was given in place of a loader.
         batch_size: of such a DataLoader.
         shuffle: whether such a DataLoader shuffles.
+
+    Raises:
+        UserError: an iterator, which can be read once only.
     """
-    if isinstance(given, tuple | list) and len(given) == 2 and all(isinstance(x, Tensor) for x in given):
-        given = TensorDataset(*given)
+    if isinstance(given, Iterator):
+        raise one_pass(name)
+    pair = isinstance(given, tuple | list) and len(given) == 2
+    if pair and all(isinstance(part, Tensor | np.ndarray) for part in given):
+        given = TensorDataset(*map(torch.as_tensor, given))
     if isinstance(given, Dataset) and not isinstance(given, IterableDataset):
         return DataLoader(given, batch_size, shuffle=shuffle)
     return given
@@ -156,6 +166,24 @@ def _generators(loader: Any) -> list[torch.Generator]:
     return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
 
 
+def one_pass(name: str) -> UserError:
+    """The refusal of a loader that can be read once only."""
+    return UserError(
+        "{field} is an iterator, which can be read once: give a DataLoader or a list of batches",
+        code="one_pass",
+        field=name,
+    )
+
+
+def endless(name: str) -> UserError:
+    """The refusal of a loader that seems to have no end."""
+    return UserError(
+        f"{{field}} has no length and gives more than {MOST_BATCHES} batches: give it a length",
+        code="endless",
+        field=name,
+    )
+
+
 def _gather(name: str, loader: Iterable[Any], reader: Reader, limit: int | None = None) -> Split:
     """The loader's inputs and targets on the CPU, at most `limit` of them."""
     inputs: list[Inputs] = []
@@ -168,6 +196,8 @@ def _gather(name: str, loader: Iterable[Any], reader: Reader, limit: int | None 
         gathered += count(one)
         if limit is not None and gathered >= limit:
             break
+        if len(inputs) > MOST_BATCHES:
+            raise endless(name)
     if not gathered:
         raise UserError(f"{name} is empty: at least one example is needed", code="empty", field=name)
     try:
@@ -175,8 +205,8 @@ def _gather(name: str, loader: Iterable[Any], reader: Reader, limit: int | None 
         return Split(take(joined(inputs), whole), take(joined(targets), whole))
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"{name}: its batches do not fit together: {first_line(error)}. All examples must have one shape: bring images "
-            "to one size, and texts to one length (padding='max_length')",
+            f"{name}: its batches do not fit together: {first_line(error).rstrip('.')}. All examples must have one shape: "
+            "bring images to one size, and texts to one length (padding='max_length')",
             code="batch",
             field=name,
         ) from error

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 TARGETS = ("labels", "label")
 """Names of the entry of a dictionary that is the target."""
 _FORMS = "(inputs, targets), or dictionaries with an entry labels"
+_COLLATE = "give a DataLoader, which makes batches of tensors"
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,7 @@ class Reader:
         else:
             raise _wrong(name, f"batches of {type(batch).__name__}: {_FORMS} are needed")
         ready = each(inputs, lambda tensor: _input(name, tensor))
-        if not isinstance(targets, Tensor) and isinstance(targets, np.ndarray | list | int | float):
-            targets = torch.as_tensor(targets)
-        if isinstance(targets, Tensor) and targets.ndim == 0:
-            raise _wrong(
-                name, f"single examples: wrap the dataset in a DataLoader, which makes batches {_FORMS}"
-            )
-        return ready, self.task.targets(name, targets)
+        return ready, self.task.targets(name, _target(name, targets))
 
     def _of_names(self, name: str, batch: Mapping[str, Any]) -> tuple[Inputs, Any]:
         entry = next((key for key in TARGETS if key in batch), None)
@@ -150,11 +145,11 @@ class Reader:
         if isinstance(given, Mapping):
             wrong = [key for key, value in given.items() if not isinstance(value, Tensor | np.ndarray)]
             if wrong:
-                raise _wrong(name, f"inputs {', '.join(wrong)} that are no tensors")
+                raise _wrong(name, f"inputs {', '.join(wrong)} that are no tensors: {_COLLATE}")
             return {str(key): torch.as_tensor(value) for key, value in given.items()}
         if isinstance(given, tuple | list):
             if not given or not all(isinstance(value, Tensor | np.ndarray) for value in given):
-                raise _wrong(name, f"inputs that are a {type(given).__name__} of other things than tensors")
+                raise _wrong(name, f"a {type(given).__name__} of inputs that are no tensors: {_COLLATE}")
             if len(given) > len(self.signature.names) and not self.signature.more:
                 raise _wrong(
                     name,
@@ -193,6 +188,25 @@ def batches_from(name: str, loader: Iterable[Any]) -> Iterator[Any]:
         ) from error
 
 
+def _target(name: str, given: Any) -> Inputs:
+    """Targets of a batch as a tensor, or several."""
+    if isinstance(given, tuple | list) and given and isinstance(given[0], Tensor) and given[0].ndim:
+        given = tuple(given)
+    elif isinstance(given, np.ndarray | list | tuple | int | float):
+        try:
+            given = torch.as_tensor(given)
+        except (TypeError, ValueError):
+            raise _wrong(name, f"targets that are no numbers: {_COLLATE}") from None
+    several = given.values() if isinstance(given, Mapping) else given
+    if not isinstance(given, Tensor) and not (
+        isinstance(given, Mapping | tuple) and all(isinstance(one, Tensor) for one in several)
+    ):
+        raise _wrong(name, f"targets of type {type(given).__name__}: {_COLLATE}")
+    if isinstance(given, Tensor) and given.ndim == 0:
+        raise _wrong(name, f"single examples: {_COLLATE}")
+    return dict(given) if isinstance(given, Mapping) else given
+
+
 def _input(name: str, tensor: Tensor) -> Tensor:
     if tensor.dtype == torch.uint8:
         raise UserError(
@@ -201,7 +215,7 @@ def _input(name: str, tensor: Tensor) -> Tensor:
             field=name,
         )
     if tensor.ndim == 0:
-        raise _wrong(name, f"single examples: wrap the dataset in a DataLoader, which makes batches {_FORMS}")
+        raise _wrong(name, f"single examples: {_COLLATE}")
     return tensor.detach().to(torch.float32) if tensor.is_floating_point() else tensor.detach()
 
 

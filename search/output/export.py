@@ -140,7 +140,7 @@ class Safetensors(Format):
 module = ...  # the unpruned network, as you build it
 load_pruned(module, "RUN_FOLDER")  # model.safetensors and channels.json
 module.eval()
-logits = module(images)  # float32 [N, C, H, W], normalised"""
+outputs = module(inputs)  # as in training; of images float32 [N, C, H, W], normalised"""
 
     def write(self, small: Small, folder: Path) -> Exported:
         path = save_pruned(small.model, small.keeps, folder, name=small.name, original=small.original)
@@ -177,7 +177,7 @@ class TorchExport(Program):
     load_snippet = """import torch
 
 module = torch.export.load("RUN_FOLDER/model.pt2").module()
-logits = module(images)  # float32 [N, C, H, W], normalised"""
+outputs = module(inputs)  # as in training; of images float32 [N, C, H, W], normalised"""
 
     def save(self, program: torch.export.ExportedProgram, path: Path, example: Inputs) -> None:
         torch.export.save(program, path)
@@ -187,7 +187,7 @@ logits = module(images)  # float32 [N, C, H, W], normalised"""
 
 
 class Onnx(Program):
-    """One ONNX file with input "input" [batch, ...]."""
+    """One ONNX file with input "input" [batch, ...]; several inputs have the names of the arguments, or numbers."""
 
     name = "onnx"
     file = "model.onnx"
@@ -196,7 +196,7 @@ class Onnx(Program):
 
 session = onnxruntime.InferenceSession("RUN_FOLDER/model.onnx")
 name = session.get_inputs()[0].name
-(logits,) = session.run(None, {name: images})  # NumPy float32 [N, C, H, W], normalised"""
+outputs = session.run(None, {name: inputs})  # NumPy; of images float32 [N, C, H, W], normalised"""
 
     def check(self) -> None:
         onnx_files.require_packages("export to onnx", "leave onnx out of the formats")

@@ -167,12 +167,9 @@ def make_evaluator(
         if precision == FLOAT32
         else f" in {precision}, {100 * _in_float32(start, problem):.2f}% in {FLOAT32}",
     )
-    if (
-        isinstance(settings.task, Classification)
-        and problem.data.classes
-        and original < 2 / len(problem.data.classes)
-    ):
-        log.warning("that is near chance: are the images scaled and normalised as in the network's training?")
+    classes = len(problem.data.classes) if isinstance(settings.task, Classification) else 0
+    if original == 0 or (classes and original < 2 / classes):
+        log.warning("that is near chance: are the inputs scaled and normalised as in the network's training?")
     threads = settings.scoring.threads
     return Evaluator(
         start, problem.space, scorer, settings.scored_by, memory, reward=settings.reward, threads=threads

@@ -29,7 +29,7 @@ from amc_env.pruning.criteria import ElementCriterion, Sample, rank
 from amc_env.pruning.criteria.base import rank_after
 from amc_env.pruning.granularity import Masked, left_alone
 from amc_env.space import Budget, Cost, Grid, SearchSpace, figure
-from amc_env.tasks import Task
+from amc_env.tasks import Segmentation, Task
 from search.data.base import Data, Split
 from search.data.reading import Reader, Signature
 from search.output.export import check_formats
@@ -162,9 +162,14 @@ def _of_task(data: Data, task: Task, model: nn.Module) -> Data:
     def ready(split: Split) -> Split:
         return replace(split, targets=task.targets(data.name, split.targets))
 
-    reader = data.reader if data.reader.task == task else Reader(task, Signature.of(model))
-    test = data.test and ready(data.test)
-    return replace(data, train=ready(data.train), search=ready(data.search), test=test, reader=reader)
+    reader = data.reader
+    if reader is None or reader.task != task:
+        reader = Reader(task, Signature.of(model))
+    train, search, test = ready(data.train), ready(data.search), data.test and ready(data.test)
+    augment = data.augment and not isinstance(
+        task, Segmentation
+    )  # labels of pixels would stay where they were
+    return replace(data, train=train, search=search, test=test, augment=augment, reader=reader)
 
 
 def _check_outputs(model: nn.Module, example: Inputs, data: Data, task: Task) -> None:

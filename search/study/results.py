@@ -107,6 +107,7 @@ def delivered_of(problem: PruningProblem, networks: Mapping[str, nn.Module]) -> 
         return "finetuned"
     split = problem.data.search
     before, after = (_score(problem, networks[stage], split) for stage in ("pruned", "finetuned"))
+    # the standard error of a share of hits, which stands in for that of other scores
     error = math.sqrt(before * (1 - before) / len(split))
     if after >= before - error:
         return "finetuned"

@@ -17,13 +17,12 @@ from torch.nn import functional as F
 from amc_env.errors import UserError, out_of_range
 from amc_env.inputs import Inputs, count, device_of, each, take, to_device
 from search.data.base import Data, Split
-from search.data.loaders import Reseeded
-from search.data.reading import batches_from
+from search.data.loaders import MOST_BATCHES, Reseeded, endless, one_pass
+from search.data.reading import Reader, batches_from
 
 log = logging.getLogger(__name__)
 
 CROP_PADDING = 4
-_MOST_BATCHES = 100_000
 
 
 Pair = tuple[Inputs, Inputs]
@@ -120,7 +119,7 @@ class LoaderBatches:
             UserError: as `batches_of`.
         """
         loader: Any = data.loader
-        self._read = data.reader
+        self._read = data.reader or Reader()
         self._length = batches_of(loader)
         self.device = torch.device(device)
         self.example = data.normalise(to_device(take(data.train.inputs, slice(2)), device))
@@ -151,20 +150,12 @@ def batches_of(loader: Any) -> int:
     with suppress(TypeError):
         return len(loader)
     if isinstance(loader, Iterator):
-        raise UserError(
-            "{field} is an iterator, which can be read once: give a DataLoader or a list of batches",
-            code="one_pass",
-            field="train_loader",
-        )
+        raise one_pass("train_loader")
     if loader not in _counted:
         log.info("train_loader has no length: its batches are counted")
-        _counted[loader] = sum(1 for _ in islice(Reseeded(loader, 0), _MOST_BATCHES + 1))
-    if _counted[loader] > _MOST_BATCHES:
-        raise UserError(
-            f"{{field}} has no length and gives more than {_MOST_BATCHES} batches: give it a length",
-            code="endless",
-            field="train_loader",
-        )
+        _counted[loader] = sum(1 for _ in islice(Reseeded(loader, 0), MOST_BATCHES + 1))
+    if _counted[loader] > MOST_BATCHES:
+        raise endless("train_loader")
     return _counted[loader]
 
 

@@ -207,7 +207,7 @@ def test_a_scan_for_latency_serves_other_budgets_and_the_other_way_round(
         (["budget.ratio=2"], ("budget.ratio=2 must be",)),
         (["budget.ratio=0.0001"], ("cannot be reached", "the least is")),
         (["agent=ddpg"], ("agent",)),
-        (["+agent=ddpg"], ("unknown key agent; there are model, data, budget",)),
+        (["+agent=ddpg"], ("unknown key agent; there are model, data, task, budget",)),
         (["finetune.epochs=1"], ("unknown key finetune",)),
         (["search.episodes=5"], ("unknown key search.episodes; there are images",)),
         (["repair=glue"], ("glue", "least_squares")),

@@ -17,14 +17,16 @@ from amc_env.errors import UserError
 from amc_env.evaluation.int8 import obstacle
 from amc_env.evaluation.precision import INT8
 from amc_env.evaluation.prefix import PrefixScorer, _Kept
-from amc_env.evaluation.scorer import Scorer
+from amc_env.evaluation.scorer import Scorer, score
 from amc_env.graph.topology import Topology
+from amc_env.inputs import Inputs
 from amc_env.pruning.candidate import Candidates
 from amc_env.pruning.repair.base import BatchNorm, NoRepair, Repair
 from amc_env.pruning.repair.least_squares import LeastSquares
 from amc_env.pruning.repair.sequential import Sequential
 from amc_env.space import Grid
 from amc_env.system import using_threads
+from amc_env.tasks import Regression
 
 LABELS = torch.arange(60) % 4
 NO_BYTES = obstacle()
@@ -50,6 +52,33 @@ ONE_LANE_TOO = pytest.mark.parametrize("_threads", [1, BATCHES], indirect=True)
 
 def scorer(model: nn.Module, kind: type[Scorer] = PrefixScorer, **more: Any) -> Scorer:
     return kind(model, Topology.of(model), images(60), LABELS, batch_size=25, **more)
+
+
+class Pair(nn.Module):
+    """Two inputs, by name, and two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 8), nn.Linear(3, 8), nn.Linear(8, 8)
+        self.norm, self.head = nn.BatchNorm1d(8), nn.Linear(8, 2)
+
+    def forward(self, left: Tensor, right: Tensor, scale: Tensor | None = None) -> dict[str, Tensor]:
+        y = self.norm(self.c(torch.relu(self.a(left)) + torch.relu(self.b(right))))
+        return {"spare": y, "value": self.head(torch.relu(y) if scale is None else scale * y)}
+
+
+@ONE_LANE_TOO
+def test_inputs_by_name_and_an_output_of_several() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs: Inputs = {name: torch.randn(60, 3, generator=generator) for name in ("right", "left")}
+    model, targets = Pair().eval(), torch.randn(60, 2, generator=generator)
+    data, task = (inputs, targets), Regression(output="value")
+    shared = PrefixScorer(model, Topology.of(model, inputs), *data, task, batch_size=25)
+    assert shared._shared is not None
+    assert shared.folder.reason == ""
+    for layer in (model.head, model.c, model.a):
+        nn.init.normal_(layer.bias, generator=generator)
+        assert shared(model) == pytest.approx(score(model, *data, task), abs=1e-6)
 
 
 def single(grids: tuple[Grid, ...], place: int) -> list[tuple[int, ...]]:

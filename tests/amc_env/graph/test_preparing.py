@@ -49,6 +49,7 @@ def test_reparametrized_weights_become_plain_ones(change: Callable[[nn.Module], 
     found = prepared(module_copy(model))
     assert set(found.state_dict()) == set(network().state_dict())
     torch.testing.assert_close(found(INPUTS), wanted)
+    assert torch.equal(model(INPUTS), wanted)  # the copy alone is changed
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])

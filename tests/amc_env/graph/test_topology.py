@@ -8,6 +8,7 @@ from networks import NETWORKS, images, network
 from torch import Tensor, fx, nn
 
 from amc_env.graph.topology import Run, Topology, values_of
+from amc_env.inputs import Inputs, call
 
 
 def test_batch_norms_and_shortcuts_of_a_residual_network() -> None:
@@ -133,3 +134,33 @@ def test_a_trace_leaves_the_network_as_it_was_but_for_tensors_that_it_creates() 
     assert graph is not None
     values = list(values_of(shifted, graph, torch.zeros(1, 3)).values())
     assert torch.equal(values[-1], torch.ones(1, 3))
+
+
+class Optional(nn.Module):
+    """Takes two inputs and an option that it tests."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 4), nn.Linear(2, 4)
+
+    def forward(self, a: Tensor, b: Tensor | None = None, *, double: bool = False) -> dict[str, Tensor]:
+        y = self.left(a) if b is None else self.left(a) + self.right(b)
+        return {"logits": 2 * y if double else y}
+
+
+ALONE = torch.ones(5, 3)
+
+
+@pytest.mark.parametrize(
+    "inputs", [ALONE, (ALONE, torch.ones(5, 2)), {"b": torch.ones(5, 2), "a": ALONE}, {"a": ALONE}]
+)
+def test_inputs_go_where_they_belong_and_others_keep_their_defaults(inputs: Inputs) -> None:
+    model = Optional()
+    topology = Topology.of(model, inputs)
+    assert topology.graph is not None, topology.reason
+    wanted = call(model, inputs)["logits"]
+    values = values_of(model, topology.graph, inputs)
+    found = next(value for node, value in values.items() if node.op == "output")
+    (ran,) = Run(model, topology)([inputs], lambda *_: None)
+    for outputs in (found, ran, call(fx.GraphModule(model, topology.graph), inputs)):
+        assert torch.equal(outputs["logits"], wanted)

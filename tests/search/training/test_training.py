@@ -645,7 +645,7 @@ def test_batches_of_an_iterable_dataset_are_counted(small_data: Data) -> None:
 
 
 def test_a_stream_without_end_is_refused(small_data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("search.training.batches._MOST_BATCHES", 3)
+    monkeypatch.setattr("search.training.batches.MOST_BATCHES", 3)
     with refused("endless", "train_loader"):
         training_batches(loader_data(small_data, DataLoader(Stream(small_data, 60), 10)), 16, 0, "cpu")
 
