@@ -149,15 +149,14 @@ def _files_of(path: Path, formats: Sequence[str]) -> tuple[str, dict[str, list[s
     for kind in formats:
         found = [file for file in there if file.suffix in _SUFFIXES[kind]]
         if found:
-            parts = _by_part(
-                {str(file): str(file.relative_to(path.parent if path.is_file() else path)) for file in found}
-            )
-            return kind, parts, {"sep": "\t"} if found[0].suffix == ".tsv" else {}
+            base = path.parent if path.is_file() else path
+            named = _by_part({str(file): str(file.relative_to(base)) for file in found})
+            return kind, named, {"sep": "\t"} if found[0].suffix == ".tsv" else {}
     folders = [folder for folder in sorted(path.glob("*")) if folder.is_dir()]
-    named = _by_part({f"{folder}/**": folder.name for folder in folders}) if folders else {}
-    if len(named) == 1 and not any(_part(folder.name) for folder in folders):
-        named = {"train": [f"{path}/**"]}
-    return _CLASS_FOLDERS, named, {"drop_labels": False, "drop_metadata": True}
+    # a class may be called like a part, but it has no folders in it
+    parts = {f"{each}/**": each.name for each in folders if any(inner.is_dir() for inner in each.iterdir())}
+    named = _by_part(parts) if any(map(_part, parts.values())) else {"train": [f"{path}/**"]}
+    return _CLASS_FOLDERS, named if folders else {}, {"drop_labels": False, "drop_metadata": True}
 
 
 def _by_part(names: dict[str, str]) -> dict[str, list[str]]:
@@ -210,7 +209,11 @@ def column(
     features = tables.train.features
     if given is not None:
         if given not in features:
-            raise _wrong(setting, given, f"{tables.name} has no such column; there are {', '.join(features)}")
+            raise UserError(
+                f"no column {given} in {tables.name}; there are {', '.join(features)}",
+                code="column",
+                field=f"data.{setting}",
+            )
         return given
     found = [name for name, feature in features.items() if name != but and fits(feature)]
     found = [name for name in usual if name in found][:1] or found

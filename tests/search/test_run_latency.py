@@ -299,6 +299,8 @@ def test_the_shape_is_known_for_our_data_and_read_from_the_user_s(monkeypatch: p
     ours = OmegaConf.create({"data": {"_target_": "search.data.imagenet.imagenet", "classes": 100}})
     source = ModelSource("x", lambda *_: torch.nn.Identity(), 0.1, data_settings={"size": 96})
     assert input_of(ours, source) == ((3, 224, 224), 100)
+    ours.data.size = None
+    assert input_of(ours, source) == ((3, 96, 96), 100)
     theirs = SimpleNamespace(image_shape=(2, 9, 9), classes=("a", "b", "c"))
     monkeypatch.setattr("search.config.compose.data_of", lambda *_: theirs)
     assert input_of(

@@ -157,6 +157,14 @@ def test_class_folders_are_read_with_or_without_parts(parts: tuple[str, ...], tm
     assert instantiate(option, search_images=3).fingerprint == data.fingerprint
 
 
+def test_a_class_may_be_called_like_a_part(tmp_path: Path) -> None:
+    for row in range(20):
+        file = tmp_path / "x" / ("bus", "train")[row % 2] / f"{row}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(grey(6 * row, 4, 4))
+    assert images(path=str(tmp_path / "x")).classes == ("bus", "train")
+
+
 def test_a_folder_without_images_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nowhere"):
         with refused("unreadable", "data.path"):
