@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -131,7 +131,7 @@ def from_transformers() -> dict[str, Callable[[], Made]]:
     }
 
 
-def row(make: Callable[[], Made]) -> dict[str, Any]:
+def row(make: Callable[[], Made], formats: Sequence[str]) -> dict[str, Any]:
     """What is found out about a network."""
     torch.manual_seed(0)
     network, example = make()
@@ -159,15 +159,15 @@ def row(make: Callable[[], Made]) -> dict[str, Any]:
         "seconds": seconds,
         "traced": graph.topology.graph is not None,
         "reason": reasons[0][0] if reasons else "",
-        "exports": exported(model, cut, example),
+        "exports": exported(model, cut, example, formats),
     }
 
 
-def exported(model: nn.Module, cut: nn.Module, example: Inputs) -> dict[str, bool]:
+def exported(model: nn.Module, cut: nn.Module, example: Inputs, formats: Sequence[str]) -> dict[str, bool]:
     """Whether each format holds a network that computes what the half-pruned one does."""
     small = Small(cut, example, original=model)
     with TemporaryDirectory() as folder:
-        done = export_all(small, Path(folder), ["pt2", "onnx"])
+        done = export_all(small, Path(folder), formats)
     return {each.format: not each.error for each in done}
 
 
@@ -196,13 +196,14 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path, help="the file of rows")
     parser.add_argument("--only", default="", help="names that contain this")
+    parser.add_argument("--formats", nargs="*", default=["pt2"], help="exports that are tried; also onnx")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     lines = options.out.read_text().splitlines() if options.out.exists() else []
     rows: dict[str, dict[str, Any]] = dict(json.loads(line) for line in lines)
     for name, make in networks().items():
         if options.only in name and name not in rows:
-            rows[name] = row(make)
+            rows[name] = row(make, options.formats)
             with options.out.open("a") as file:
                 file.write(json.dumps([name, rows[name]]) + "\n")
             print(name, rows[name], file=sys.stderr)
