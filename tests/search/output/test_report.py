@@ -98,7 +98,7 @@ def test_a_whole_run_shows_every_part(folder: Path) -> None:
         "load_pruned",
         'torch.export.load("RUN_FOLDER/model.pt2")',
         'onnxruntime.InferenceSession("RUN_FOLDER/model.onnx")',
-        "(logits,) = session.run(None, {name: images})",
+        "outputs = session.run(None, {name: inputs})",
         "amc-search model=resnet20 seed=1",
         "note: 'a <b> & c'",
         "machine.threads",
