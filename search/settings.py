@@ -106,6 +106,7 @@ class FinetuneSettings:
         from_scratch: Forget the weights and train the pruned network from new ones, the baseline of width multipliers
             (Liu et al., "Rethinking the Value of Network Pruning", ICLR 2019); set lr_fraction to 1 with it.
         warmup: Share of the epochs in which the learning rate rises linearly.
+        clip: Largest norm of the gradient; None: 1 for networks without batch norms, no limit for others.
         keep: ``better`` delivers the network without fine-tuning where fine-tuning lowered its score on the search split
             by more than a standard error; ``last`` always delivers the fine-tuned one.
     """
@@ -119,6 +120,7 @@ class FinetuneSettings:
     temperature: Positive = 4.0
     from_scratch: bool = False
     warmup: FractionOrZero = 0.05
+    clip: Positive | None = None
     keep: Literal["better", "last"] = "better"
 
 

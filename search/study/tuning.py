@@ -143,6 +143,7 @@ class Tuner:
                 momentum=chosen.momentum,
                 weight_decay=chosen.weight_decay,
                 warmup_epochs=chosen.warmup * epochs,
+                clip=chosen.clip,
                 seed=settings.seed,
                 device=settings.device,
                 on_epoch=on_epoch,

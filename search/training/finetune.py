@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from amc_env.errors import UserError, out_of_range
 from amc_env.graph.copying import forget_activations
@@ -63,6 +64,7 @@ def finetune(
     momentum: float = 0.9,
     weight_decay: float = 1e-4,
     warmup_epochs: float = 0.0,
+    clip: float | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
     on_epoch: OnEpoch | None = None,
@@ -83,6 +85,8 @@ def finetune(
         batches: on `device`, where the model is brought too.
         lr: peak learning rate, absolute.
         warmup_epochs: epochs in which the rate rises linearly to `lr`.
+        clip: largest norm of the gradient of all weights together; None: 1 for networks without batch norms, whose
+            repaired weights may be large, and no limit for others.
         on_epoch: called with (epoch from 1, mean loss with all its terms, learning rate of its last step,
             seconds).
         penalty: a term of the loss, of the model as it is at each step; in full precision.
@@ -109,7 +113,8 @@ def finetune(
     source = _source(teacher, batches.example, distillation, temperature, task)
     where = torch.device(device)
     scaler = torch.amp.GradScaler(enabled=where.type == "cuda")
-    step = _Step(model, optimizer, layout, where, zeros, penalty, task, source, scaler)
+    limit = _largest_gradient(model) if clip is None else clip
+    step = _Step(model, optimizer, layout, where, zeros, penalty, task, source, scaler, limit)
     schedule = LearningRate(lr, epochs * steps, round(warmup_epochs * steps))
     with seeded(seed):
         for epoch in range(_resumed(file, step, batches), epochs):
@@ -128,6 +133,10 @@ def _source(
     network: nn.Module | None, example: Inputs, share: float, temperature: float, task: Task
 ) -> Teacher | None:
     return Teacher(network, example, share, temperature, task) if network and share else None
+
+
+def _largest_gradient(model: nn.Module) -> float:
+    return math.inf if any(isinstance(module, _BatchNorm) for module in model.modules()) else 1.0
 
 
 @dataclass(frozen=True)
@@ -183,6 +192,7 @@ class _Step:
     task: Task
     teacher: Teacher | None
     scaler: torch.amp.GradScaler
+    clip: float
 
     def __call__(self, inputs: Inputs, targets: Any, lr: float) -> Tensor:
         """The batch's mean loss, before the step."""
@@ -194,6 +204,9 @@ class _Step:
         if self.penalty is not None:
             loss = loss + self.penalty(self.model)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        if math.isfinite(self.clip):
+            self.scaler.unscale_(self.optimizer)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.zeros.hold()
@@ -298,6 +311,7 @@ def train(build: Callable[[], nn.Module], data: Data, recipe: Recipe) -> nn.Modu
             momentum=recipe.momentum,
             weight_decay=recipe.weight_decay,
             warmup_epochs=recipe.warmup_epochs,
+            clip=math.inf,
             seed=recipe.seed,
         )
     return model

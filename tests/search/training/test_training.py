@@ -172,7 +172,7 @@ def test_the_first_step_is_sgd_by_hand(small_data: Data) -> None:
     loss = F.cross_entropy(model(images), small_data.train.targets)
     (gradient,) = torch.autograd.grad(loss, model[1].weight)
     batches = AugmentedBatches(small_data.train, small_data, 64, 0, "cpu")
-    finetune(model, batches, epochs=1, lr=0.1, momentum=0.9, weight_decay=0.01)
+    finetune(model, batches, epochs=1, lr=0.1, momentum=0.9, weight_decay=0.01, clip=math.inf)
     # The first Nesterov step goes along (1 + momentum) times the gradient with decay.
     expected = weight - 0.1 * 1.9 * (gradient + 0.01 * weight)
     assert torch.allclose(model[1].weight, expected, atol=1e-6)
@@ -183,7 +183,7 @@ def test_frozen_parameters_and_fixed_selections_stay(small_data: Data) -> None:
     model.conv1.weight.requires_grad_(False)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     batches = AugmentedBatches(small_data.train, small_data, 16, 0, "cpu")
-    finetune(model, batches, epochs=1, lr=0.1)
+    finetune(model, batches, epochs=1, lr=0.1, clip=math.inf)
     after = model.state_dict()
     for name in ("conv1.weight", "layer2.0.shortcut.weight", "layer3.0.shortcut.weight"):
         assert torch.equal(after[name], before[name])
@@ -292,7 +292,7 @@ def test_an_l2_penalty_is_weight_decay(small_data: Data) -> None:
         )
         batches = AugmentedBatches(small_data.train, small_data, 16, 0, "cpu")
         penalty = None if weight is None else L2(weight).penalty(model)
-        finetune(model, batches, epochs=3, lr=0.05, weight_decay=decay, penalty=penalty)
+        finetune(model, batches, epochs=3, lr=0.05, weight_decay=decay, penalty=penalty, clip=math.inf)
         states.append(model.state_dict())
     for key, value in states[0].items():
         torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-5)
@@ -459,7 +459,7 @@ def test_the_other_weights_train_as_if_the_masked_ones_were_not_there(small_data
             model.get_submodule(name).mask = mask
         held = masks if kind is nn.Linear else None
         batches = AugmentedBatches(small_data.train, small_data, 16, 0, "cpu")
-        finetune(model, batches, epochs=3, lr=0.05, masks=held)
+        finetune(model, batches, epochs=3, lr=0.05, masks=held, clip=math.inf)
         states.append(model.state_dict())
     for name, mask in masks.items():
         first, second = (state[f"{name}.weight"] for state in states)
