@@ -28,7 +28,8 @@ from amc_env.graph.preparing import prepared, unwrapped
 from amc_env.graph.surgery import Keeps
 from amc_env.inputs import call, described, take
 from amc_env.pruning.granularity import Channel
-from amc_env.tasks import Batches, OwnTask, Task, task_named
+from amc_env.tasks import OwnTask, Task, task_named
+from amc_env.tasks.base import Batches
 from amc_env.validation import plain
 from search import files
 from search.data.base import Data

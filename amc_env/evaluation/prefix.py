@@ -25,7 +25,7 @@ from amc_env.evaluation.scorer import Scorer
 from amc_env.graph.topology import Topology, placed, values_of
 from amc_env.inputs import Inputs, call, count, take
 from amc_env.system import in_lanes, in_turn, release_heap
-from amc_env.tasks import TalliedTask, Task
+from amc_env.tasks.base import TalliedTask, Task
 
 log = logging.getLogger(__name__)
 

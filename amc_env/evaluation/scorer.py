@@ -30,7 +30,8 @@ from amc_env.inputs import (
     to_dtype,
 )
 from amc_env.system import in_lanes, in_turn
-from amc_env.tasks import Classification, TalliedTask, Task
+from amc_env.tasks import Classification, Task
+from amc_env.tasks.base import TalliedTask
 
 log = logging.getLogger(__name__)
 

@@ -17,10 +17,10 @@ from amc_env.tasks import (
     OwnTask,
     Regression,
     Segmentation,
-    TalliedTask,
     Task,
     task_named,
 )
+from amc_env.tasks.base import TalliedTask
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
