@@ -104,8 +104,9 @@ def finetune(
     """
     steps = len(batches)
     weights = [parameter for parameter in model.to(device).parameters() if parameter.requires_grad]
-    problems = distillation_problems(distillation, temperature, teacher)
-    _check_settings(epochs, lr, steps, len(weights), problems)
+    _check_settings(
+        epochs, lr, steps, len(weights), distillation_problems(distillation, temperature, teacher)
+    )
     optimizer = torch.optim.SGD(weights, lr, momentum, 0, weight_decay, nesterov=momentum > 0)
     layout = training_format(model, batches.example)
     zeros = _Zeros(model, masks or {})
@@ -113,8 +114,8 @@ def finetune(
     source = _source(teacher, batches.example, distillation, temperature, task)
     where = torch.device(device)
     scaler = torch.amp.GradScaler(enabled=where.type == "cuda")
-    limit = _largest_gradient(model) if clip is None else clip
-    step = _Step(model, optimizer, layout, where, zeros, penalty, task, source, scaler, limit)
+    clip = _largest_gradient(model) if clip is None else clip
+    step = _Step(model, optimizer, layout, where, zeros, penalty, task, source, scaler, clip)
     schedule = LearningRate(lr, epochs * steps, round(warmup_epochs * steps))
     with seeded(seed):
         for epoch in range(_resumed(file, step, batches), epochs):
