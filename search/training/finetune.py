@@ -34,6 +34,7 @@ from search.training.training_file import TrainingFile
 STEPS_BETWEEN_CHECKS = 20
 
 
+_CLASSIFIER = Classification()
 OnEpoch = Callable[[int, float, float, float], None]
 
 
@@ -74,7 +75,7 @@ def finetune(
     temperature: float = 4.0,
     masks: Mapping[str, Tensor] | None = None,
     file: TrainingFile | None = None,
-    task: Task | None = None,
+    task: Task = _CLASSIFIER,
 ) -> None:
     """SGD in place, cosine schedule by step down to 0; the last epoch's weights are kept, in eval mode.
 
@@ -104,13 +105,11 @@ def finetune(
     """
     steps = len(batches)
     weights = [parameter for parameter in model.to(device).parameters() if parameter.requires_grad]
-    _check_settings(
-        epochs, lr, steps, len(weights), distillation_problems(distillation, temperature, teacher)
-    )
+    problems = distillation_problems(distillation, temperature, teacher)
+    _check_settings(epochs, lr, steps, len(weights), problems)
     optimizer = torch.optim.SGD(weights, lr, momentum, 0, weight_decay, nesterov=momentum > 0)
     layout = training_format(model, batches.example)
     zeros = _Zeros(model, masks or {})
-    task = task or Classification()
     source = _source(teacher, batches.example, distillation, temperature, task)
     where = torch.device(device)
     scaler = torch.amp.GradScaler(enabled=where.type == "cuda")
