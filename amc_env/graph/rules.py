@@ -238,7 +238,9 @@ def _layer_norm(labels: Labels, arguments: Arguments, out: Tensor) -> Sequence[D
 def _normalised(labels: Labels, dim: Dim) -> None:
     if not labels.in_norm:
         norm = labels.module or "a norm"
-        labels.fix(dim, f"its channels are normalised together by {norm}: granularity.residual=true cuts them")
+        labels.fix(
+            dim, f"its channels are normalised together by {norm}: granularity.residual=true cuts them"
+        )
 
 
 @rule("native_group_norm")
@@ -436,7 +438,10 @@ def _pad(labels: Labels, arguments: Arguments, out: Tensor) -> Sequence[Dim]:
     for index in range(len(pad) // 2):
         place, (before, after) = x.ndim - 1 - index, pad[2 * index : 2 * index + 2]
         if dims[place].labels is not None and (before or after):
-            labels.fix(dims[place], "zeros are padded to its channels; model.shortcut=selection cuts them where the network has it")
+            labels.fix(
+                dims[place],
+                "zeros are padded to its channels; model.shortcut=selection cuts them where the network has it",
+            )
             dims[place] = Dim(labels.fixed(out.shape[place], "its channels meet padded ones"))
     return dims
 

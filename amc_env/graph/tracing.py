@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from amc_env.errors import UserError, first_line
 from amc_env.graph.copying import module_copy
 from amc_env.graph.coupling import is_norm, labelled_run
 from amc_env.graph.grouping import channel_groups
+from amc_env.graph.hooks import watch
 from amc_env.graph.labels import Labels
 from amc_env.graph.layers import (
     AttentionMacs,
@@ -92,10 +94,9 @@ def trace_layers(model: nn.Module, example: Inputs) -> LayerGraph:
 def _layers(model: nn.Module, example: Inputs) -> dict[str, Layer]:
     """Runs the network once and writes down its layers by name, in forward order."""
     layers: dict[str, Layer] = {}
-    names = {module: name for name, module in model.named_modules()}
 
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        layer = _layer(names[module], len(layers), module, inputs[0], output)
+    def add(name: str, module: nn.Module, inputs: Tensor, output: Tensor) -> None:
+        layer = _layer(name, len(layers), module, inputs, output)
         before = layers.get(layer.name)
         if before is None:
             layers[layer.name] = layer
@@ -103,7 +104,8 @@ def _layers(model: nn.Module, example: Inputs) -> dict[str, Layer]:
             size = (before.out_size[0] * before.out_size[1] + layer.positions, 1)
             layers[layer.name] = replace(before, out_size=size, calls=before.calls + 1)
 
-    handles = [m.register_forward_hook(hook) for m in model.modules() if isinstance(m, LAYERS)]
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, LAYERS)]
+    handles = [watch(module, partial(add, name, module)) for name, module in found]
     try:
         with torch.no_grad():
             call(model, take(example, slice(1)))

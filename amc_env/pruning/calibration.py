@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from amc_env.graph.hooks import watch
 from amc_env.graph.layers import Layer
 from amc_env.graph.surgery import CONVOLUTIONS
 from amc_env.inputs import Inputs, call, count, take
@@ -154,17 +155,19 @@ def record(
     for layer in layers:
         positions = SampledPositions(layer, examples, per_image, seed)
 
-        def hook(
-            module: nn.Module,
-            x: tuple[Tensor, ...],
+        module = model.get_submodule(layer.name)
+
+        def add(
+            x: Tensor,
             y: Tensor,
             layer: Layer = layer,
+            module: nn.Module = module,
             s: SampledPositions = positions,
         ) -> None:
-            moments = Moments.of(s.inputs(module, x[0], part), s.outputs(y, part), layer.groups)
+            moments = Moments.of(s.inputs(module, x, part), s.outputs(y, part), layer.groups)
             found[layer.name] = found[layer.name] + moments if layer.name in found else moments
 
-        handles.append(model.get_submodule(layer.name).register_forward_hook(hook))
+        handles.append(watch(module, add))
     try:
         for start in range(0, examples, _CHUNK):
             part = slice(start, min(start + _CHUNK, examples))

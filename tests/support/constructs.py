@@ -298,6 +298,17 @@ class Twice(nn.Module):
         return self.head(x), self.extra(x)
 
 
+class ByName(nn.Module):
+    """Its layers are given their inputs by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(5, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(input=F.relu(self.inner(input=x)))
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -400,6 +411,7 @@ CONSTRUCTS = {
         Words, lambda: {"input_ids": words(), "attention_mask": torch.ones_like(words())}, {"inner": 12}
     ),
     "two inputs and outputs": Construct(Twice, lambda: (torch.randn(2, 5), torch.randn(2, 7)), {"left": 10}),
+    "layers called by name": Construct(ByName, lambda: torch.randn(2, 5), {"inner": 8}),
     "recurrent": Construct(Recurrent, tokens, {"head": 6}),
     "attention": on_tokens(Attention, {"block.q": 4}),
     "grouped queries": on_tokens(lambda: Attention(2), {"block.q": 2}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from amc_env.errors import UserError
 from amc_env.graph.copying import module_copy
+from amc_env.graph.hooks import watch
 from amc_env.graph.layers import Layer, LayerGraph, Member
 from amc_env.inputs import Inputs, call, pieces
 from amc_env.pruning.calibration import Moments, record, repairable
@@ -74,14 +76,13 @@ def zero_shares(model: nn.Module, layers: Sequence[Layer], inputs: Inputs) -> di
     zeros = {layer.name: torch.zeros(layer.in_channels, dtype=torch.int64) for layer in layers}
     counts = dict.fromkeys(zeros, 0)
 
-    def hook(layer: Layer, read: Tensor) -> None:
+    def add(layer: Layer, read: Tensor, output: Tensor) -> None:
         last = read.movedim(1 if layer.kind == "conv" else -1, -1).reshape(-1, layer.in_channels)
         zeros[layer.name] += (last == 0).sum(0).cpu()
         counts[layer.name] += len(last)
 
     for layer in layers:
-        module = copied.get_submodule(layer.name)
-        module.register_forward_pre_hook(lambda _, given, layer=layer: hook(layer, given[0]))
+        watch(copied.get_submodule(layer.name), partial(add, layer))
     for batch in pieces(inputs, _CHUNK):
         call(copied, batch)
     return {name: count.double() / counts[name] for name, count in zeros.items()}

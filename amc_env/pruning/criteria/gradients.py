@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from amc_env.errors import UserError
 from amc_env.graph.copying import module_copy
+from amc_env.graph.hooks import watch
 from amc_env.graph.layers import Layer, LayerGraph, Member
 from amc_env.graph.surgery import CONVOLUTIONS
 from amc_env.inputs import Inputs, call, count, pieces
@@ -71,8 +72,8 @@ def per_example_gradients(
     pending: dict[str, Tensor] = {}
     size = 0
 
-    def hook(layer: Layer, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        x = inputs[0].detach()
+    def hook(layer: Layer, module: nn.Module, x: Tensor, output: Tensor) -> None:
+        x = x.detach()
         if len(x) != size:
             raise UserError(
                 f"{layer.name} sees {len(x)} inputs for {size} examples: gradients of single ones cannot be separated "
@@ -90,7 +91,7 @@ def per_example_gradients(
 
     for layer in layers:
         module = copied.get_submodule(layer.name)
-        module.register_forward_hook(lambda *call, layer=layer: hook(layer, *call))
+        watch(module, lambda *call, layer=layer, module=module: hook(layer, module, *call))
     with torch.enable_grad():
         for inputs, targets in _batches(sample, layers):
             size = count(inputs)

@@ -141,8 +141,14 @@ class Scaled(nn.Module):
 @pytest.mark.parametrize(
     ("norm", "reason"),
     [
-        (nn.GroupNorm(1, 8), "its channels are normalised together by norm: granularity.residual=true cuts them"),
-        (nn.LayerNorm([8, 8, 8]), "its channels are normalised together by norm: granularity.residual=true cuts them"),
+        (
+            nn.GroupNorm(1, 8),
+            "its channels are normalised together by norm: granularity.residual=true cuts them",
+        ),
+        (
+            nn.LayerNorm([8, 8, 8]),
+            "its channels are normalised together by norm: granularity.residual=true cuts them",
+        ),
     ],
 )
 def test_what_cannot_be_pruned_is_left_whole_with_its_reason(norm: nn.Module, reason: str) -> None:
