@@ -18,6 +18,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from running import Command, Ended
 
+import search
 from search import run_search
 from search.data.base import Data, Split, fingerprint
 from search.data.loaders import seeded
@@ -181,3 +182,14 @@ def amc_search(
 
     yield command
     settle()
+
+
+@pytest.fixture
+def _quick_compress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`search.compress` with at most six episodes and one epoch of fine-tuning."""
+    compress = search.compress
+
+    def quick(*given: Any, episodes: int, finetune: int, **more: Any) -> Any:
+        return compress(*given, episodes=min(episodes, 6), finetune=min(finetune, 1), **more)
+
+    monkeypatch.setattr(search, "compress", quick)
