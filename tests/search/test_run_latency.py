@@ -114,6 +114,7 @@ def test_show_really_measures(amc_latency: Command, tmp_path: Path) -> None:
     assert {row["runs"] for row in rows} == {"3"}
 
 
+@pytest.mark.plots
 def test_a_table_is_built_then_checked_and_refused_elsewhere(amc_latency: Command, tmp_path: Path) -> None:
     ended = amc_latency("build", *QUICK, "table=tables/mlp.json")
     assert ended.code == 0
@@ -350,6 +351,7 @@ def share_of(image: np.ndarray, colour: tuple[int, int, int]) -> float:
     return float((np.abs(image - colour).sum(axis=2) < 40).mean())
 
 
+@pytest.mark.plots
 def test_the_picture_has_points_about_the_diagonal(tmp_path: Path) -> None:
     measured = [Timing(ms, 0.98 * ms, 1.03 * ms, 30) for ms in np.linspace(1.0, 2.0, 30)]
     near = pixels(

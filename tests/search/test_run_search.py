@@ -70,6 +70,7 @@ def assert_refused(ended: Ended, *says: str) -> None:
 # -------------------------------------------------------------------------------------------- whole runs
 
 
+@pytest.mark.plots
 def test_a_run_leaves_behind_all_that_the_design_names(amc_search: Command, tmp_path: Path) -> None:
     ended = amc_search(*QUICK, "model=digits_cnn", "export=[safetensors,pt2]", "hydra.run.dir=run")
     assert ended.code == 0

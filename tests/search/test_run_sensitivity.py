@@ -44,6 +44,7 @@ def journal_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()[1:]]
 
 
+@pytest.mark.plots
 def test_a_scan_leaves_a_table_a_picture_and_a_strategy_behind(
     amc_sensitivity: Command, tmp_path: Path
 ) -> None:
@@ -280,7 +281,8 @@ def share_of(image: np.ndarray, colour: tuple[int, int, int]) -> float:
     return float((np.abs(image - colour).sum(axis=2) < 12).mean())
 
 
-@pytest.mark.parametrize("count", [1, 2, 9, 20, 60])
+@pytest.mark.plots
+@pytest.mark.parametrize("count", [1, 9, 60])
 def test_every_number_of_decisions_makes_a_picture_of_one_size(tmp_path: Path, count: int) -> None:
     image = pixels(plot_sensitivity(curves(count), tmp_path / "plots" / "s.png"))
     assert image.shape[1] / DPI == pytest.approx(7.4, abs=0.1)
@@ -290,6 +292,7 @@ def test_every_number_of_decisions_makes_a_picture_of_one_size(tmp_path: Path, c
         assert share_of(image, last) > 2e-4
 
 
+@pytest.mark.plots
 def test_the_picture_shows_what_was_picked(tmp_path: Path) -> None:
     lines = curves(20)
     plain = pixels(plot_sensitivity(lines, tmp_path / "a.png"))
