@@ -343,10 +343,7 @@ def test_what_is_on_file_is_not_scored_again(
     monkeypatch.setattr("amc_env.evaluation.prefix.PrefixScorer.__call__", note)
     assert amc_search(*LONGER, "hydra.run.dir=run").code == 0
     assert len(scored) == 1  # the original, whose accuracy the log states
-    assert (
-        content(tmp_path / "run" / "evaluations.jsonl"),
-        figures(result_of(tmp_path / "run")),
-    ) == before
+    assert (content(tmp_path / "run" / "evaluations.jsonl"), figures(result_of(tmp_path / "run"))) == before
 
 
 def test_episodes_may_grow_and_not_shrink(amc_search: Command, tmp_path: Path) -> None:

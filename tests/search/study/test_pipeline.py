@@ -25,12 +25,7 @@ from search.config.compose import default_agent
 from search.data.base import Data
 from search.models.digits import digits_mlp
 from search.models.resnet import ResNet
-from search.settings import (
-    REPAIRS,
-    BudgetSettings,
-    FinetuneSettings,
-    RepairSettings,
-)
+from search.settings import REPAIRS, BudgetSettings, FinetuneSettings, RepairSettings
 
 QUICK = (
     *SMALL,
