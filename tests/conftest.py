@@ -1,8 +1,10 @@
 """What several test files share: where real data lies, a cache of the tests' own, and small random data."""
 
 import importlib.util
+import logging
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from hydra.core.global_hydra import GlobalHydra
+from running import Command, Ended
 
+import search
+from search import run_search
 from search.data.base import Data, Split, fingerprint
 from search.data.loaders import seeded
 
@@ -142,3 +148,48 @@ def tiny_bert(optional: Callable[[str], Any], tmp_path_factory: pytest.TempPathF
     with seeded(0):
         transformers.BertForSequenceClassification(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def amc_search(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Iterator[Command]:
+    """Runs amc-search with overrides in this process, which saves seconds of imports; folders are relative to tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", os.environ.get("HYDRA_FULL_ERROR", "0"))  # the command sets it
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+
+    def settle() -> None:
+        for handler in root.handlers:
+            if handler not in handlers:
+                handler.close()
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        GlobalHydra.instance().clear()
+
+    def command(*overrides: str) -> Ended:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["amc-search", *overrides])
+        try:
+            with pytest.raises(SystemExit) as ended:
+                run_search.main()
+        finally:
+            settle()
+        written = capsys.readouterr()
+        code = ended.value.code
+        return Ended(code if isinstance(code, int) else 0, written.out, written.err)
+
+    yield command
+    settle()
+
+
+@pytest.fixture
+def _quick_compress(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`search.compress` with at most six episodes and one epoch of fine-tuning."""
+    compress = search.compress
+
+    def quick(*given: Any, episodes: int, finetune: int, **more: Any) -> Any:
+        return compress(*given, episodes=min(episodes, 6), finetune=min(finetune, 1), **more)
+
+    monkeypatch.setattr(search, "compress", quick)

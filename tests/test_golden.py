@@ -1,12 +1,10 @@
 """The numbers of one search, recorded: a change of the code that is meant to change none leaves them as they are."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from running import Command
 
 OVERRIDES = (
     "agent=ddpg",
@@ -39,11 +37,10 @@ WEIGHTS = "895317dae0103983"
 
 
 @pytest.mark.slow
-def test_a_ddpg_search_gives_the_recorded_numbers(tmp_path: Path) -> None:
+def test_a_ddpg_search_gives_the_recorded_numbers(amc_search: Command, tmp_path: Path) -> None:
     """The strategy delivered is compared where the network, which is trained here first, has the recorded weights."""
-    command = [sys.executable, "-m", "search.run_search", *OVERRIDES, f"hydra.run.dir={tmp_path}"]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    ended = amc_search(*OVERRIDES, f"hydra.run.dir={tmp_path}")
+    assert ended.code == 0, ended.err
     header, *lines = map(json.loads, (tmp_path / "evaluations.jsonl").read_text().splitlines())
     assert [line["removed"] for line in lines[: len(PROPOSED)]] == PROPOSED
     if header["header"]["weights"] != WEIGHTS:

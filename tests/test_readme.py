@@ -1,13 +1,12 @@
 """The README's quick start runs as it is printed, and its links lead somewhere."""
 
-import os
+import importlib
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from running import Command
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,6 +16,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.usefixtures("_quick_compress")
 def test_the_python_block_runs_and_prints_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -30,21 +30,15 @@ def test_the_python_block_runs_and_prints_figures(
     assert printed[-1] == str(found["small"].strategy)
 
 
-def test_the_commands_run(tmp_path: Path) -> None:
+def test_the_commands_run(tmp_path: Path, amc_search: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they are printed, with fewer episodes and epochs."""
     (block,) = blocks("sh")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for line in block.splitlines():
-        command, *overrides = shlex.split(line)
-        module = f"search.run_{command.removeprefix('amc-')}"
-        done = subprocess.run(
-            [sys.executable, "-m", module, *overrides, "device=cpu"],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        command, *overrides = shlex.split(re.sub(r"(episodes|epochs)=\d+", r"\1=1", line))
+        main = importlib.import_module(f"search.run_{command.removeprefix('amc-')}").main
+        monkeypatch.setattr("search.run_search.main", main)
+        ended = amc_search(*overrides, "device=cpu")
+        assert ended.code == 0, ended.err
     assert {path.name for path in tmp_path.glob("outputs/*")} == {"first", "applied"}
     assert (tmp_path / "outputs" / "applied" / "report.html").exists()
 

@@ -26,7 +26,6 @@ NEAR = {"warmup": "near_uniform", "warmup_episodes": 10, "sigma": 0.1, "rescale"
     ("factory", "expected"),
     [
         (LEARNT, {}),
-        (LEARNT, {"seed": 2}),
         (partial(LEARNT, n_envs=4), {}),
         (partial(DDPGAgent, **SMALL | NEAR), {}),
         (NetAdapt, {"seeded": False}),

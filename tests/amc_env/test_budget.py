@@ -82,7 +82,7 @@ def test_any_bounded_sequence_meets_the_budget(name: str, ratio: float, multiple
         assert [grid.count(grid.index(count)) for grid, count in zip(grids, chosen, strict=True)] == chosen
 
 
-@pytest.mark.parametrize(("ratio", "kind"), [(0.3, Params), (0.5, Macs), (0.8, Params)])
+@pytest.mark.parametrize(("ratio", "kind"), [(0.3, Params), (0.5, Macs)])
 @pytest.mark.parametrize(("name", "granularity"), SUITABLE)
 def test_masked_strategies_meet_the_budget(name: str, granularity: str, ratio: float, kind: type) -> None:
     _, graph, grids = masked(name, granularity)
@@ -175,8 +175,8 @@ def plainly_least(task: SearchSpace, chosen: Sequence[int]) -> int:
 
 
 @pytest.mark.parametrize("multiple", [1, 8])
-@pytest.mark.parametrize("ratio", [0.4, 0.5, 0.8, 1.0])
-@pytest.mark.parametrize("name", ["residual", "selection", "concat", "grouped", "flatten", "mlp"])
+@pytest.mark.parametrize("ratio", [0.4, 0.8])
+@pytest.mark.parametrize("name", ["residual", "grouped", "mlp"])
 def test_the_quick_ways_find_what_the_plain_ones_do(name: str, ratio: float, multiple: int) -> None:
     candidates, grids = problem(name, multiple)
     macs, params = Macs(candidates.graph), Params(candidates.graph)

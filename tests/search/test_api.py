@@ -7,7 +7,7 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from agents.netadapt import NetAdapt
 from amc_env.errors import UserError
 from amc_env.pruning.granularity import NM, Channel, FineGrained
-from search import compress, load_pruned, make_env, make_vec_env
+from search import Compressed, compress, load_pruned, make_env, make_vec_env
 from search.config.compose import default_agent
 from search.data.base import Data
 from search.data.loaders import from_loaders
@@ -69,20 +69,16 @@ def own() -> Own:
         return Own()
 
 
+def compressed(folder: Path, module: nn.Module | None = None, **more: Any) -> Compressed:
+    """`Own`, or another network, after a search of four episodes and no fine-tuning."""
+    given = module or own(), loader(64, 1), loader(32, 2)
+    return compress(*given, **{"finetune": 0, "folder": folder, "settings": quick()} | more)
+
+
 def test_compress_gives_a_smaller_network_that_loads_onto_the_class(tmp_path: Path) -> None:
     module = own()
     before = {key: value.clone() for key, value in module.state_dict().items()}
-    small = compress(
-        module,
-        loader(64, 1),
-        loader(32, 2),
-        budget=0.5,
-        agent="random",
-        episodes=4,
-        finetune=1,
-        folder=tmp_path,
-        settings=quick(),
-    )
+    small = compressed(tmp_path, module, budget=0.5, agent="random", episodes=4, finetune=1)
     assert small.result.pruned.costs["macs"] <= 0.5 * small.result.base.costs["macs"]
     assert small.result.finetuned.split == "search"  # no test loader: the figures say so
     assert sum(p.numel() for p in small.model.parameters()) == small.result.finetuned.costs["params"]
@@ -108,7 +104,7 @@ def test_a_network_that_stores_activations_is_pruned_and_trained(
     module = Storing()
     module(torch.ones(2, 1, 6, 6))
     with caplog.at_level("INFO"):
-        small = compress(module, loader(64, 1), loader(32, 2), finetune=1, folder=tmp_path, settings=quick())
+        small = compressed(tmp_path, module, finetune=1)
     assert any("features" in record.getMessage() for record in caplog.records)
     assert module.features is not None
     copy.deepcopy(small.model)
@@ -139,27 +135,20 @@ class Tuples(Own):
 def test_what_cannot_be_trained_is_found_before_the_search(tmp_path: Path) -> None:
     model = Auxiliary()
     with refused("cannot_train", "finetune.epochs"):
-        compress(model, loader(64, 1), loader(32, 2), finetune=1, folder=tmp_path, settings=quick())
+        compressed(tmp_path, model, finetune=1)
     assert not (tmp_path / "evaluations.jsonl").exists()
-    small = compress(model, loader(64, 1), loader(32, 2), finetune=0, folder=tmp_path, settings=quick())
+    small = compressed(tmp_path, model)
     assert small.result.finetuned is None
 
 
 def test_the_first_of_several_outputs_is_trained(tmp_path: Path) -> None:
-    small = compress(Tuples(), loader(64, 1), loader(32, 2), finetune=1, folder=tmp_path, settings=quick())
+    small = compressed(tmp_path, Tuples(), finetune=1)
     assert small.result.finetuned is not None
 
 
 def test_a_network_without_anything_to_train_is_found_before_the_search(tmp_path: Path) -> None:
     with pytest.raises(UserError):
-        compress(
-            own().requires_grad_(False),
-            loader(64, 1),
-            loader(32, 2),
-            finetune=1,
-            folder=tmp_path,
-            settings=quick(),
-        )
+        compressed(tmp_path, own().requires_grad_(False), finetune=1)
     assert not (tmp_path / "evaluations.jsonl").exists()
 
 
@@ -195,34 +184,26 @@ def test_arguments_of_a_wrong_type_come_in_one_error(
 
 
 def test_scalars_of_numpy_and_torch_are_numbers(tmp_path: Path) -> None:
-    small = compress(
-        own(),
-        loader(64, 1),
-        loader(32, 2),
+    small = compressed(
+        tmp_path,
         budget=np.float32(0.5),
         episodes=np.int64(2),
         finetune=torch.tensor(0),
         original_lr=torch.tensor(0.1),
         seed=np.uint8(3),
         device=torch.device("cpu"),
-        folder=tmp_path,
-        settings=quick(),
     )
     assert (small.result.search.episodes, small.result.search.seed) == (2, 3)
     assert json.loads((tmp_path / "config.yaml").read_text())["device"] == "cpu"
 
 
 def test_several_budgets_all_hold_and_the_test_split_is_named(tmp_path: Path) -> None:
-    small = compress(
-        own(),
-        loader(64, 1),
-        loader(32, 2),
+    small = compressed(
+        tmp_path,
         budget={"flops": 0.7, "params": 0.4},
         agent="uniform",
         test_loader=loader(32, 3),
         episodes=1,
-        finetune=0,
-        folder=tmp_path,
         settings=quick("uniform"),
     )
     base, pruned = small.result.base, small.result.pruned
@@ -246,15 +227,11 @@ def test_budgets_may_be_settings_with_a_table_measured_elsewhere(tmp_path: Path)
     content["correction"] = {"scale": 1000.0, "per_element_ms": 0.0, "constant_ms": 0.0}
     table.write_text(json.dumps(content))
     phone = LatencyBudget(table=str(table), elsewhere=True, ratio=None, limit=1e6)
-    small = compress(
-        own(),
-        loader(64, 1),
-        loader(32, 2),
+    small = compressed(
+        tmp_path / "run",
         budget=[phone, BudgetSettings("params", 0.6)],
         agent="random",
         episodes=2,
-        finetune=0,
-        folder=tmp_path / "run",
         settings=replace(quick(), latency=conditions),
     )
     latency, params = small.result.budgets
@@ -286,16 +263,7 @@ def test_without_settings_channels_go_in_the_vectors_of_a_latency_budget(
 
 def test_compress_goes_on_in_its_folder(tmp_path: Path) -> None:
     def once() -> str:
-        compress(
-            own(),
-            loader(64, 1),
-            loader(32, 2),
-            agent="random",
-            episodes=4,
-            finetune=0,
-            folder=tmp_path,
-            settings=quick(),
-        )
+        compressed(tmp_path, agent="random", episodes=4)
         return content(tmp_path / "evaluations.jsonl").decode()
 
     first = once()
@@ -348,7 +316,7 @@ def test_labels_of_every_integer_type_are_class_numbers(kind: torch.dtype) -> No
 def test_a_network_of_one_output_is_no_classifier(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 1))
     with refused("outputs", ""):
-        compress(model, loader(64, 1), loader(32, 2), folder=tmp_path, settings=quick())
+        compressed(tmp_path, model)
 
 
 @pytest.mark.parametrize("keep", ["better", "last"])
@@ -389,23 +357,13 @@ def test_layers_that_are_to_be_kept_are_left_alone(
     tmp_path: Path, granularity: Channel | FineGrained
 ) -> None:
     settings = replace(quick(), granularity=granularity, budgets=(BudgetSettings("params", 0.92),))
-    small = compress(
-        own(),
-        loader(64, 1),
-        loader(32, 2),
-        keep=["le*", "Linear"],
-        finetune=0,
-        folder=tmp_path,
-        settings=settings,
-    )
+    small = compressed(tmp_path, keep=["le*", "Linear"], settings=settings)
     assert not {"left", "head"} & set(small.strategy)
     assert "right" in small.strategy
     assert small.model.left.weight.shape[0] == 8
     assert "left" in {layer.name for layer in small.result.skipped}
     with refused("unknown_layer", "keep"):
-        compress(
-            own(), loader(64, 1), loader(32, 2), keep=["middle"], folder=tmp_path / "b", settings=settings
-        )
+        compressed(tmp_path / "b", keep=["middle"], settings=settings)
 
 
 def test_the_result_is_short_in_print_and_has_a_table(
@@ -441,16 +399,7 @@ class Untraceable(nn.Module):
 
 def test_a_network_that_is_hard_to_trace_is_still_compressed(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    small = compress(
-        Untraceable(),
-        loader(64, 1),
-        loader(32, 2),
-        agent="random",
-        episodes=3,
-        finetune=0,
-        folder=tmp_path,
-        settings=quick(),
-    )
+    small = compressed(tmp_path, Untraceable(), agent="random", episodes=3)
     assert small.result.search.repair == "least_squares"  # sequential needs a symbolic trace
     assert small.result.pruned.costs["macs"] <= 0.5 * small.result.base.costs["macs"]
 
@@ -458,7 +407,7 @@ def test_a_network_that_is_hard_to_trace_is_still_compressed(tmp_path: Path) -> 
 def test_sequential_repair_of_such_a_network_is_refused_before_the_search(tmp_path: Path) -> None:
     settings = replace(quick(), repair=RepairSettings("sequential"))
     with pytest.raises(UserError, match="repair=sequential does not work"):
-        compress(Untraceable(), loader(64, 1), loader(32, 2), finetune=0, folder=tmp_path, settings=settings)
+        compressed(tmp_path, Untraceable(), settings=settings)
     assert not (tmp_path / "evaluations.jsonl").exists()
 
 
@@ -471,16 +420,7 @@ def test_the_callers_random_states_are_kept(tmp_path: Path) -> None:
     random.seed(5)
     np.random.seed(5)
     agent = replace(default_agent("ddpg"), warmup_episodes=2)  # type: ignore[type-var]
-    compress(
-        own(),
-        loader(64, 1),
-        loader(32, 2),
-        agent=agent,
-        episodes=3,
-        finetune=0,
-        folder=tmp_path,
-        settings=quick(),
-    )
+    compressed(tmp_path, agent=agent, episodes=3)
     assert (torch.rand(1).item(), random.random(), np.random.random()) == wanted
 
 
@@ -533,15 +473,13 @@ def test_an_environment_without_a_budget_removes_what_it_is_told() -> None:
 def test_weights_of_any_network_can_be_masked(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = Untraceable()
-    small = compress(
+    small = compressed(
+        tmp_path,
         module,
-        loader(64, 1),
-        loader(32, 2),
         budget={"params": 0.3},
         agent="random",
         episodes=3,
         finetune=1,
-        folder=tmp_path,
         settings=replace(quick(), granularity=FineGrained()),
     )
     left = sum(int(parameter.count_nonzero()) for parameter in small.model.parameters())
@@ -578,7 +516,7 @@ def test_an_argument_that_is_given_wins_and_one_that_is_not_leaves_the_setting(
     wanted = Settings(NetAdapt(), episodes=50, budgets=(BudgetSettings("params", 0.7),), seed=3)
     for arguments in ({}, {"budget": 0.5, "agent": "random"}):
         with pytest.raises(UserError, match="far enough"):
-            compress(own(), loader(64, 1), loader(32, 2), folder=tmp_path, settings=wanted, **arguments)
+            compressed(tmp_path, settings=wanted, **arguments)
     kept, changed = seen
     assert (kept.agent, kept.episodes, kept.budgets, kept.seed) == (NetAdapt(), 50, wanted.budgets, 3)
     assert (changed.agent.name, changed.episodes, changed.seed) == ("random", 50, 3)

@@ -155,13 +155,7 @@ def test_channels_whose_entry_is_no_object(tmp_path: Path, entry: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "correction",
-    [
-        {"per_weight_ms": -1},
-        {"scale": int("9" * 400)},
-        {"scale": "1"},
-        {"scale": float("inf")},
-    ],
+    "correction", [{"per_weight_ms": -1}, {"scale": int("9" * 400)}, {"scale": "1"}, {"scale": float("inf")}]
 )
 def test_a_latency_table_whose_predictions_make_no_sense(tmp_path: Path, correction: dict[str, Any]) -> None:
     unit = {"kind": "linear", "kernel": [1, 1], "stride": [1, 1], "padding": [0, 0], "dilation": [1, 1]}

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import os
 import shlex
@@ -22,6 +23,7 @@ from pyarrow import parquet
 from running import QUICK, SMALL, Command, Ended
 from safetensors.torch import save_file
 
+from amc_env.evaluation.pruner import Pruner
 from search import load_pruned
 from search.models.resnet import ResNet
 
@@ -68,6 +70,7 @@ def assert_refused(ended: Ended, *says: str) -> None:
 # -------------------------------------------------------------------------------------------- whole runs
 
 
+@pytest.mark.plots
 def test_a_run_leaves_behind_all_that_the_design_names(amc_search: Command, tmp_path: Path) -> None:
     ended = amc_search(*QUICK, "model=digits_cnn", "export=[safetensors,pt2]", "hydra.run.dir=run")
     assert ended.code == 0
@@ -119,17 +122,7 @@ def test_the_same_seed_gives_the_same_files_to_the_byte(amc_search: Command, tmp
     assert journal_of(tmp_path / "one")[1:] != journal_of(tmp_path / "three")[1:]
 
 
-def test_the_journal_names_no_place_and_no_machine(amc_search: Command, tmp_path: Path) -> None:
-    assert amc_search(*RANDOM, "hydra.run.dir=run").code == 0
-    header = json.dumps(journal_of(tmp_path / "run")[0])
-    for text in (str(tmp_path), str(Path.home()), os.uname().nodename, "hydra", "cuda"):
-        assert text not in header, text
-    found = journal_of(tmp_path / "run")[0]["header"]
-    assert found["device"] in ("cpu", "cuda")
-    assert not {"finetune", "export", "latency"} & set(found)
-
-
-def test_stages_can_be_left_out(amc_search: Command, tmp_path: Path) -> None:
+def test_stages_can_be_left_out_and_the_journal_names_no_place(amc_search: Command, tmp_path: Path) -> None:
     assert amc_search(*RANDOM, "hydra.run.dir=run").code == 0
     result = result_of(tmp_path / "run")
     assert result["finetuned"] is None
@@ -138,6 +131,11 @@ def test_stages_can_be_left_out(amc_search: Command, tmp_path: Path) -> None:
     assert not list((tmp_path / "run").glob("model.*"))
     assert (tmp_path / "run" / "report.html").exists()
     assert result["search"]["evaluations"] == 6 == len(journal_of(tmp_path / "run")) - 1
+    first = journal_of(tmp_path / "run")[0]
+    for text in (str(tmp_path), str(Path.home()), os.uname().nodename, "hydra", "cuda"):
+        assert text not in json.dumps(first), text
+    assert first["header"]["device"] in ("cpu", "cuda")
+    assert not {"finetune", "export", "latency"} & set(first["header"])
 
 
 @pytest.mark.parametrize(
@@ -281,66 +279,53 @@ def wait_for_lines(folder: Path, count: int, process: subprocess.Popen[str], tex
 LONGER = (*QUICK, "search.episodes=40", "finetune.epochs=0")
 
 
-def test_a_killed_run_ends_as_one_that_was_not(amc_search: Command, tmp_path: Path) -> None:
-    assert amc_search(*LONGER, "hydra.run.dir=whole").code == 0
-    killed = tmp_path / "killed"
-    process = start(killed, *LONGER)
-    wait_for_lines(killed, 10, process)
+def killed(folder: Path, options: tuple[str, ...], count: int, text: str = "") -> str:
+    """The journal of a run that was killed when its journal had so many lines with a text."""
+    process = start(folder, *options)
+    wait_for_lines(folder, count, process, text)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    before = content(killed / "evaluations.jsonl")
-    whole = content(tmp_path / "whole" / "evaluations.jsonl")
-    assert 10 <= before.count(b"\n") < whole.count(b"\n")
-    with (killed / "evaluations.jsonl").open("ab") as file:
+    return content(folder / "evaluations.jsonl").decode()
+
+
+def test_a_killed_run_ends_as_one_that_was_not(amc_search: Command, tmp_path: Path) -> None:
+    assert amc_search(*LONGER, "hydra.run.dir=whole").code == 0
+    before = killed(tmp_path / "killed", LONGER, 10)
+    assert 10 <= before.count("\n") < len(journal_of(tmp_path / "whole"))
+    with (tmp_path / "killed" / "evaluations.jsonl").open("ab") as file:
         file.write(b'{"index": 99, "star')
     ended = amc_search(*LONGER, "hydra.run.dir=killed")
     assert ended.code == 0
     assert "torn last line" in ended.out
     assert "differs from the journal" not in ended.out
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    keys = [(line["start"], line["repair"], *line["removed"]) for line in journal_of(tmp_path / "killed")[1:]]
+    assert len(keys) == len(set(keys)) == result_of(tmp_path / "killed")["search"]["evaluations"]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
     for name in ("evaluations.jsonl", "metrics.csv", "strategy.json"):
-        assert content(killed / name) == content(tmp_path / "whole" / name), name
-    assert figures(result_of(killed)) == figures(result_of(tmp_path / "whole"))
-    keys = [(line["start"], line["repair"], tuple(line["removed"])) for line in journal_of(killed)[1:]]
-    assert len(keys) == len(set(keys)) == result_of(killed)["search"]["evaluations"]
+        assert content(one / name) == content(other / name), name
+    assert figures(result_of(one)) == figures(result_of(other))
 
 
-STAGED = (*QUICK, "search.episodes=20", "search.stages=[0.7,0.5]")
 ADAPTING = (
-    *SMALL,
-    "agent=netadapt",
-    "agent.reduction=0.1",
-    "short_term.steps=5",
-    "finetune.epochs=1",
-    "export=[]",
+    *(*SMALL, "agent=netadapt", "agent.reduction=0.1", "short_term.steps=5"),
+    *("finetune.epochs=1", "export=[]", "latency.repeats=0"),
 )
 
 
-@pytest.mark.parametrize(
-    ("options", "file", "begun"),
-    [(STAGED, "stage-1", "stage 1 (0.7)"), (ADAPTING, "round-1", "round 1")],
-    ids=["second stage", "second round of netadapt"],
-)
-def test_a_run_killed_in_its_second_search_ends_as_one_that_was_not(
-    amc_search: Command, tmp_path: Path, options: tuple[str, ...], file: str, begun: str
+def test_a_run_killed_in_its_second_round_ends_as_one_that_was_not(
+    amc_search: Command, tmp_path: Path
 ) -> None:
-    second = f'"start": "{begun}"'
-    assert amc_search(*options, "latency.repeats=0", "hydra.run.dir=whole").code == 0
-    killed = tmp_path / "killed"
-    process = start(killed, *options, "latency.repeats=0")
-    wait_for_lines(killed, 2, process, second)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    weights = killed / "starts" / f"{file}.safetensors"
+    assert amc_search(*ADAPTING, "hydra.run.dir=whole").code == 0
+    before = killed(tmp_path / "killed", ADAPTING, 2, '"start": "round 1"')
+    weights = tmp_path / "killed" / "starts" / "round-1.safetensors"
     made = weights.stat().st_mtime_ns
-    before = content(killed / "evaluations.jsonl").decode()
-    whole = content(tmp_path / "whole" / "evaluations.jsonl").decode()
-    assert before.count(second) >= 2
-    assert len(before) < len(whole)
-    assert amc_search(*options, "latency.repeats=0", "hydra.run.dir=killed").code == 0
+    assert len(before) < len(content(tmp_path / "whole" / "evaluations.jsonl"))
+    assert amc_search(*ADAPTING, "hydra.run.dir=killed").code == 0
     assert weights.stat().st_mtime_ns == made  # what the first ended with is not trained again
-    for name in ("evaluations.jsonl", "metrics.csv", "strategy.json"):
-        assert content(killed / name) == content(tmp_path / "whole" / name), name
-    assert figures(result_of(killed)) == figures(result_of(tmp_path / "whole"))
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_what_is_on_file_is_not_scored_again(
@@ -358,10 +343,7 @@ def test_what_is_on_file_is_not_scored_again(
     monkeypatch.setattr("amc_env.evaluation.prefix.PrefixScorer.__call__", note)
     assert amc_search(*LONGER, "hydra.run.dir=run").code == 0
     assert len(scored) == 1  # the original, whose accuracy the log states
-    assert (
-        content(tmp_path / "run" / "evaluations.jsonl"),
-        figures(result_of(tmp_path / "run")),
-    ) == before
+    assert (content(tmp_path / "run" / "evaluations.jsonl"), figures(result_of(tmp_path / "run"))) == before
 
 
 def test_episodes_may_grow_and_not_shrink(amc_search: Command, tmp_path: Path) -> None:
@@ -387,26 +369,50 @@ def test_a_changed_configuration_is_refused_by_name_and_changes_nothing(
     assert amc_search(*RANDOM, "finetune.lr_fraction=0.05", "hydra.run.dir=run").code == 0
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_says_how_to_go_on_and_a_second_run_is_kept_out(
-    amc_search: Command, tmp_path: Path, number: signal.Signals, code: int
-) -> None:
+def resumes(line: str) -> list[str]:
+    """The overrides of the command with which a stopped run says that it is resumed."""
+    program, *overrides = shlex.split(line.split("resume with: ")[1])
+    assert program == "amc-search"
+    return overrides
+
+
+def test_a_signal_says_how_to_go_on_and_a_second_run_is_kept_out(amc_search: Command, tmp_path: Path) -> None:
     run = tmp_path / "a run's folder"
     process = start(run, *LONGER, "search.episodes=4000")
     wait_for_lines(run, 6, process)
     second = amc_search(*LONGER, "search.episodes=4000", f'hydra.run.dir="{run}"')
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == code
+    assert process.returncode == 143
     assert "Traceback" not in out + err
     assert_refused(second, "another run is using", str(run))
     (line,) = [text for text in out.splitlines() if text.startswith("stopped")]
-    assert "amc-search" in line
-    arguments = shlex.split(line.split("resume with: ")[1])
-    assert arguments[0] == "amc-search"
-    lines = len(journal_of(run))
-    ended = amc_search(*[a for a in arguments[1:] if "episodes" not in a], f"search.episodes={lines}")
+    fewer = [override for override in resumes(line) if "episodes" not in override]
+    ended = amc_search(*fewer, f"search.episodes={len(journal_of(run))}")
     assert_refused(ended, "episodes: 4000 then")  # the right folder, and its lock is free again
+
+
+def test_ctrl_c_waits_for_the_candidate_and_says_how_to_go_on(
+    amc_search: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    score, asked = Pruner.score, itertools.count(1)
+
+    def interrupted(self: Pruner, *given: Any) -> Any:
+        if next(asked) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return score(self, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Pruner, "score", interrupted)
+        ended = amc_search(*RANDOM, "hydra.run.dir=run")
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+        signal.signal(number, handler)
+    assert ended.code == 130
+    assert len(journal_of(tmp_path / "run")) - 1 == 3
+    (line,) = [text for text in ended.out.splitlines() if text.startswith("stopped")]
+    assert amc_search(*resumes(line)).code == 0
+    assert len(journal_of(tmp_path / "run")) - 1 == 6
 
 
 @pytest.mark.parametrize("pause", [0.0, 0.5])
@@ -436,40 +442,50 @@ ALL_MODELS = ("digits_cnn", "digits_mlp", "mobilenet", "plain20", "resnet20", "r
         (["budget=foo"], ("flops", "none", "params")),
         (["foo=1"], ("unknown key foo", "budget", "seed")),
         (["budget.foo=1"], ("unknown key budget.foo", "ratio", "limit")),
-        (["+finetune.foo=1"], ("unknown key finetune.foo", "epochs")),
-        (["agent=ddpg", "+agent.foo=1"], ("unknown key agent.foo", "sigma")),
-        (["budget.ratio=0"], ("budget.ratio=0 must be",)),
-        (["budget.ratio=1.5"], ("budget.ratio=1.5 must be",)),
-        (["budget.ratio=-1"], ("budget.ratio=-1 must be",)),
-        (["budget.ratio=nan"], ("budget.ratio=nan must be",)),
-        (["budget.ratio=abc"], ("budget.ratio=abc must be a number",)),
-        (["budget.ratio=null"], ("budget.ratio or limit is needed",)),
-        (["search.episodes=0"], ("search.episodes=0 must be at least 1",)),
-        (["search.episodes=many"], ("search.episodes=many must be a whole number",)),
+        (["+foo=1"], ("unknown key foo",)),
         (
-            ["agent=ddpg", "seed=x", "device=3", "agent.sigma=y"],
-            ("seed=x", "device=3", "agent.sigma=y must be a number"),
+            ["agent=ddpg", "+finetune.foo=1", "+agent.foo=1"],
+            ("unknown key finetune.foo", "epochs", "unknown key agent.foo", "sigma"),
         ),
-        (["enforce_budget=maybe"], ("enforce_budget=maybe must be true or false",)),
+        (["budget.ratio=null"], ("budget.ratio or limit is needed",)),
+        (
+            [
+                *("budget.ratio=abc", "search.episodes=many", "enforce_budget=maybe", "device=3", "seed=x"),
+                *("agent=ddpg", "agent.sigma=y", "agent.hidden=[a]"),
+            ],
+            (
+                *("budget.ratio=abc must be a number", "search.episodes=many must be a whole number"),
+                *("enforce_budget=maybe must be true or false", "device=3", "seed=x"),
+                *("agent.sigma=y must be a number", "agent.hidden"),
+            ),
+        ),
+        (
+            [
+                *("budget.ratio=7", "search.episodes=0", "finetune.epochs=-1", "latency.batch=0"),
+                *("agent=ddpg", "agent.sigma=-1", "criterion.p=3", "channel_multiple=0", "max_ratio=2"),
+            ],
+            (
+                *("budget.ratio=7 must be", "search.episodes=0 must be at least 1", "finetune.epochs=-1"),
+                *("latency.batch=0", "agent.sigma=-1 must be at least 0", "criterion.p=3", "1 or 2"),
+                *("channel_multiple=0", "max_ratio=2"),
+            ),
+        ),
         (["search.images=99999"], ("search.images=99999", "1438")),
-        (["finetune.epochs=-1", "latency.batch=0"], ("finetune.epochs=-1", "latency.batch=0")),
-        (["budget.ratio=7", "finetune.epochs=-1"], ("budget.ratio=7", "finetune.epochs=-1")),
-        (["agent=ddpg", "agent.sigma=-1"], ("agent.sigma=-1 must be at least 0",)),
-        (["agent=ddpg", "agent.hidden=[a]"], ("agent.hidden",)),
-        (["criterion.p=3"], ("criterion.p=3", "1 or 2")),
-        (["channel_multiple=0"], ("channel_multiple=0",)),
-        (["max_ratio=2"], ("max_ratio=2",)),
         (["agent=uniform", "budget=none"], ("agent.ratio",)),
         (["reward=infinity"], ("enforce_budget=false",)),
-        (["reward={_target_:nowhere.at_all}"], ("reward._target_=nowhere.at_all is no class or function",)),
+        (
+            ["reward={_target_:nowhere.at_all}", "agent={_target_:builtins.dict}"],
+            (
+                "reward._target_=nowhere.at_all is no class or function",
+                "agent._target_=builtins.dict is no class or function",
+            ),
+        ),
         (["reward={_target_:search.at_all}"], ("reward._target_=search.at_all cannot be found",)),
-        (["agent={_target_:builtins.dict}"], ("agent._target_=builtins.dict is no class or function",)),
         (["agent=null"], ("agent=null chooses nothing",)),
         (["model=null"], ("model=null chooses nothing",)),
         (["data="], ("data= chooses nothing",)),
         (["~agent"], ("agent is needed",)),
         (["~model"], ("model is needed",)),
-        (["+foo=1"], ("unknown key foo",)),
         (["search=5"], ("search=5 is no section",)),
         (["device=abacus"], ("device=abacus", "device=cpu")),
         (["export=[tflite]"], ("tflite", "safetensors, pt2, onnx")),
@@ -478,7 +494,7 @@ ALL_MODELS = ("digits_cnn", "digits_mlp", "mobilenet", "plain20", "resnet20", "r
         (["data.path=a=b"], ("put such a value in quotes: \"data.path='a=b'\"",)),
         (
             ["budget.ratio=0.001"],
-            ("the least is", "Not pruned: linear (its channels are the network's output)"),
+            ("the least is", "max_ratio", "Not pruned: linear (its channels are the network's output)"),
         ),
         (["model.weights=nowhere.pt"], ("model.weights=nowhere.pt", "no such file")),
         (["model=resnet20", "data=cifar10", "data.path=nowhere"], ("data.path=nowhere: no such folder",)),
@@ -493,13 +509,6 @@ def test_a_mistake_is_one_line_and_nothing_is_scored(
     assert not (tmp_path / "run" / "metrics.csv").exists()
 
 
-def test_a_budget_out_of_reach_says_what_can_be_reached(amc_search: Command, tmp_path: Path) -> None:
-    assert_refused(
-        amc_search(*RANDOM, "budget.ratio=0.001", "hydra.run.dir=run"), "the least is", "max_ratio"
-    )
-    assert not (tmp_path / "run" / "evaluations.jsonl").exists()
-
-
 def test_weights_that_do_not_fit_are_listed(amc_search: Command, tmp_path: Path) -> None:
     state = ResNet(8, "conv", in_channels=1).state_dict()
     state["conv1.weight"] = torch.zeros(16, 3, 3, 3)
@@ -512,19 +521,6 @@ def test_weights_that_do_not_fit_are_listed(amc_search: Command, tmp_path: Path)
         "missing: bn1.weight",
         "unexpected: more",
     )
-
-
-def test_weights_that_are_not_finite_are_refused(amc_search: Command, tmp_path: Path) -> None:
-    state = ResNet(8, "conv", in_channels=1).state_dict()
-    state["linear.weight"][0, 0] = torch.nan
-    save_file(state, tmp_path / "nan.safetensors")
-    assert_refused(amc_search("model.weights=nan.safetensors"), "NaN", "linear.weight")
-
-
-def test_a_pickle_of_a_module_is_refused_with_how_to_convert_it(amc_search: Command, tmp_path: Path) -> None:
-    torch.save(ResNet(8, "conv", in_channels=1), tmp_path / "whole.pt")
-    ended = amc_search("model.weights=whole.pt")
-    assert_refused(ended, "weights_only=True", "convert it: torch.save(")
 
 
 def write_parquet(folder: Path, labels: list[int], label: str = "label") -> None:

@@ -36,8 +36,7 @@ from search.settings import (
 @pytest.mark.parametrize(
     ("make", "values", "fields"),
     [
-        (BudgetSettings, {"cost": "macs", "ratio": 0}, ["ratio"]),
-        (BudgetSettings, {"cost": "macs", "ratio": 1.01}, ["ratio"]),
+        *((BudgetSettings, {"cost": "macs", "ratio": wrong}, ["ratio"]) for wrong in (0, -1, 1.01, math.nan)),
         (BudgetSettings, {"cost": "macs", "limit": -5}, ["limit"]),
         (BudgetSettings, {"cost": "watts"}, ["cost"]),
         (RepairSettings, {"name": "glue"}, ["name"]),

@@ -134,9 +134,10 @@ def logits(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return seen
 
 
-@ONE_LANE_TOO
 @pytest.mark.parametrize(
-    ("name", "channels_last"), [*((name, True) for name in NETWORKS), ("residual", False), ("gated", False)]
+    ("name", "channels_last", "_threads"),
+    [*((name, True, BATCHES) for name in NETWORKS), ("residual", False, 1), ("gated", False, BATCHES)],
+    indirect=["_threads"],
 )
 def test_logits_are_those_of_plain_scoring_to_the_bit_in_any_order(
     name: str, channels_last: bool, logits: list[Tensor]
@@ -144,7 +145,7 @@ def test_logits_are_those_of_plain_scoring_to_the_bit_in_any_order(
     candidates, grids = problem(name)
     plain = scorer(candidates.original, Scorer, channels_last=channels_last)
     shared = scorer(candidates.original, channels_last=channels_last)
-    strategies = scan(grids)
+    strategies = scan(grids)[:: 9 if name == "depthwise" else 1]  # it is large: every third decision
     drawn = [random_removed(grids, seed) for seed in range(2)]
     for removed in [*strategies, *drawn, *strategies[::-3], drawn[0], strategies[-1], *strategies[:3]]:
         plain(candidates.cut(removed))
@@ -154,7 +155,7 @@ def test_logits_are_those_of_plain_scoring_to_the_bit_in_any_order(
 
 
 @EIGHT_BITS
-@pytest.mark.parametrize("name", ["residual", "selection", "concat", "gated"])
+@pytest.mark.parametrize("name", ["residual", "concat", "gated"])
 def test_logits_in_eight_bits_are_those_of_plain_scoring_too(name: str, logits: list[Tensor]) -> None:
     candidates, grids = problem(name)
     plain, shared = (scorer(candidates.original, kind, precision=INT8) for kind in (Scorer, PrefixScorer))
@@ -182,7 +183,7 @@ def test_bytes_that_are_kept_are_not_for_a_candidate_that_is_computed_in_floats(
         assert logits[-2].isnan().any() == logits[-1].isnan().any() == broken
 
 
-@pytest.mark.parametrize("name", ["residual", "selection", "flatten", "mlp"])
+@pytest.mark.parametrize("name", ["residual", "mlp"])
 def test_accuracies_are_those_of_plain_scoring(name: str) -> None:
     candidates, grids = problem(name)
     labels = candidates.original(images(60)).argmax(1)
@@ -212,8 +213,13 @@ def test_candidates_that_are_cut_short_leave_the_others_as_they_are() -> None:
     assert shared._shared._kept.filled > 0
 
 
-@pytest.mark.parametrize("repair", ["none", "least_squares", "batch_norm", "sequential"])
-@pytest.mark.parametrize("name", ["residual", "concat", "gated"])
+@pytest.mark.parametrize(
+    ("name", "repair"),
+    [
+        *(("residual", repair) for repair in ("least_squares", "batch_norm", "sequential")),
+        *((name, "sequential") for name in ("concat", "gated")),
+    ],
+)
 def test_repairs_change_what_they_like(name: str, repair: str, logits: list[Tensor]) -> None:
     candidates, grids = problem(name)
     fix = repairs(candidates)[repair]()
@@ -283,7 +289,7 @@ def test_a_way_is_gone_on_from_where_any_earlier_candidate_left_it(monkeypatch: 
     assert len(runs) // BATCHES == 6
 
 
-@pytest.mark.parametrize("remembered", [2, 3, 5])
+@pytest.mark.parametrize("remembered", [2, 5])
 def test_what_is_forgotten_bit_by_bit_changes_nothing(
     remembered: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,7 +298,7 @@ def test_what_is_forgotten_bit_by_bit_changes_nothing(
     assert judge._shared is not None
     monkeypatch.setattr("amc_env.evaluation.prefix._SEEN", remembered * len(judge._shared._nodes))
     draw = random.Random(0)
-    for _ in range(80):
+    for _ in range(40):
         removed = tuple(grid.count(draw.choice((1, 2)) if t > 1 else 1) for t, grid in enumerate(grids))
         assert judge(candidates.cut(removed)) == plain(candidates.cut(removed))
 

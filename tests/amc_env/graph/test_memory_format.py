@@ -82,42 +82,33 @@ def test_a_network_whose_gradients_differ_in_channels_last_is_trained_contiguous
 
 
 _GRADIENTS = """
-import copy, itertools, torch
+import copy, torch
 from amc_env.graph.memory_format import training_format
 from test_memory_format import Wide
 
-torch.set_num_threads({threads})
-for kernel, stride, channels in itertools.product((1, 3), (1, 2), (1, 3, 6, 8, 16)):
-    torch.manual_seed(0)
-    plain, x = Wide(channels, kernel, stride), torch.randn(32, channels, 16, 16)
-    trained = copy.deepcopy(plain)
-    layout = training_format(trained, x[:2])
-    for _ in range(12):
-        trained.zero_grad()
-        trained(x.contiguous(memory_format=layout)).mean().backward()
-    plain(x).mean().backward()
-    expected = plain.conv.weight.grad
-    error = float((trained.conv.weight.grad - expected).norm() / expected.norm())
-    assert error < 1e-3, (kernel, stride, channels, error)
+for threads in (1, 2):
+    torch.set_num_threads(threads)
+    for kernel, stride, channels in [(1, 2, c) for c in (1, 3, 6, 8, 15, 16)] + [(1, 1, 3), (3, 1, 3), (3, 2, 6)]:
+        torch.manual_seed(0)
+        plain, x = Wide(channels, kernel, stride), torch.randn(32, channels, 16, 16)
+        trained = copy.deepcopy(plain)
+        layout = training_format(trained, x[:2])
+        for _ in range(3):
+            trained.zero_grad()
+            trained(x.contiguous(memory_format=layout)).mean().backward()
+        plain(x).mean().backward()
+        expected = plain.conv.weight.grad
+        error = float((trained.conv.weight.grad - expected).norm() / expected.norm())
+        assert error < 1e-3, (kernel, stride, channels, error)
 """
 
 
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("instructions", ["AVX2", "DEFAULT"])
-def test_gradients_are_right_for_every_kernel_stride_and_width(threads: int, instructions: str) -> None:
+def test_gradients_are_right_for_every_kernel_and_stride(instructions: str) -> None:
     """In a process of its own: a wrong choice ends the process."""
     folders = os.pathsep.join((str(Path(__file__).parent), str(Path(__file__).parents[3])))
-    environment = {
-        **os.environ,
-        "ONEDNN_MAX_CPU_ISA": instructions,
-        "OMP_NUM_THREADS": str(threads),
-        "PYTHONPATH": folders,
-    }
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": instructions, "PYTHONPATH": folders}
     done = subprocess.run(
-        [sys.executable, "-c", _GRADIENTS.format(threads=threads)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-c", _GRADIENTS], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr

@@ -26,11 +26,10 @@ def pruned_by_the_library(model: nn.Module, candidates: Candidates, removed: tup
     return model
 
 
-@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"selection"}))
-def test_the_same_state_dict_as_torch_pruning(name: str, seed: int) -> None:
+def test_the_same_state_dict_as_torch_pruning(name: str) -> None:
     candidates, grids = problem(name)
-    removed = random_removed(grids, seed)
+    removed = random_removed(grids, 0)
     theirs = pruned_by_the_library(network(name), candidates, removed)
     assert any(removed)
     assert same_state(candidates.cut(removed), theirs)
@@ -103,13 +102,10 @@ def test_frozen_parameters_stay_frozen() -> None:
 # ------------------------------------------------------------------------------------------------ masked
 
 
-@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(("name", "granularity"), SUITABLE)
-def test_what_is_masked_is_zero_and_the_rest_is_the_original_bit_for_bit(
-    name: str, granularity: str, seed: int
-) -> None:
+def test_what_is_masked_is_zero_and_the_rest_is_the_original_bit_for_bit(name: str, granularity: str) -> None:
     candidates, _, grids = masked(name, granularity)
-    removed = random_removed(grids, seed)
+    removed = random_removed(grids, 0)
     masks = candidates.masks(removed)
     model, original = candidates.cut(removed), network(name)
     assert list(masks) == [grid.name for grid, count in zip(grids, removed, strict=True) if count]

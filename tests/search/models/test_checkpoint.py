@@ -73,8 +73,13 @@ SHAPES: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("suffix", ["pt", "pth", "th", "ckpt", "bin", "pth.tar"])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "suffix"),
+    [
+        *((shape, "pt") for shape in SHAPES),
+        *(("plain", suffix) for suffix in ("pth", "th", "ckpt", "bin", "pth.tar")),
+    ],
+)
 def test_common_shapes_load(tmp_path: Path, shape: str, suffix: str) -> None:
     file = tmp_path / f"checkpoint.{suffix}"
     torch.save(SHAPES[shape](), file)

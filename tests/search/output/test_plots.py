@@ -18,6 +18,7 @@ from search.output.plots import (
     plot_tradeoff,
 )
 
+pytestmark = pytest.mark.plots
 BLUE, ORANGE, VERMILION, SHADE = (0, 114, 178), (230, 159, 0), (213, 94, 0), (208, 211, 214)
 
 
@@ -35,7 +36,7 @@ def widths(count: int) -> list[Width]:
     return [Width(f"layer{index}.conv1", kept=8, total=16) for index in range(count)]
 
 
-@pytest.mark.parametrize(("count", "inches"), [(1, 5.8), (9, 5.8), (27, 5.9), (54, 10.6), (160, 11.0)])
+@pytest.mark.parametrize(("count", "inches"), [(1, 5.8), (27, 5.9), (160, 11.0)])
 def test_channels_have_room_for_their_names(tmp_path: Path, count: int, inches: float) -> None:
     image = pixels(plot_channels(widths(count), tmp_path / "plots" / "channels.png"))
     assert image.shape[1] / DPI == pytest.approx(inches, abs=0.1)

@@ -77,6 +77,7 @@ def folder(tmp_path: Path) -> Path:
     return leave_run(tmp_path / "run", result(budgets=(budget(), MISSED)))
 
 
+@pytest.mark.plots
 def test_a_whole_run_shows_every_part(folder: Path) -> None:
     path = write_report(folder)
     text = path.read_text()

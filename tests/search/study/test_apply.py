@@ -98,8 +98,8 @@ def test_the_strategy_of_a_search_gives_its_network_again(
         assert given[stage] == found[stage]
     assert given["budgets"] == []
     assert given["search"]["agent"] == "given"
-    # The folder names the file as well, and a budget that is met is stated.
-    assert amc_apply(*QUICK, *kind, "strategy=found", "budget=flops", "budget.ratio=0.7").code == 0
+    if granularity == "channel":  # the folder names the file as well, and a budget that is met is stated
+        assert amc_apply(*QUICK, *kind, "strategy=found", "budget=flops", "budget.ratio=0.7").code == 0
 
 
 def test_a_strategy_is_reached_over_rounds(amc_apply: Command, tmp_path: Path) -> None:
@@ -305,18 +305,11 @@ def test_what_is_zero_stays_zero_bit_for_bit(amc_apply: Command, tmp_path: Path)
         assert torch.equal((weight.unflatten(1, (-1, 4)) != 0).sum(2).unique(), torch.tensor([2]))
 
 
-@pytest.mark.parametrize("criterion", ["l1", "l2"])
-def test_another_criterion_than_the_searchs_is_said(
-    amc_search: Command, amc_apply: Command, criterion: str
-) -> None:
-    assert (
-        amc_search(
-            *SMALL, "agent=uniform", "finetune.epochs=0", "export=[]", "latency.repeats=0", "hydra.run.dir=a"
-        ).code
-        == 0
-    )
-    quick = ("finetune.epochs=0", "export=[]", "latency.repeats=0", "hydra.run.dir=b")
-    ended = amc_apply(*SMALL, "strategy=a", f"criterion={criterion}", *quick)
-    assert ended.code == 0
-    said = "found with criterion=l2 and is applied with criterion=l1: other units go" in ended.out + ended.err
-    assert said == (criterion == "l1")
+def test_another_criterion_than_the_searchs_is_said(amc_search: Command, amc_apply: Command) -> None:
+    quick = (*SMALL, "finetune.epochs=0", "export=[]", "latency.repeats=0")
+    assert amc_search(*quick, "agent=uniform", "hydra.run.dir=a").code == 0
+    for criterion in ("l1", "l2"):
+        ended = amc_apply(*quick, "strategy=a", f"criterion={criterion}", f"hydra.run.dir={criterion}")
+        assert ended.code == 0
+        said = "found with criterion=l2 and is applied with criterion=l1: other units go"
+        assert (said in ended.out + ended.err) == (criterion == "l1")

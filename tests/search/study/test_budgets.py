@@ -22,13 +22,7 @@ from amc_env.errors import UserError
 from amc_env.pruning.granularity import Channel
 from search.config import compose as wiring
 from search.data.base import Data
-from search.settings import (
-    BudgetSettings,
-    LatencyBudget,
-    LatencySettings,
-    Settings,
-    ShortTermSettings,
-)
+from search.settings import BudgetSettings, LatencyBudget, LatencySettings, Settings, ShortTermSettings
 from search.study.problem import PruningProblem, check
 
 QUICK = LatencySettings(batch=1, repeats=0, threads=1)

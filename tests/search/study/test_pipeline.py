@@ -25,12 +25,7 @@ from search.config.compose import default_agent
 from search.data.base import Data
 from search.models.digits import digits_mlp
 from search.models.resnet import ResNet
-from search.settings import (
-    REPAIRS,
-    BudgetSettings,
-    FinetuneSettings,
-    RepairSettings,
-)
+from search.settings import REPAIRS, BudgetSettings, FinetuneSettings, RepairSettings
 
 QUICK = (
     *SMALL,
@@ -112,8 +107,13 @@ def agent(name: str) -> Agent:
     return default_agent(name) if name != "uniform" else Uniform()
 
 
-@pytest.mark.parametrize("name", ["random", "uniform", "ddpg", "sensitivity"])
-@pytest.mark.parametrize("granularity", WHOLE)
+@pytest.mark.parametrize(
+    ("granularity", "name"),
+    [
+        *((granularity, "random") for granularity in WHOLE),
+        *(("fine_grained", name) for name in ("uniform", "ddpg", "sensitivity")),
+    ],
+)
 def test_every_agent_searches_every_granularity(
     small_data: Data, tmp_path: Path, granularity: str, name: str
 ) -> None:
@@ -153,8 +153,9 @@ def test_a_budget_on_memory_holds_beside_another(small_data: Data, tmp_path: Pat
     assert result.finetuned.costs["params"] <= 0.7 * result.base.costs["params"]
 
 
-@pytest.mark.parametrize("repair", REPAIRS)
-@pytest.mark.parametrize("granularity", ["fine_grained", "kernel"])
+@pytest.mark.parametrize(
+    ("granularity", "repair"), [*(("fine_grained", repair) for repair in REPAIRS), ("kernel", "sequential")]
+)
 def test_no_repair_fills_the_zeros(small_data: Data, tmp_path: Path, granularity: str, repair: str) -> None:
     settings = small(
         granularity,

@@ -162,11 +162,7 @@ class Planted(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.reader, self.head = (
-            nn.Conv2d(3, 6, 1),
-            nn.Conv2d(6, 5, 3),
-            nn.Conv2d(5, 4, 1),
-        )
+        self.first, self.reader, self.head = (nn.Conv2d(3, 6, 1), nn.Conv2d(6, 5, 3), nn.Conv2d(5, 4, 1))
         self.first.weight.data[5] = 0
         self.first.bias.data[5] = 9.0
         for channel, scale in enumerate((0.0, 5.0, 0.01, 0.02, 4.0, 1.0)):

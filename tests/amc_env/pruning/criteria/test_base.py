@@ -27,8 +27,7 @@ PARTS = [double(1, 3), double(30, 10)]
 
 
 @pytest.mark.parametrize(
-    ("aggregate", "expected"),
-    [("mean", (1.0, 1.0)), ("max", (1.5, 1.5)), ("sum", (31.0, 13.0))],
+    ("aggregate", "expected"), [("mean", (1.0, 1.0)), ("max", (1.5, 1.5)), ("sum", (31.0, 13.0))]
 )
 def test_members_come_together_by_hand(aggregate: str, expected: tuple[float, float]) -> None:
     assert torch.equal(together(PARTS, 2, aggregate), double(*expected))  # type: ignore[arg-type]
