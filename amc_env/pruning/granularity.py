@@ -16,10 +16,12 @@ from typing import Annotated, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from amc_env.errors import UserError
 from amc_env.graph.layers import ChannelGroup, Layer, LayerGraph, Skipped
+from amc_env.graph.tracing import trace, trace_layers
+from amc_env.inputs import Inputs
 from amc_env.space import Grid
 from amc_env.validation import Count, Fraction, settings
 
@@ -291,6 +293,17 @@ class NM:
         blocks = saliency.reshape(outputs, inputs // self.m, self.m, *saliency.shape[2:])
         order = torch.sort(blocks, dim=2, descending=True, stable=True).indices
         return order.argsort(dim=2).flatten(1, 2).to(torch.int32)
+
+
+def traced(model: nn.Module, example: Inputs, granularity: Granularity) -> LayerGraph:
+    """What a granularity needs to know of a network: its layers, and coupled channels where those are cut.
+
+    Raises:
+        UserError: As `trace` and `trace_layers`.
+    """
+    if granularity.masked:
+        return trace_layers(model, example)
+    return trace(model, example, residual=isinstance(granularity, Channel) and granularity.residual)
 
 
 def left_alone(

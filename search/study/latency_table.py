@@ -16,10 +16,9 @@ from amc_env.costs.latency.sampling import build_table
 from amc_env.costs.latency.table import Conditions, LatencyTable
 from amc_env.costs.memory import Activations
 from amc_env.errors import UserError, first_line
-from amc_env.graph.tracing import trace
 from amc_env.inputs import Inputs, count, device_of, tensors_of
 from amc_env.pruning.candidate import Candidates
-from amc_env.pruning.granularity import Granularity
+from amc_env.pruning.granularity import Granularity, traced
 from amc_env.space import Grid
 from search.output.formatting import duration
 from search.output.progress import Progress
@@ -69,7 +68,7 @@ class Subject:
         Raises:
             UserError: No channel of it can be cut.
         """
-        graph, grids = granularity.decisions(trace(model, example))
+        graph, grids = granularity.decisions(traced(model, example, granularity))
         if not grids:
             reasons = "; ".join(f"{w.name}: {w.reason}" for w in graph.skipped[:8])
             raise UserError(f"nothing is left to cut: {reasons}")

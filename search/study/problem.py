@@ -22,12 +22,11 @@ from amc_env.costs.memory import Activations
 from amc_env.errors import UserError, first_line
 from amc_env.evaluation.precision import check_precision
 from amc_env.graph.layers import LayerGraph
-from amc_env.graph.tracing import trace, trace_layers
 from amc_env.inputs import Inputs, call, take, to_device
 from amc_env.pruning.candidate import Candidates, MaskedCandidates
 from amc_env.pruning.criteria import ElementCriterion, Sample, rank
 from amc_env.pruning.criteria.base import rank_after
-from amc_env.pruning.granularity import Masked, left_alone
+from amc_env.pruning.granularity import Masked, left_alone, traced
 from amc_env.space import Budget, Cost, Grid, SearchSpace, figure
 from amc_env.tasks import Segmentation, Task
 from search.data.base import Data, Split
@@ -84,10 +83,7 @@ class PruningProblem:
         data = _of_task(data, settings.task, model)
         example = data.normalise(to_device(take(data.search.inputs, slice(2)), settings.device))
         granularity = settings.granularity
-        if granularity.masked:
-            graph = trace_layers(model, example)
-        else:
-            graph = trace(model, example, residual=getattr(granularity, "residual", False))
+        graph = traced(model, example, granularity)
         _check_outputs(model, example, data, settings.task)
         graph, grids = granularity.decisions(graph)
         if settings.keep:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from amc_env.errors import UserError, first_line
 from amc_env.evaluation.evaluator import Evaluator
 from amc_env.evaluation.pruner import Pruned
-from amc_env.graph.tracing import trace
 from amc_env.pruning.candidate import widen
+from amc_env.pruning.granularity import traced
 from amc_env.pruning.regularization import GroupLasso, LossTerm
 from amc_env.space import Strategy, Trial
 from search.study.evaluation import start_of
@@ -172,12 +172,12 @@ def penalty_of(problem: PruningProblem, network: nn.Module) -> LossTerm | None:
     regularization = problem.settings.regularization
     graph = None
     if isinstance(regularization, GroupLasso):  # a cut network has groups of its own sizes
-        graph = trace(network, problem.inputs(problem.data.search, 2))
+        graph = traced(network, problem.inputs(problem.data.search, 2), problem.settings.granularity)
     return regularization.penalty(network, graph)
 
 
 def finetuned(problem: PruningProblem, evaluator: Evaluator, trial: Trial, tune: Tuner) -> Pruned:
-    """The strategy of an trial, applied and fine-tuned over the schedule's rounds.
+    """The strategy of a trial, applied and fine-tuned over the schedule's rounds.
 
     Args:
         problem: The run.
