@@ -30,7 +30,6 @@ from search.training.short_term import ShortTerm
 
 log = logging.getLogger(__name__)
 
-
 _CALIBRATION_BYTES = (
     2**30
 )  # of one layer's activations over all calibration images; a few layers live at once
@@ -168,12 +167,17 @@ def make_evaluator(
         else f" in {precision}, {100 * _in_float32(start, problem):.2f}% in {FLOAT32}",
     )
     classes = len(problem.data.classes) if isinstance(settings.task, Classification) else 0
-    if original == 0 or (classes and original < 2 / classes):
+    if near_chance(original, classes):
         log.warning("that is near chance: are the inputs scaled and normalised as in the network's training?")
     threads = settings.scoring.threads
     return Evaluator(
         start, problem.space, scorer, settings.scored_by, memory, reward=settings.reward, threads=threads
     )
+
+
+def near_chance(score: float, classes: int) -> bool:
+    """Whether a classifier is less than a tenth of the way from chance to 1; of other tasks (0 classes), whether at 0."""
+    return score < 0.1 + 0.9 / classes if classes else score == 0
 
 
 def _in_float32(start: BaseWeights, problem: PruningProblem) -> float:

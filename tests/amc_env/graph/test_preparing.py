@@ -3,6 +3,7 @@
 import copy
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,6 +57,12 @@ def test_reparametrized_weights_become_plain_ones(change: Callable[[nn.Module], 
 def test_other_precisions_become_float32(dtype: torch.dtype) -> None:
     found = prepared(network().to(dtype))
     assert {tensor.dtype for tensor in found.state_dict().values()} == {torch.float32}
+
+
+def test_decoders_return_no_cache() -> None:
+    model = nn.Linear(2, 2)
+    model.config = SimpleNamespace(use_cache=True)
+    assert not prepared(model).config.use_cache
 
 
 def test_wrappers_are_taken_off() -> None:
