@@ -103,7 +103,7 @@ def plain(model: nn.Module) -> nn.Module:
         log.info("reparametrized weights are made plain ones: %s", ", ".join(baked))
     if replaced := replace_modules(model):
         log.info("replaced by modules that compute the same and can be pruned: %s", ", ".join(replaced))
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if getattr(config, "use_cache", False) is True:
         config.use_cache = (
             False  # of Hugging Face's decoders: exports cannot return it, and no classifier reads it
