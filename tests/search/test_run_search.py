@@ -183,23 +183,19 @@ def test_presets_run(amc_search: Command, tmp_path: Path, preset: str) -> None:
     assert journal_of(tmp_path / "run")[0]["header"]["granularity"]["multiple"] == 8
 
 
-def test_a_multirun_gives_each_job_its_own_folder(amc_search: Command, tmp_path: Path) -> None:
-    grid = ("seed=1,2", "budget.ratio=0.5,0.7")
-    assert amc_search("--multirun", *RANDOM, "search.episodes=2", *grid, "hydra.sweep.dir=sweep").code == 0
-    jobs = [tmp_path / "sweep" / str(number) for number in range(4)]
-    seen = {(read(job)["search"]["seed"], read(job)["budget"]["ratio"]) for job in jobs}
-    assert seen == {(1, 0.5), (1, 0.7), (2, 0.5), (2, 0.7)}
-    assert [len(journal_of(job)) for job in jobs] == [3, 3, 3, 3]
-
-
-def test_a_refused_job_of_a_multirun_lets_the_others_run(amc_search: Command, tmp_path: Path) -> None:
-    grid = ("seed=1", "budget.ratio=7,0.7,0.001")
-    ended = amc_search("--multirun", *RANDOM, "search.episodes=2", *grid, "hydra.sweep.dir=sweep")
+def test_a_multirun_gives_each_job_its_own_folder_and_lets_those_run_that_are_not_refused(
+    amc_search: Command, tmp_path: Path
+) -> None:
+    grid = ("seed=1,2", "budget.ratio=7,0.7", "hydra.sweep.dir=sweep")
+    ended = amc_search("--multirun", *RANDOM, "search.episodes=2", *grid)
     assert ended.code == 2
     first, second = ended.err.splitlines()[-2:]
     assert first.startswith("error: job 0: ")
     assert second.startswith("error: job 2: ")
-    assert read(tmp_path / "sweep" / "1")["budget"]["ratio"] == 0.7
+    for seed, folder in ((1, "1"), (2, "3")):
+        result = read(tmp_path / "sweep" / folder)
+        assert (result["search"]["seed"], result["budget"]["ratio"]) == (seed, 0.7)
+        assert len(journal_of(tmp_path / "sweep" / folder)) == 3
 
 
 def test_an_export_that_failed_is_exit_code_1(
@@ -279,7 +275,9 @@ def killed(folder: Path, options: tuple[str, ...], count: int, text: str = "") -
     return content(folder / "evaluations.jsonl").decode()
 
 
-def test_a_killed_run_ends_as_one_that_was_not(amc_search: Command, tmp_path: Path) -> None:
+def test_a_killed_run_ends_as_one_that_was_not_and_scores_nothing_again(
+    amc_search: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert amc_search(*LONGER, "hydra.run.dir=whole").code == 0
     before = killed(tmp_path / "killed", LONGER, 10)
     assert 10 <= before.count("\n") < len(journal_of(tmp_path / "whole"))
@@ -292,6 +290,16 @@ def test_a_killed_run_ends_as_one_that_was_not(amc_search: Command, tmp_path: Pa
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
     keys = [(line["start"], line["repair"], *line["removed"]) for line in journal_of(tmp_path / "killed")[1:]]
     assert len(keys) == len(set(keys)) == read(tmp_path / "killed")["search"]["evaluations"]
+    scored: list[object] = []
+
+    def note(_: object, model: object) -> float:
+        scored.append(model)
+        return 0.9
+
+    monkeypatch.setattr("amc_env.evaluation.prefix.PrefixScorer.__call__", note)
+    assert amc_search(*LONGER, "hydra.run.dir=killed").code == 0
+    assert len(scored) == 1  # the original, whose accuracy the log states
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -319,45 +327,22 @@ def test_a_run_killed_in_its_second_round_ends_as_one_that_was_not(
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_what_is_on_file_is_not_scored_again(
-    amc_search: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert amc_search(*LONGER, "hydra.run.dir=run").code == 0
-    before = content(tmp_path / "run" / "evaluations.jsonl"), figures(read(tmp_path / "run"))
-
-    scored: list[object] = []
-
-    def note(_: object, model: object) -> float:
-        scored.append(model)
-        return 0.9
-
-    monkeypatch.setattr("amc_env.evaluation.prefix.PrefixScorer.__call__", note)
-    assert amc_search(*LONGER, "hydra.run.dir=run").code == 0
-    assert len(scored) == 1  # the original, whose accuracy the log states
-    assert (content(tmp_path / "run" / "evaluations.jsonl"), figures(read(tmp_path / "run"))) == before
-
-
-def test_episodes_may_grow_and_not_shrink(amc_search: Command, tmp_path: Path) -> None:
-    assert amc_search(*RANDOM, "finalists.count=2", "hydra.run.dir=run").code == 0
-    first = journal_of(tmp_path / "run")[1:]
-    grown = amc_search(*RANDOM, "finalists.count=2", "search.episodes=9", "hydra.run.dir=run")
-    assert grown.code == 0
-    assert "differs from the journal" not in grown.out
-    assert journal_of(tmp_path / "run")[1 : len(first) + 1] == first
-    assert read(tmp_path / "run")["search"]["episodes"] == 9
-    assert_refused(amc_search(*RANDOM, "finalists.count=2", "hydra.run.dir=run"), "episodes: 9 then, 6 now")
-
-
-def test_a_changed_configuration_is_refused_by_name_and_changes_nothing(
+def test_episodes_may_grow_and_not_shrink_and_no_other_change_is_taken(
     amc_search: Command, tmp_path: Path
 ) -> None:
-    assert amc_search(*RANDOM, "hydra.run.dir=run").code == 0
-    files = ("evaluations.jsonl", "metrics.csv", "result.json")
-    before = [content(tmp_path / "run" / name) for name in files]
-    ended = amc_search(*RANDOM, "seed=5", "max_ratio=0.8", "hydra.run.dir=run")
+    run, options = tmp_path / "run", (*RANDOM, "finalists.count=2", "hydra.run.dir=run")
+    assert amc_search(*options).code == 0
+    files = [run / name for name in ("evaluations.jsonl", "metrics.csv", "result.json")]
+    before, first = [content(file) for file in files], journal_of(run)[1:]
+    ended = amc_search(*options, "seed=5", "max_ratio=0.8")
     assert_refused(ended, "seed: 0 then, 5 now", "max_ratio: 0.9 then, 0.8 now", "another hydra.run.dir")
-    assert [content(tmp_path / "run" / name) for name in files] == before
-    assert amc_search(*RANDOM, "finetune.lr_fraction=0.05", "hydra.run.dir=run").code == 0
+    assert [content(file) for file in files] == before
+    grown = amc_search(*options, "search.episodes=9", "finetune.lr_fraction=0.05")  # no part of the search
+    assert grown.code == 0
+    assert "differs from the journal" not in grown.out
+    assert journal_of(run)[1 : len(first) + 1] == first
+    assert read(run)["search"]["episodes"] == 9
+    assert_refused(amc_search(*options), "episodes: 9 then, 6 now")
 
 
 def resumes(line: str) -> list[str]:
