@@ -372,6 +372,7 @@ def test_ctrl_c_waits_for_the_candidate_and_says_how_to_go_on(
     amc_search: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores Ctrl-C
     score, asked = Pruner.score, itertools.count(1)
 
     def interrupted(self: Pruner, *given: Any) -> Any:
