@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from agents.netadapt import NetAdapt
+from amc_env.env import PruningEnv
 from amc_env.errors import UserError
 from amc_env.pruning.granularity import NM, Channel, FineGrained
 from search import Compressed, compress, load_pruned, make_env, make_vec_env
@@ -449,25 +450,26 @@ def test_several_environments_side_by_side_give_what_one_gives() -> None:
     assert infos["final_info"]["strategy"][1] == info["strategy"] != infos["final_info"]["strategy"][0]
 
 
+def episode(env: PruningEnv, keep: float) -> dict[str, Any]:
+    """The last step's information of an episode of equal actions."""
+    env.reset(seed=0)
+    terminated = False
+    while not terminated:
+        terminated, info = env.step(np.full(1, keep, dtype=np.float32))[2::2]
+    return info
+
+
 def test_an_environment_trains_nothing_though_the_settings_agent_would(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("search.study.evaluation.ShortTerm", lambda *args: pytest.fail("trained"))
     env = make_env(own(), loader(64, 1), loader(32, 2), settings=quick("netadapt"))
-    env.reset(seed=0)
-    terminated = False
-    while not terminated:
-        terminated, info = env.step(np.ones(1, dtype=np.float32))[2::2]
-    assert info["met"]
+    assert episode(env, 1.0)["met"]
 
 
 def test_an_environment_without_a_budget_removes_what_it_is_told() -> None:
     env = make_env(own(), loader(64, 1), loader(32, 2), budget=None, settings=quick())
-    env.reset(seed=0)
-    terminated = False
-    while not terminated:
-        terminated, info = env.step(np.zeros(1, dtype=np.float32))[2::2]
-    assert not any(info["strategy"].removed)
+    assert not any(episode(env, 0.0)["strategy"].removed)
 
 
 def test_weights_of_any_network_can_be_masked(tmp_path: Path) -> None:
@@ -494,10 +496,7 @@ def test_an_environment_over_masks() -> None:
     env = make_env(
         own(), loader(64, 1), loader(32, 2), settings=replace(quick(), granularity=NM(2, 4)), budget=0.6
     )
-    env.reset(seed=0)
-    terminated = False
-    while not terminated:
-        terminated, info = env.step(np.ones(1, dtype=np.float32))[2::2]
+    info = episode(env, 1.0)
     assert info["strategy"].names == ("left", "right", "head")  # the stem has one input
     assert set(info["strategy"].removed) <= {0, 2}
     assert info["met"]

@@ -20,6 +20,7 @@ import torch
 from journals import content
 from PIL import Image
 from pyarrow import parquet
+from run_folders import journal_of, read
 from running import QUICK, SMALL, Command, Ended
 from safetensors.torch import save_file
 
@@ -36,16 +37,6 @@ RANDOM = (
     "latency.repeats=0",
     "export=[]",
 )
-
-
-def result_of(folder: Path) -> dict[str, Any]:
-    content = json.loads((folder / "result.json").read_text())
-    assert isinstance(content, dict)
-    return content
-
-
-def journal_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
 
 
 def figures(result: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +80,7 @@ def test_a_run_leaves_behind_all_that_the_design_names(amc_search: Command, tmp_
     ):
         assert (run / name).stat().st_size > 0, name
     assert list((run / "plots").glob("*.png"))
-    result = result_of(run)
+    result = read(run)
     keys = {"accuracy", "macs", "params", "latency_ms", "latency_spread", "split"}
     for stage in ("base", "pruned", "finetuned"):
         assert keys <= set(result[stage]), stage
@@ -117,14 +108,14 @@ def test_the_same_seed_gives_the_same_files_to_the_byte(amc_search: Command, tmp
         assert amc_search(*QUICK, "seed=3", f"hydra.run.dir={folder}").code == 0
     for name in ("evaluations.jsonl", "metrics.csv", "strategy.json"):
         assert content(tmp_path / "one" / name) == content(tmp_path / "two" / name), name
-    assert figures(result_of(tmp_path / "one")) == figures(result_of(tmp_path / "two"))
+    assert figures(read(tmp_path / "one")) == figures(read(tmp_path / "two"))
     assert amc_search(*QUICK, "seed=4", "hydra.run.dir=three").code == 0
     assert journal_of(tmp_path / "one")[1:] != journal_of(tmp_path / "three")[1:]
 
 
 def test_stages_can_be_left_out_and_the_journal_names_no_place(amc_search: Command, tmp_path: Path) -> None:
     assert amc_search(*RANDOM, "hydra.run.dir=run").code == 0
-    result = result_of(tmp_path / "run")
+    result = read(tmp_path / "run")
     assert result["finetuned"] is None
     assert result["pruned"]["latency_ms"] is None
     assert result["exports"] == []
@@ -153,7 +144,7 @@ def test_choices_of_cost_network_and_repair_work(
     amc_search: Command, tmp_path: Path, overrides: tuple[str, ...], cost: str
 ) -> None:
     assert amc_search(*RANDOM, "search.episodes=2", *overrides, "hydra.run.dir=run").code == 0
-    result = result_of(tmp_path / "run")
+    result = read(tmp_path / "run")
     assert result["budget"]["cost"] == cost
     assert result["budget"]["value"] == result["pruned"][cost] <= result["budget"]["limit"]
     assert result["budget"]["met"]
@@ -162,7 +153,7 @@ def test_choices_of_cost_network_and_repair_work(
 def test_the_accuracy_guaranteed_search_needs_no_budget(amc_search: Command, tmp_path: Path) -> None:
     ended = amc_search(*QUICK, "budget=none", "reward=error_flops", "hydra.run.dir=run")
     assert ended.code == 0
-    result = result_of(tmp_path / "run")
+    result = read(tmp_path / "run")
     assert (result["budget"], result["budgets"]) == (None, [])
     assert result["search"]["best_reward"] <= 0
 
@@ -170,13 +161,13 @@ def test_the_accuracy_guaranteed_search_needs_no_budget(amc_search: Command, tmp
 def test_the_lecture_s_reward_runs_with_the_bound_off(amc_search: Command, tmp_path: Path) -> None:
     options = ("reward=infinity", "enforce_budget=false", "search.episodes=12", "hydra.run.dir=run")
     assert amc_search(*QUICK, *options).code == 0
-    assert result_of(tmp_path / "run")["budget"]["met"]
+    assert read(tmp_path / "run")["budget"]["met"]
     assert {line["met"] for line in journal_of(tmp_path / "run")[1:]} <= {True, False}
 
 
 def test_uniform_scores_one_strategy(amc_search: Command, tmp_path: Path) -> None:
     assert amc_search(*RANDOM, "agent=uniform", "hydra.run.dir=run").code == 0
-    result = result_of(tmp_path / "run")
+    result = read(tmp_path / "run")
     assert (result["search"]["agent"], result["search"]["evaluations"]) == ("uniform", 1)
     assert len(journal_of(tmp_path / "run")) == 2
 
@@ -186,29 +177,25 @@ def test_presets_run(amc_search: Command, tmp_path: Path, preset: str) -> None:
     quick = [o for o in QUICK if "warmup" not in o]
     ended = amc_search(*quick, f"preset={preset}", "search.episodes=5", "hydra.run.dir=run")
     assert ended.code == 0
-    result = result_of(tmp_path / "run")
+    result = read(tmp_path / "run")
     assert result["search"]["episodes"] == 5
     assert max(result["strategy"].values()) <= 0.8
     assert journal_of(tmp_path / "run")[0]["header"]["granularity"]["multiple"] == 8
 
 
-def test_a_multirun_gives_each_job_its_own_folder(amc_search: Command, tmp_path: Path) -> None:
-    grid = ("seed=1,2", "budget.ratio=0.5,0.7")
-    assert amc_search("--multirun", *RANDOM, "search.episodes=2", *grid, "hydra.sweep.dir=sweep").code == 0
-    jobs = [tmp_path / "sweep" / str(number) for number in range(4)]
-    seen = {(result_of(job)["search"]["seed"], result_of(job)["budget"]["ratio"]) for job in jobs}
-    assert seen == {(1, 0.5), (1, 0.7), (2, 0.5), (2, 0.7)}
-    assert [len(journal_of(job)) for job in jobs] == [3, 3, 3, 3]
-
-
-def test_a_refused_job_of_a_multirun_lets_the_others_run(amc_search: Command, tmp_path: Path) -> None:
-    grid = ("seed=1", "budget.ratio=7,0.7,0.001")
-    ended = amc_search("--multirun", *RANDOM, "search.episodes=2", *grid, "hydra.sweep.dir=sweep")
+def test_a_multirun_gives_each_job_its_own_folder_and_lets_those_run_that_are_not_refused(
+    amc_search: Command, tmp_path: Path
+) -> None:
+    grid = ("seed=1,2", "budget.ratio=7,0.7", "hydra.sweep.dir=sweep")
+    ended = amc_search("--multirun", *RANDOM, "search.episodes=2", *grid)
     assert ended.code == 2
     first, second = ended.err.splitlines()[-2:]
     assert first.startswith("error: job 0: ")
     assert second.startswith("error: job 2: ")
-    assert result_of(tmp_path / "sweep" / "1")["budget"]["ratio"] == 0.7
+    for seed, folder in ((1, "1"), (2, "3")):
+        result = read(tmp_path / "sweep" / folder)
+        assert (result["search"]["seed"], result["budget"]["ratio"]) == (seed, 0.7)
+        assert len(journal_of(tmp_path / "sweep" / folder)) == 3
 
 
 def test_an_export_that_failed_is_exit_code_1(
@@ -288,7 +275,9 @@ def killed(folder: Path, options: tuple[str, ...], count: int, text: str = "") -
     return content(folder / "evaluations.jsonl").decode()
 
 
-def test_a_killed_run_ends_as_one_that_was_not(amc_search: Command, tmp_path: Path) -> None:
+def test_a_killed_run_ends_as_one_that_was_not_and_scores_nothing_again(
+    amc_search: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert amc_search(*LONGER, "hydra.run.dir=whole").code == 0
     before = killed(tmp_path / "killed", LONGER, 10)
     assert 10 <= before.count("\n") < len(journal_of(tmp_path / "whole"))
@@ -300,13 +289,23 @@ def test_a_killed_run_ends_as_one_that_was_not(amc_search: Command, tmp_path: Pa
     assert "differs from the journal" not in ended.out
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
     keys = [(line["start"], line["repair"], *line["removed"]) for line in journal_of(tmp_path / "killed")[1:]]
-    assert len(keys) == len(set(keys)) == result_of(tmp_path / "killed")["search"]["evaluations"]
+    assert len(keys) == len(set(keys)) == read(tmp_path / "killed")["search"]["evaluations"]
+    scored: list[object] = []
+
+    def note(_: object, model: object) -> float:
+        scored.append(model)
+        return 0.9
+
+    monkeypatch.setattr("amc_env.evaluation.prefix.PrefixScorer.__call__", note)
+    assert amc_search(*LONGER, "hydra.run.dir=killed").code == 0
+    assert len(scored) == 1  # the original, whose accuracy the log states
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
 def assert_same_run(one: Path, other: Path) -> None:
     for name in ("evaluations.jsonl", "metrics.csv", "strategy.json"):
         assert content(one / name) == content(other / name), name
-    assert figures(result_of(one)) == figures(result_of(other))
+    assert figures(read(one)) == figures(read(other))
 
 
 ADAPTING = (
@@ -328,45 +327,22 @@ def test_a_run_killed_in_its_second_round_ends_as_one_that_was_not(
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_what_is_on_file_is_not_scored_again(
-    amc_search: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert amc_search(*LONGER, "hydra.run.dir=run").code == 0
-    before = content(tmp_path / "run" / "evaluations.jsonl"), figures(result_of(tmp_path / "run"))
-
-    scored: list[object] = []
-
-    def note(_: object, model: object) -> float:
-        scored.append(model)
-        return 0.9
-
-    monkeypatch.setattr("amc_env.evaluation.prefix.PrefixScorer.__call__", note)
-    assert amc_search(*LONGER, "hydra.run.dir=run").code == 0
-    assert len(scored) == 1  # the original, whose accuracy the log states
-    assert (content(tmp_path / "run" / "evaluations.jsonl"), figures(result_of(tmp_path / "run"))) == before
-
-
-def test_episodes_may_grow_and_not_shrink(amc_search: Command, tmp_path: Path) -> None:
-    assert amc_search(*RANDOM, "finalists.count=2", "hydra.run.dir=run").code == 0
-    first = journal_of(tmp_path / "run")[1:]
-    grown = amc_search(*RANDOM, "finalists.count=2", "search.episodes=9", "hydra.run.dir=run")
-    assert grown.code == 0
-    assert "differs from the journal" not in grown.out
-    assert journal_of(tmp_path / "run")[1 : len(first) + 1] == first
-    assert result_of(tmp_path / "run")["search"]["episodes"] == 9
-    assert_refused(amc_search(*RANDOM, "finalists.count=2", "hydra.run.dir=run"), "episodes: 9 then, 6 now")
-
-
-def test_a_changed_configuration_is_refused_by_name_and_changes_nothing(
+def test_episodes_may_grow_and_not_shrink_and_no_other_change_is_taken(
     amc_search: Command, tmp_path: Path
 ) -> None:
-    assert amc_search(*RANDOM, "hydra.run.dir=run").code == 0
-    files = ("evaluations.jsonl", "metrics.csv", "result.json")
-    before = [content(tmp_path / "run" / name) for name in files]
-    ended = amc_search(*RANDOM, "seed=5", "max_ratio=0.8", "hydra.run.dir=run")
+    run, options = tmp_path / "run", (*RANDOM, "finalists.count=2", "hydra.run.dir=run")
+    assert amc_search(*options).code == 0
+    files = [run / name for name in ("evaluations.jsonl", "metrics.csv", "result.json")]
+    before, first = [content(file) for file in files], journal_of(run)[1:]
+    ended = amc_search(*options, "seed=5", "max_ratio=0.8")
     assert_refused(ended, "seed: 0 then, 5 now", "max_ratio: 0.9 then, 0.8 now", "another hydra.run.dir")
-    assert [content(tmp_path / "run" / name) for name in files] == before
-    assert amc_search(*RANDOM, "finetune.lr_fraction=0.05", "hydra.run.dir=run").code == 0
+    assert [content(file) for file in files] == before
+    grown = amc_search(*options, "search.episodes=9", "finetune.lr_fraction=0.05")  # no part of the search
+    assert grown.code == 0
+    assert "differs from the journal" not in grown.out
+    assert journal_of(run)[1 : len(first) + 1] == first
+    assert read(run)["search"]["episodes"] == 9
+    assert_refused(amc_search(*options), "episodes: 9 then, 6 now")
 
 
 def resumes(line: str) -> list[str]:
@@ -396,6 +372,7 @@ def test_ctrl_c_waits_for_the_candidate_and_says_how_to_go_on(
     amc_search: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores Ctrl-C
     score, asked = Pruner.score, itertools.count(1)
 
     def interrupted(self: Pruner, *given: Any) -> Any:

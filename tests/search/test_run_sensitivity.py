@@ -1,6 +1,5 @@
 """amc-sensitivity from the command line, and its picture."""
 
-import csv
 import itertools
 import json
 import shlex
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from journals import content
-from PIL import Image
+from run_folders import pixels, rows_of, share_of, trials_of
 from running import Command
 
 from agents.sensitivity import Curve
@@ -36,14 +35,6 @@ def amc_sensitivity(amc_search: Command, monkeypatch: pytest.MonkeyPatch) -> Com
     return amc_search
 
 
-def rows_of(folder: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader((folder / "sensitivity.csv").read_text().splitlines()))
-
-
-def journal_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()[1:]]
-
-
 @pytest.mark.plots
 def test_a_scan_leaves_a_table_a_picture_and_a_strategy_behind(
     amc_sensitivity: Command, tmp_path: Path
@@ -51,7 +42,7 @@ def test_a_scan_leaves_a_table_a_picture_and_a_strategy_behind(
     ended = amc_sensitivity(*QUICK, "budget.ratio=0.4")
     assert ended.code == 0
     run = tmp_path / "run"
-    rows = rows_of(run)
+    rows = rows_of(run / "sensitivity.csv")
     assert list(rows[0]) == ["decision", "ratio", "removed", "total", "accuracy", "macs", "params"]
     decisions = list(dict.fromkeys(row["decision"] for row in rows))
     assert len(rows) == 4 * len(decisions)
@@ -59,7 +50,7 @@ def test_a_scan_leaves_a_table_a_picture_and_a_strategy_behind(
         ratios = [float(row["ratio"]) for row in rows if row["decision"] == name]
         assert ratios == [0.0, 0.25, 0.5, 0.75]
     assert all(int(row["removed"]) == float(row["ratio"]) * int(row["total"]) for row in rows)
-    lines = journal_of(run)
+    lines = trials_of(run)
     assert len(lines) == 1 + 3 * len(decisions) + 1  # the original, every decision alone, the pick
     known = {tuple(line["removed"]): line for line in lines}
     for place, name in enumerate(decisions):
@@ -83,7 +74,7 @@ def test_without_a_budget_there_are_curves_and_with_a_drop_a_strategy_too(
     assert ended.code == 0
     assert "picked" not in ended.out
     assert not (tmp_path / "run" / "strategy.json").exists()
-    assert len(rows_of(tmp_path / "run")) == 8
+    assert len(rows_of(tmp_path / "run" / "sensitivity.csv")) == 8
     assert amc_sensitivity(*QUICK, "budget=none", "threshold=0.9").code == 0
     strategy = json.loads((tmp_path / "run" / "strategy.json").read_text())["decisions"]
     assert {entry["ratio"] for entry in strategy.values()} == {0.75}  # no curve falls by as much
@@ -104,7 +95,7 @@ def test_a_scan_that_was_stopped_goes_on_with_the_command_it_printed(
         patched.setattr(Pruner, "score", stopped)
         ended = amc_sensitivity(*QUICK)
     assert ended.code == 130
-    assert len(journal_of(tmp_path / "run")) == 4
+    assert len(trials_of(tmp_path / "run")) == 4
     (line,) = [text for text in ended.out.splitlines() if text.startswith("stopped")]
     program, *arguments = shlex.split(line.split("resume with: ")[1])
     assert program == "amc-sensitivity"
@@ -119,17 +110,17 @@ def test_another_budget_or_more_ratios_score_only_what_is_new(
     amc_sensitivity: Command, tmp_path: Path
 ) -> None:
     assert amc_sensitivity(*QUICK, "budget.ratio=0.6").code == 0
-    before = journal_of(tmp_path / "run")
+    before = trials_of(tmp_path / "run")
     ended = amc_sensitivity(*QUICK, "budget=params", "budget.ratio=0.3")
     assert ended.code == 0
     assert "differs from the journal" not in ended.out
-    after = journal_of(tmp_path / "run")
+    after = trials_of(tmp_path / "run")
     assert after[: len(before)] == before
     assert len(after) == len(before) + 1
     whole, picked = after[0]["costs"]["params"], after[-1]["costs"]["params"]
     assert 0.2 * whole < picked <= 0.3 * whole
     assert amc_sensitivity(*QUICK, "ratios=[0.25,0.4,0.5,0.75]").code == 0
-    new = journal_of(tmp_path / "run")[len(after) :]
+    new = trials_of(tmp_path / "run")[len(after) :]
     alone = [line["removed"] for line in new if sum(count > 0 for count in line["removed"]) == 1]
     assert alone == [[52, 0], [0, 26]]  # 0.4 of 130 and of 64
 
@@ -155,7 +146,7 @@ def test_weights_that_are_masked_are_scanned_layer_by_layer(
         "ratios=[0.5,0.75]",
     )
     assert ended.code == 0
-    rows = rows_of(tmp_path / "run")
+    rows = rows_of(tmp_path / "run" / "sensitivity.csv")
     assert "layer1.0.conv1" in {row["decision"] for row in rows}
     assert {float(row["ratio"]) for row in rows} <= {0.0, 0.5, 0.75} or granularity != "fine_grained"
     strategy = json.loads((tmp_path / "run" / "strategy.json").read_text())["decisions"]
@@ -165,12 +156,12 @@ def test_weights_that_are_masked_are_scanned_layer_by_layer(
 def test_a_budget_on_another_cost_takes_the_scan_as_it_is(amc_sensitivity: Command, tmp_path: Path) -> None:
     masked = (*QUICK, "granularity=fine_grained")
     assert amc_sensitivity(*masked, "budget=params").code == 0
-    before = journal_of(tmp_path / "run")
+    before = trials_of(tmp_path / "run")
     ended = amc_sensitivity(*masked, "budget=storage", "budget.ratio=0.6")
     assert ended.code == 0
-    assert list(rows_of(tmp_path / "run")[0])[-1] == "storage"
+    assert list(rows_of(tmp_path / "run" / "sensitivity.csv")[0])[-1] == "storage"
     assert ": met" in ended.out
-    assert len(journal_of(tmp_path / "run")) <= len(before) + 1
+    assert len(trials_of(tmp_path / "run")) <= len(before) + 1
 
 
 def test_a_scan_for_latency_serves_other_budgets_and_the_other_way_round(
@@ -180,20 +171,20 @@ def test_a_scan_for_latency_serves_other_budgets_and_the_other_way_round(
     latency = ("budget=latency", "budget.ratio=1", *conditions)
     ended = amc_sensitivity(*QUICK, *latency, "also.params=0.5")
     assert (ended.code, ended.err.count("error")) == (0, 0)
-    assert list(rows_of(tmp_path / "run")[0])[-1] == "latency"
+    assert list(rows_of(tmp_path / "run" / "sensitivity.csv")[0])[-1] == "latency"
     lines = ended.out.splitlines()
     assert len([line for line in lines if line.startswith("budget: ") and ": met" in line]) == 2
     made = json.loads((tmp_path / "run" / "latency.json").read_text())["conditions"]
     assert (made["batch"], made["threads"], made["runtime"]) == (2, 1, "eager")
-    before = journal_of(tmp_path / "run")
+    before = trials_of(tmp_path / "run")
     refused = amc_sensitivity(*QUICK, "budget.ratio=0.3")
     assert "granularity.multiple: 8 then, 2 now" in refused.err
     assert amc_sensitivity(*QUICK, "budget.ratio=0.3", "channel_multiple=8").code == 0
-    after = journal_of(tmp_path / "run")
+    after = trials_of(tmp_path / "run")
     assert after[: len(before)] == before
     assert len(after) <= len(before) + 1
     assert amc_sensitivity(*QUICK, *latency, "also.params=0.5").code == 0
-    assert len(journal_of(tmp_path / "run")) == len(after)
+    assert len(trials_of(tmp_path / "run")) == len(after)
 
 
 @pytest.mark.parametrize(
@@ -270,16 +261,6 @@ def curves(count: int) -> list[Curve]:
     return [
         Curve(f"layer{k}.conv1", tuple(ratios), tuple(0.95 - 0.8 * ratios**b)) for k, b in enumerate(bends)
     ]
-
-
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        assert image.format == "PNG"
-        return np.asarray(image.convert("RGB")).astype(int)
-
-
-def share_of(image: np.ndarray, colour: tuple[int, int, int]) -> float:
-    return float((np.abs(image - colour).sum(axis=2) < 12).mean())
 
 
 @pytest.mark.plots

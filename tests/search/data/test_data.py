@@ -194,22 +194,22 @@ def test_the_published_files_decode_to_cifar10(shared_data: Path, tmp_path: Path
 
 
 def test_a_missing_folder_or_part_names_the_way_out(folder: Path) -> None:
-    with pytest.raises(UserError, match="no such folder"):
+    with refused("unreadable", "data.path"):
         cifar10(str(folder / "nowhere"))
     next(folder.glob("test-*")).unlink()
-    with pytest.raises(UserError, match="no .*test-.*parquet in it"):
+    with refused("unreadable", "data.path"):
         cifar10(str(folder))
 
 
 def test_a_file_that_is_not_parquet_is_named(folder: Path) -> None:
     (folder / "train-00000-of-00002.parquet").write_bytes(b"nothing of the kind")
-    with pytest.raises(UserError, match="cannot be read"):
+    with refused("unreadable", ""):
         cifar10(str(folder))
 
 
 def test_missing_columns_are_named_with_what_was_found(folder: Path) -> None:
     parquet.write_table(pa.table({"image": [1], "fine_label": [2]}), folder / "test-00000-of-00002.parquet")
-    with pytest.raises(UserError, match="cannot be read"):
+    with refused("unreadable", ""):
         cifar10(str(folder))
 
 
@@ -230,7 +230,7 @@ def test_bad_labels_are_refused(folder: Path, labels: list[Any], message: str) -
 
 def test_an_image_of_another_size_is_refused(folder: Path) -> None:
     write_cifar(folder, random_pixels(2, size=28), [0, 1], part="test")
-    with pytest.raises(UserError, match=r"image of row 0 has \(28, 28\) pixels, needed are \(32, 32\)"):
+    with refused("image_size", ""):
         cifar10(str(folder), search_images=10)
 
 
@@ -242,7 +242,7 @@ def test_an_image_that_cannot_be_decoded_is_refused(folder: Path, content: bytes
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     table = pa.table({"img": pa.array([{"bytes": content, "path": str(other)}], kind), "label": [1]})
     parquet.write_table(table, folder / "test-00000-of-00002.parquet")
-    with pytest.raises(UserError, match="test: the image of row 0 cannot be decoded"):
+    with refused("unreadable", ""):
         cifar10(str(folder), search_images=10)
 
 

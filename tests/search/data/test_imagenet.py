@@ -13,6 +13,7 @@ from hydra.utils import instantiate
 from image_parquets import grey, photos, write_part
 from omegaconf import OmegaConf
 from PIL import Image
+from refusals import refused
 
 from amc_env.errors import UserError
 from search.data.base import Data, Split
@@ -97,7 +98,7 @@ def test_an_epoch_has_every_image_once_but_the_search_split(folder: Path) -> Non
     assert labels.tolist() == [LABELS[row] for row in found]
     assert len(data.stream(8, 0)) == 3  # type: ignore[arg-type]
     assert len(data.stream(64, 0)) == 1  # type: ignore[arg-type]
-    with pytest.raises(UserError):
+    with refused("out_of_range", "batch_size"):
         data.stream(0, 0)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from run_folders import pixels, share_of
 
 from search.output.plots import (
     DPI,
@@ -20,16 +20,6 @@ from search.output.plots import (
 
 pytestmark = pytest.mark.plots
 BLUE, ORANGE, VERMILION, SHADE = (0, 114, 178), (230, 159, 0), (213, 94, 0), (208, 211, 214)
-
-
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        assert image.format == "PNG"
-        return np.asarray(image.convert("RGB")).astype(int)
-
-
-def share_of(image: np.ndarray, colour: tuple[int, int, int]) -> float:
-    return float((np.abs(image - colour).sum(axis=2) < 12).mean())
 
 
 def widths(count: int) -> list[Width]:

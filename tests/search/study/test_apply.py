@@ -9,6 +9,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_module
 from journals import content
+from run_folders import read
 from running import SMALL, Command
 from safetensors.torch import load_file, save_file
 
@@ -33,12 +34,6 @@ def amc_apply(amc_search: Command, monkeypatch: pytest.MonkeyPatch) -> Command:
             return amc_search(*overrides)
 
     return command
-
-
-def read(folder: Path, name: str = "result.json") -> dict[str, Any]:
-    content = json.loads((folder / name).read_text())
-    assert isinstance(content, dict)
-    return content
 
 
 def removed(folder: Path) -> list[int]:

@@ -111,7 +111,7 @@ def test_a_table_of_another_network_and_a_missing_one_are_refused(small_data: Da
     table = str(tmp_path / "latency.json")
     with pytest.raises(UserError, match="the latency table has no times for"):
         PruningProblem.build(network("residual"), small_data, limited(tmp_path / "other", 1.0, table=table))
-    with pytest.raises(UserError, match="no such file.*amc-latency build makes one"):
+    with refused("unreadable", ""):
         posed(tmp_path, small_data, table=str(tmp_path / "none.json"))
 
 

@@ -1,6 +1,5 @@
 """Masked networks from the search to the files: what is reported is what is delivered."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from journals import content
 from masking import weight
 from networks import images, network, same_state
+from run_folders import read
 from running import SMALL, Command
 from safetensors.torch import load_file
 from small_runs import Stopped, Tracked, go, small
@@ -38,12 +38,6 @@ QUICK = (
 )
 
 
-def read(file: Path) -> dict[str, Any]:
-    content = json.loads(file.read_text())
-    assert isinstance(content, dict)
-    return content
-
-
 def counted(model: nn.Module, example: torch.Tensor) -> dict[str, int]:
     """Parameters and MACs that are left when zeros of convolutions and linear layers are not counted."""
     graph = trace_layers(model, example)
@@ -60,7 +54,7 @@ def assert_delivered(
     folder: Path, model: nn.Module, example: torch.Tensor, granularity: str
 ) -> dict[str, Any]:
     """That the files of a run agree with each other and with the weights that can be loaded; its result."""
-    result, strategy = read(folder / "result.json"), read(folder / "strategy.json")
+    result, strategy = read(folder, "result.json"), read(folder, "strategy.json")
     restored = load_pruned(model, folder)
     left = counted(restored, example)
     for stage in ("pruned", "finetuned"):
@@ -75,7 +69,7 @@ def assert_delivered(
         if granularity == "nm":
             assert follows_pattern(found, 2, 4) is bool(decision["removed"])
     assert result["granularity"]["name"] == strategy["granularity"] == granularity
-    assert read(folder / "channels.json")["channels"] == {}
+    assert read(folder, "channels.json")["channels"] == {}
     return result
 
 

@@ -3,10 +3,10 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from run_folders import read
 from running import SMALL, Command
 from small_runs import go, small
 
@@ -29,12 +29,6 @@ QUICK = (
 )
 
 
-def read(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text())
-    assert isinstance(content, dict)
-    return content
-
-
 def test_a_run_in_stages_names_the_chain_of_its_weights(amc_search: Command, tmp_path: Path) -> None:
     ended = amc_search(
         *QUICK, "search.stages=[0.6,0.4]", "regularization=l1", "regularization.before_epochs=1"
@@ -42,7 +36,7 @@ def test_a_run_in_stages_names_the_chain_of_its_weights(amc_search: Command, tmp
     assert ended.code == 0
     run = tmp_path / "run"
     chain = ["original", "regularised", "stage 1 (0.6)"]
-    strategy, result = read(run / "strategy.json"), read(run / "result.json")
+    strategy, result = read(run, "strategy.json"), read(run, "result.json")
     assert strategy["start"] == chain
     assert strategy["granularity"] == "fine_grained"
     search = result["search"]
@@ -65,7 +59,7 @@ def test_a_run_in_stages_names_the_chain_of_its_weights(amc_search: Command, tmp
 
 def test_a_masked_run_states_both_counts_and_every_layer(amc_search: Command, tmp_path: Path) -> None:
     assert amc_search(*QUICK, "budget.ratio=0.4").code == 0
-    result, strategy = read(tmp_path / "run" / "result.json"), read(tmp_path / "run" / "strategy.json")
+    result, strategy = read(tmp_path / "run", "result.json"), read(tmp_path / "run", "strategy.json")
     assert "start" not in strategy
     assert not {"start", "stages", "rounds"} & set(result["search"])
     for stage in ("base", "pruned", "finetuned"):
@@ -90,7 +84,7 @@ def test_a_budget_on_storage_names_its_format_and_agrees_with_what_was_counted(
     budget = ("budget=storage", f"budget.format={format}", "budget.ratio=0.7", "finetune.epochs=0")
     ended = amc_search(*QUICK, *budget)
     assert ended.code == 0
-    result = read(tmp_path / "run" / "result.json")
+    result = read(tmp_path / "run", "result.json")
     assert result["budget"]["format"] == format
     assert result["budget"]["value"] == result["pruned"]["storage"] == result["storage"][format]
     assert f"stored size, {format.upper()}" in ended.out
@@ -103,7 +97,7 @@ def test_a_later_stage_counts_the_storage_of_the_weights_it_begins_with(
     budget = ("budget=storage", "budget.format=eie", "search.stages=[0.9,0.7]", "finetune.epochs=1")
     ended = amc_search(*QUICK, *budget)
     assert ended.code == 0
-    result = read(tmp_path / "run" / "result.json")
+    result = read(tmp_path / "run", "result.json")
     assert result["budget"]["value"] == result["pruned"]["storage"] == result["storage"]["eie"]
     assert result["budget"]["met"]
 
@@ -115,7 +109,7 @@ def test_latency_states_its_conditions_and_its_spread(amc_search: Command, tmp_p
     pytest.importorskip("onnxruntime")
     ended = amc_search(*QUICK, *LATENCY)
     assert ended.code == 0
-    result = read(tmp_path / "run" / "result.json")
+    result = read(tmp_path / "run", "result.json")
     conditions = [result[f"latency_{name}"] for name in ("batch", "runtime", "threads")]
     assert conditions == [1, "onnx", 1]
     assert 1e-3 < result["pruned"]["latency_ms"] < 1e3
@@ -172,7 +166,7 @@ def test_a_run_outlives_a_runtime_that_cannot_run_its_network(
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(onnx_files, "fixed", fixed)
     assert amc_search(*QUICK, *LATENCY).code == 0
-    assert read(tmp_path / "run" / "result.json")["pruned"]["latency_ms"] is None
+    assert read(tmp_path / "run", "result.json")["pruned"]["latency_ms"] is None
     said = (tmp_path / "run" / "run_search.log").read_text()
     assert "latency was not measured: latency.runtime=onnx cannot run" in said
 

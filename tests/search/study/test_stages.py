@@ -10,6 +10,7 @@ import torch
 from journals import content
 from masking import weight
 from networks import network, same_state
+from run_folders import trials_of
 from running import Command
 from safetensors.torch import load_file
 from small_runs import Stopped, Tracked, go, small
@@ -28,11 +29,6 @@ from search.study.problem import PruningProblem, builder_of
 STAGED = {"stages": (0.6, 0.4), "episodes": 5}
 
 
-def journal(folder: Path) -> list[dict[str, Any]]:
-    lines = map(json.loads, (folder / "evaluations.jsonl").read_text().splitlines())
-    return [line for line in lines if "score" in line]
-
-
 def best(lines: list[dict[str, Any]], start: str) -> dict[str, Any]:
     """The first of the most accurate evaluations of a stage."""
     return max((line for line in lines if line["start"] == start), key=lambda line: line["score"])
@@ -49,7 +45,7 @@ def test_each_stage_has_its_budget_and_begins_with_the_network_before(
 ) -> None:
     tracked = Tracked()
     finished = go(tmp_path, small_data, small(granularity, **STAGED), track=tracked)
-    whole, lines = sum(p.numel() for p in network("concat").parameters()), journal(tmp_path)
+    whole, lines = sum(p.numel() for p in network("concat").parameters()), trials_of(tmp_path)
     starts = [line["start"] for line in lines]
     assert starts == ["original"] * 5 + ["stage 1 (0.6)"] * 5
     for line in lines:
@@ -69,7 +65,7 @@ def test_each_stage_has_its_budget_and_begins_with_the_network_before(
 
 def test_masks_of_the_first_stage_are_zeros_of_the_second_s_start(small_data: Data, tmp_path: Path) -> None:
     finished = go(tmp_path, small_data, small("fine_grained", **STAGED))
-    first = dict(zip(finished.result.strategy, best(journal(tmp_path), "original")["removed"], strict=True))
+    first = dict(zip(finished.result.strategy, best(trials_of(tmp_path), "original")["removed"], strict=True))
     start = load_file(tmp_path / "starts" / "stage-1.safetensors")
     assert [path.name for path in (tmp_path / "starts").iterdir()] == ["stage-1.safetensors"]
     original = network("concat").state_dict()
@@ -78,7 +74,7 @@ def test_masks_of_the_first_stage_are_zeros_of_the_second_s_start(small_data: Da
         assert int((start[f"{layer}.weight"] == 0).sum()) == removed
         assert not torch.equal(start[f"{layer}.weight"], original[f"{layer}.weight"])
     last = dict(
-        zip(finished.result.strategy, best(journal(tmp_path), "stage 1 (0.6)")["removed"], strict=True)
+        zip(finished.result.strategy, best(trials_of(tmp_path), "stage 1 (0.6)")["removed"], strict=True)
     )
     for layer, removed in last.items():
         gone = weight(finished.model, layer) == 0
@@ -91,7 +87,7 @@ def test_channels_of_the_first_stage_are_zeros_of_the_second_s_start(
     small_data: Data, tmp_path: Path
 ) -> None:
     finished = go(tmp_path, small_data, small("channel", **STAGED), name="mlp")
-    first = best(journal(tmp_path), "original")["removed"]
+    first = best(trials_of(tmp_path), "original")["removed"]
     start = load_file(tmp_path / "starts" / "stage-1.safetensors")
     assert list(finished.result.strategy) == ["1", "3"]
     for layer, reader, removed in zip(("1", "3"), ("3", "5"), first, strict=True):
@@ -122,7 +118,7 @@ def test_networks_of_the_second_stage_are_cut_from_what_the_first_left(
 ) -> None:
     settings = small("fine_grained", **STAGED)
     go(tmp_path, small_data, settings)
-    lines = journal(tmp_path)[5:]
+    lines = trials_of(tmp_path)[5:]
     accuracies = [line["score"] for line in lines]
     assert scored_anew(small_data, settings, tmp_path, "stage-1.safetensors", lines) == accuracies
     problem = PruningProblem.build(network("concat"), small_data, settings)
@@ -187,10 +183,10 @@ def test_sparse_training_comes_before_and_the_base_stays_the_network_given(
         sum(float(v.sum()) for k, v in load_file(file).items() if k.endswith("norm.weight")) for file in files
     ]
     assert scales[0] < scales[1] - 0.5  # 24 scales, 4 steps of 0.01 with a pull of 1
-    assert {line["start"] for line in journal(tmp_path)} == {"regularised"}
+    assert {line["start"] for line in trials_of(tmp_path)} == {"regularised"}
     plain = go(tmp_path / "plain", small_data, small("channel"))
     assert finished.result.base == plain.result.base
-    lines = journal(tmp_path)
+    lines = trials_of(tmp_path)
     accuracies = [line["score"] for line in lines]
     assert (
         scored_anew(small_data, small("channel", **SPARSE), tmp_path, "regularised.safetensors", lines)
@@ -207,7 +203,7 @@ def test_a_loss_term_during_fine_tuning_alone(small_data: Data, tmp_path: Path) 
             sum(float(weight(finished.model, layer).abs().sum()) for layer in finished.result.strategy)
         )
         assert not (tmp_path / str(during) / "starts").exists()
-        assert {line["start"] for line in journal(tmp_path / str(during))} == {"original"}
+        assert {line["start"] for line in trials_of(tmp_path / str(during))} == {"original"}
     assert sums[0] < 0.95 * sums[1]
 
 

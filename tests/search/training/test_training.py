@@ -107,7 +107,7 @@ def test_an_incomplete_last_batch_is_left_out_and_a_small_split_is_one_batch(sma
     assert [len(labels) for _, labels in AugmentedBatches(small_data.train, small_data, 500, 0, "cpu")] == [
         64
     ]
-    with pytest.raises(UserError, match="batch_size=0"):
+    with refused("out_of_range", "batch_size"):
         AugmentedBatches(small_data.train, small_data, 0, 0, "cpu")
 
 
@@ -239,7 +239,7 @@ def test_the_learning_rate_rises_in_a_line_and_falls_along_a_cosine() -> None:
 
 def test_a_diverging_loss_is_one_clear_message(small_data: Data) -> None:
     batches = AugmentedBatches(small_data.train, small_data, 16, 0, "cpu")
-    with pytest.raises(UserError, match="loss is no longer finite by step .* lower lr_fraction"):
+    with refused("diverged", "lr_fraction"):
         finetune(FlattenByView(), batches, epochs=20, lr=1e12)
 
 
@@ -335,7 +335,7 @@ def test_penalties_shrink_what_they_are_taken_of_and_the_network_still_learns(
 
 def test_a_penalty_that_is_not_finite_is_noticed(small_data: Data) -> None:
     model, batches = fresh(small_data)
-    with pytest.raises(UserError, match="loss is no longer finite"):
+    with refused("diverged", "lr_fraction"):
         finetune(model, batches, epochs=1, lr=0.05, penalty=lambda network: network.conv1.weight.sum() / 0)
 
 
@@ -387,9 +387,7 @@ def test_distillation_twice_gives_the_same_weights_to_the_bit(small_data: Data) 
 
 def test_distillation_settings_out_of_range_are_listed_with_the_others(small_data: Data) -> None:
     model, batches = fresh(small_data)
-    with pytest.raises(
-        UserError, match=r"distillation=0.5 must be 0 without a teacher.*temperature=0.*epochs=-1"
-    ):
+    with refused("out_of_range", "distillation", "temperature", "epochs"):
         finetune(model, batches, epochs=-1, lr=0.1, distillation=0.5, temperature=0)
 
 
