@@ -7,7 +7,7 @@ import pytest
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = [*sorted((DOCS / "concepts").glob("*.md")), *sorted((DOCS / "how-to").glob("*.md"))]
-LONGEST = 12  # lines of a block
+LONGEST = {"concepts": 12, "how-to": 18}  # lines of a block
 
 
 def blocks(page: Path) -> list[str]:
@@ -25,7 +25,7 @@ def test_the_blocks_of_a_page_run(
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": page.stem}
     for block in blocks(page):
-        assert len(block.splitlines()) <= LONGEST, block
+        assert len(block.splitlines()) <= LONGEST[page.parent.name], block
         exec(compile(block, page.name, "exec"), namespace)
     assert capsys.readouterr().out
 
