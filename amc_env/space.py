@@ -50,7 +50,7 @@ class Grid:
         most: The largest count that may be removed.
         first: The smallest count above 0; by default the least that leaves a multiple of ``step``.
 
-    Example:
+    Examples:
         >>> [Grid("conv", total=10, step=4, most=8).count(i) for i in range(3)]
         [0, 2, 6]
     """
