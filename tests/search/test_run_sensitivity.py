@@ -133,7 +133,7 @@ def test_a_change_that_changes_scores_is_refused(amc_sensitivity: Command, tmp_p
     assert "repair.name: least_squares then, none now" in ended.err
 
 
-@pytest.mark.parametrize("granularity", ["fine_grained", "nm", "kernel", "vector"])
+@pytest.mark.parametrize("granularity", ["fine_grained", "nm", "kernel"])
 def test_weights_that_are_masked_are_scanned_layer_by_layer(
     amc_sensitivity: Command, tmp_path: Path, granularity: str
 ) -> None:

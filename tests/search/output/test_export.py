@@ -274,7 +274,7 @@ def test_load_pruned_in_a_fresh_process(exported, tmp_path: Path) -> None:
     script = """
 import importlib.util, sys
 root, test_file, folder = sys.argv[1:]
-sys.path.insert(0, root)
+sys.path[:0] = [root, f"{root}/tests/support"]
 spec = importlib.util.spec_from_file_location("networks", test_file)
 networks = importlib.util.module_from_spec(spec)
 sys.modules["networks"] = networks
