@@ -337,7 +337,7 @@ def test_fine_tuning_that_makes_it_worse_is_not_delivered_unless_asked(
         nn.functional.cross_entropy(model(images), labels).backward()
         optimizer.step()
     wrong = DataLoader(TensorDataset(images, (labels + 1) % 3), batch_size=16)
-    tuning = FinetuneSettings(epochs=3, lr_fraction=1.0, keep=keep)
+    tuning = FinetuneSettings(epochs=3, lr_fraction=1.0, keep=keep, clip=1e6)
     settings = replace(quick(), finetune=tuning, budgets=(BudgetSettings("macs", 0.9),))
     small = compress(model, wrong, batches, folder=tmp_path, settings=settings)
     assert small.result.finetuned is not None
