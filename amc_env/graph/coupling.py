@@ -77,29 +77,39 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
     def _record(self, func: Any, arguments: dict[str, Any], tensors: list[Tensor], out: Any) -> None:
-        labels = self._labels
+        """Label what an operation gives; fix the labels of its inputs where no rule knows it, or its case."""
         name = func._schema.name.removeprefix("aten::")
+        try:
+            known = self._labelled(name, torch.Tag.pointwise in func.tags, arguments, tensors, out)
+        except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError):
+            known = False
+        if not known:
+            for dim in (dim for tensor in tensors for dim in self._labels.dims(tensor)):
+                self._labels.fix(
+                    dim, f"its channels pass through {name} in {self._labels.module or 'the network'}"
+                )
+
+    def _labelled(
+        self, name: str, by_element: bool, arguments: dict[str, Any], tensors: list[Tensor], out: Any
+    ) -> bool:
+        """Label what an operation gives by its rule; whether there is one."""
+        labels = self._labels
         weight = all(labels.is_weight(tensor) for tensor in tensors)
         if name in ("split", "split_with_sizes", "chunk"):
             dim = arguments.get("dim", 0)
             made = split(labels, arguments["self"], dim, [piece.shape[dim] for piece in out])
             for piece, dims in zip(out, made, strict=True):
                 labels.label(piece, dims, weight)
-            return
+            return True
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-        if not results:
-            return
-        apply = RULES.get(name)
-        if apply is None and torch.Tag.pointwise in func.tags:
-            apply = pointwise
-        if apply is None:
-            for dim in (dim for tensor in tensors for dim in labels.dims(tensor)):
-                labels.fix(dim, f"its channels pass through {name} in {labels.module or 'the network'}")
-            return
+        apply = RULES.get(name, pointwise if by_element else None)
+        if not results or apply is None:
+            return not results
         dims = list(apply(labels, arguments, results[0]))
         for result in results:
             if result.shape == results[0].shape:
                 labels.label(result, dims, weight)
+        return True
 
 
 @contextmanager

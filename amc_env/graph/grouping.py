@@ -11,7 +11,7 @@ from torch import nn
 
 from amc_env.graph.labels import Ints, Labels, Split
 from amc_env.graph.layers import ChannelGroup, Layer, Member, Skipped
-from amc_env.graph.surgery import CONVOLUTIONS, side_of
+from amc_env.graph.surgery import CONVOLUTIONS, LAYERS, side_of
 
 Key = tuple[str, str]
 """A module's name and side."""
@@ -43,9 +43,11 @@ def channel_groups(
     """
     roots = _roots_by_dimension(model, labels)
     reasons = dict(labels.reasons())
-    for (name, _), own in roots.items():
-        if name in unsupported:
-            reasons |= {root: unsupported[name] for root in own.tolist() if root not in reasons}
+    live = [key for key, own in roots.items() if not all(root in reasons for root in own.tolist())]
+    for key in live:
+        reason = unsupported.get(key[0]) or _uncounted(model, key, live, layers)
+        if reason:
+            reasons |= {root: reason for root in roots[key].tolist() if root not in reasons}
     units = _units(roots, reasons)
     attributes = _attributes(model, labels)
     groups = _collected(units, layers, attributes, reasons, {key: len(own) for key, own in roots.items()})
@@ -57,6 +59,19 @@ def channel_groups(
             found = (reasons[root] for root in own if root in reasons)
             skipped.append(Skipped(name, next(found, "its channels could not be traced")))
     return groups, skipped
+
+
+def _uncounted(model: nn.Module, key: Key, live: Sequence[Key], layers: Mapping[str, Layer]) -> str:
+    """Why costs would not follow if a dimension were cut; empty where they would."""
+    name, side = key
+    if isinstance(model.get_submodule(name), LAYERS) and name not in layers:
+        return f"its channels meet {name}, whose weight is used without calling it"
+    tensor = side.rpartition(".")[0]
+    if tensor and sum(other == name and s.rpartition(".")[0] == tensor for other, s in live) > 1:
+        return (
+            f"its channels meet {name or 'the network'}'s {tensor}, several of whose dimensions could be cut"
+        )
+    return ""
 
 
 def _roots_by_dimension(model: nn.Module, labels: Labels) -> dict[Key, Ints]:

@@ -85,9 +85,7 @@ class Labels:
         self.splits: list[Split] = []
         self.products: list[Product] = []
         self.macs = 0  # of all products with weights or activations
-        self.in_norm = (
-            False  # whether a norm runs whose channels may be cut although it normalises them together
-        )
+        self.in_norm = False  # whether a norm runs whose channels may be cut
         self.module = ""
         self.operation = 0
 

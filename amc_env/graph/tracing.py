@@ -133,10 +133,8 @@ def _tied(model: nn.Module) -> set[str]:
 def _layer(name: str, index: int, module: nn.Module, inputs: Tensor, output: Tensor) -> Layer:
     costless = bool(getattr(module, "costless", False))
     if isinstance(module, nn.Linear):
-        size = (
-            max(1, output.numel() // module.out_features),
-            1,
-        )  # of one example, also where it is cut into windows
+        # Of one example, also where that is cut into windows.
+        size = max(1, output.numel() // module.out_features), 1
         features = module.in_features, module.out_features
         bias = module.bias is not None
         return Layer(

@@ -57,14 +57,8 @@ def texts(
         UserError: Files or columns are missing or several are meant, texts or labels have no value, the tokenizer cannot be
             read or has no padding token, the hub is out of reach, or splits are out of reach.
     """
-    if name is None:
-        raise UserError(f"{{field}} is needed: {_WAY_OUT}", code="missing", field="data.name")
-    if tokenizer is None:
-        raise UserError(
-            "{field} is needed: a name on the hub or a folder; model=hf brings its own",
-            code="missing",
-            field="data.tokenizer",
-        )
+    name = _needed(name, "data.name", _WAY_OUT)
+    tokenizer = _needed(tokenizer, "data.tokenizer", "a name on the hub or a folder; model=hf brings its own")
     tables = read(name, _WAY_OUT, ("parquet", "csv", "json"), subset)
     label = label_column(tables, label)
     columns = _text_columns(tables, text, label)
@@ -90,6 +84,12 @@ def texts(
         augment=False,
         fingerprint=fingerprint(train, search, held_out),
     )
+
+
+def _needed(value: str | None, field: str, way_out: str) -> str:
+    if value is None:
+        raise UserError(f"{{field}} is needed: {way_out}", code="missing", field=field)
+    return value
 
 
 def _text_columns(tables: Tables, given: str | Sequence[str] | None, label: str) -> list[str]:

@@ -111,10 +111,9 @@ def finetune(
     layout = training_format(model, batches.example)
     zeros = _Zeros(model, masks or {})
     source = _source(teacher, batches.example, distillation, temperature, task)
-    where = torch.device(device)
-    scaler = torch.amp.GradScaler(enabled=where.type == "cuda")
+    scaler = torch.amp.GradScaler(enabled=torch.device(device).type == "cuda")
     clip = _largest_gradient(model) if clip is None else clip
-    step = _Step(model, optimizer, layout, where, zeros, penalty, task, source, scaler, clip)
+    step = _Step(model, optimizer, layout, torch.device(device), zeros, penalty, task, source, scaler, clip)
     schedule = LearningRate(lr, epochs * steps, round(warmup_epochs * steps))
     with seeded(seed):
         for epoch in range(_resumed(file, step, batches), epochs):

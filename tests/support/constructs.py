@@ -270,6 +270,11 @@ class OwnNorm(nn.Module):
         return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
+def borrowed(m: nn.Module, x: Tensor) -> Tensor:
+    """Uses a layer's weight without calling the layer."""
+    return m.after(F.relu(F.conv2d(m.before(x), m.lender.weight)))
+
+
 def merged(m: nn.Module, x: Tensor) -> Tensor:
     corners = [x[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)]
     return m.join(torch.cat(corners, 1))
@@ -401,6 +406,10 @@ CONSTRUCTS = {
         lambda: _conv_of(parametrizations.spectral_norm), {"first": 8, "middle.0": 8, "middle.2": 8}
     ),
     "reflected padding": between(lambda: conv(kernel=3, padding_mode="reflect"), {"first": 8, "middle": 8}),
+    "borrowed weight": between(
+        lambda: Function(borrowed, before=conv(), lender=conv(), after=conv()),
+        {"first": 8, "middle.after": 8},
+    ),
     "merged corners": between(lambda: Function(merged, join=conv(4 * WIDTH)), {"first": 8, "middle.join": 8}),
     "bilinear upsampling": between(lambda: nn.Upsample(scale_factor=2, mode="bilinear"), {"first": 8}),
     "U-Net": Construct(UNet, image, {"enter": 8, "down": 16, "up": 6, "join": 10}),

@@ -8,6 +8,7 @@ from torch import nn
 from amc_env.costs.counts import Macs, Params
 from amc_env.errors import UserError
 from amc_env.graph.preparing import prepared
+from amc_env.graph.rules import RULES
 from amc_env.graph.surgery import silence_inputs
 from amc_env.graph.tracing import trace, trace_layers
 from amc_env.inputs import call, output_of
@@ -55,3 +56,13 @@ def test_decisions_and_cut_networks(name: str) -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert Params(graph)(removed) == sum(p.numel() for p in cut.parameters())
     assert Macs(graph)(removed) == Macs(trace_layers(cut, example))(())
+
+
+def test_a_rule_that_does_not_know_a_case_fixes_the_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*given: object) -> list[object]:
+        raise IndexError
+
+    monkeypatch.setitem(RULES, "native_batch_norm", fails)
+    graph = trace(network("signals"), CONSTRUCTS["signals"].example())
+    assert [group.name for group in graph.groups] == ["two"]
+    assert "native_batch_norm" in next(s.reason for s in graph.skipped if s.name == "one")
