@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from amc_env.evaluation.precision import FLOAT32, arithmetic
 from amc_env.graph.copying import module_copy
-from amc_env.graph.topology import Topology
+from amc_env.graph.topology import Topology, folded
 from amc_env.inputs import Inputs, call, output_of, tensors_in
 
 _TOLERANCE = 1e-3  # of the largest logit: far above rounding, far below a wrong fold
@@ -108,17 +108,9 @@ class Folder:
             target.normalized_shape = source.normalized_shape
 
     def _fold(self, layer: nn.Module, norm: nn.Module, target: nn.Module) -> None:
-        assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        scale = (norm.running_var + norm.eps).rsqrt()
-        scale = scale if norm.weight is None else scale * norm.weight
-        assert isinstance(layer, nn.Conv2d | nn.Linear)
-        weight, bias = layer.weight, layer.bias
-        shift = -norm.running_mean if bias is None else bias - norm.running_mean
-        shift = shift * scale if norm.bias is None else shift * scale + norm.bias
-        target._parameters["weight"] = self._own(weight * scale.view(-1, *[1] * (weight.ndim - 1)))
-        target._parameters["bias"] = self._own(shift)
+        weight, bias = folded(layer, norm)
+        target._parameters["weight"] = self._own(weight)
+        target._parameters["bias"] = self._own(bias)
 
     def _own(self, tensor: Tensor) -> nn.Parameter:
         value = tensor.detach().to(self._dtype)

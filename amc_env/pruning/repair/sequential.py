@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from amc_env.errors import UserError
 from amc_env.graph.layers import Layer
 from amc_env.graph.surgery import Keeps
-from amc_env.graph.topology import Batches, Run, Topology
+from amc_env.graph.topology import Batches, Run, Topology, scale_of
 from amc_env.inputs import Inputs, count, device_of, pieces
 from amc_env.pruning.calibration import Moments, SampledPositions
 from amc_env.pruning.candidate import Candidates
@@ -130,11 +130,7 @@ class FrontToBack:
         norm_name = norm_after(self._layers[name], self._topology)
         if norm_name is None:
             return torch.ones(1, device=device_of(self._batches[0]))
-        norm = model.get_submodule(norm_name)
-        assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
-        assert norm.running_var is not None
-        scale = (norm.running_var + norm.eps).rsqrt()
-        scale = scale if norm.weight is None else scale * norm.weight
+        scale = scale_of(model.get_submodule(norm_name))
         tiny = 1e-3 * scale.abs().max()  # a channel that is scaled away cannot carry the shortcut's error
         return torch.where(scale.abs() < tiny, torch.full_like(scale, float("inf")), scale)
 

@@ -67,6 +67,19 @@ def test_running_layer_by_layer_is_running(name: str) -> None:
     assert sorted(ran) == sorted(layers)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_folding_batch_norms_moves_outputs_by_rounding_only(name: str) -> None:
+    model = network(name)
+    inputs = images()
+
+    def negate(layer: str, module: nn.Module, xs: list[Tensor], shortcuts: list[Tensor] | None) -> None:
+        module.weight.data = -module.weight  # what is changed before a layer's turn counts
+
+    with torch.no_grad():
+        (found,) = Run(model, Topology.of(model))([inputs], negate)
+        torch.testing.assert_close(found, model(inputs))
+
+
 def test_a_batch_s_inputs_are_let_go_of_as_its_outputs_come() -> None:
     alive: list[int] = []
 
