@@ -62,16 +62,16 @@ class RepairSettings:
 
     Attributes:
         name: What repairs them.
-        images: Training images that least squares is calibrated on.
+        images: Training images that least squares is calibrated on. ``sequential`` runs every candidate on them.
         per_image: Output positions sampled from each.
         norm_images: Training images that batch norms are re-estimated on.
         ridge: Ridge of the least squares, relative to the mean variance of a layer's inputs.
         mask_ridge: The same where weights are masked; it pulls towards the trained weights.
     """
 
-    name: RepairName = "least_squares"
-    images: Count = 2000
-    per_image: Count = 16
+    name: RepairName = "sequential"
+    images: Count = 500
+    per_image: Count = 64
     norm_images: Annotated[int, Field(ge=2)] = 500
     ridge: Positive = 1e-6
     mask_ridge: Positive = 1e-3
@@ -80,6 +80,8 @@ class RepairSettings:
 @settings
 class FinalistSettings:
     """The best strategies of a search are scored once more, by a more expensive repair, and delivered as scored then.
+
+    A search that scores by that repair has no finalists.
 
     Attributes:
         count: How many; 0 delivers the best as the search scored it.

@@ -15,7 +15,6 @@ from amc_env.evaluation.scorer import Scorer
 from amc_env.graph.copying import module_copy
 from amc_env.pruning.candidate import Builder, Keeps, Masks
 from amc_env.pruning.repair.base import Repair
-from amc_env.pruning.repair.sequential import FrontToBack
 from amc_env.space import Removed
 from amc_env.system import using_threads
 
@@ -96,13 +95,8 @@ class Pruner:
         keeps = weights.candidates.keeps(removed)
         model = weights.candidates.cut(removed, keeps)
         if any(removed) and removed != weights.removed:
-            repair = self._repair(weights, name)
-            if isinstance(
-                repair, FrontToBack
-            ):  # it needs the memory, and takes several times as long as scoring
-                self._forget()
             with arithmetic(FLOAT32):
-                repair(model, removed, keeps)
+                self._repair(weights, name)(model, removed, keeps)
         return model, keeps
 
     def _repair(self, weights: BaseWeights, name: str) -> Repair:
@@ -111,13 +105,10 @@ class Pruner:
         if weights is not self._weights:
             self._weights, self._repairs = weights, {}
         if name not in self._repairs:
-            self._forget()  # calibration needs the memory
+            if isinstance(self.scorer, Scorer):
+                self.scorer.forget()  # calibration needs the memory
             self._repairs[name] = weights.repairs[name]()
         return self._repairs[name]
-
-    def _forget(self) -> None:
-        if isinstance(self.scorer, Scorer):
-            self.scorer.forget()
 
 
 def _own(model: nn.Module) -> nn.Module:

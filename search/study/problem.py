@@ -249,27 +249,21 @@ def announce(problem: PruningProblem) -> None:
 
 
 def _with_possible_repairs(settings: Settings, untraceable: str) -> Settings:
-    """The settings with repairs that work for this network.
+    """The settings with repairs that work for this network: front to back needs a symbolic trace.
 
     Args:
         settings: The settings of the run.
         untraceable: Why the network has no symbolic trace; empty if it has one.
-
-    Raises:
-        UserError: The search itself was to use a repair that cannot.
     """
-    if not untraceable:
+    repair, finalists = settings.repair, settings.finalists
+    if not untraceable or "sequential" not in (repair.name, finalists.repair):
         return settings
-    if settings.repair.name == "sequential":
-        raise UserError(
-            f"repair=sequential does not work for this network: {untraceable}; use repair=least_squares"
-        )
-    if settings.finalists.count and settings.finalists.repair == "sequential":
-        log.warning(
-            "the best is delivered as the search scored it, not repaired sequentially: %s", untraceable
-        )
-        return replace(settings, finalists=FinalistSettings(count=0, repair=settings.repair.name))
-    return settings
+    if repair.name == "sequential":
+        repair = replace(repair, name="least_squares")
+    if finalists.repair == "sequential":
+        finalists = FinalistSettings(count=0, repair=repair.name)
+    log.warning("repair=%s instead of sequential, which does not work here: %s", repair.name, untraceable)
+    return replace(settings, repair=repair, finalists=finalists)
 
 
 def check_device(device: str) -> None:

@@ -26,7 +26,7 @@ def load(group: str, option: str) -> DictConfig:
 def ddpg(preset: str) -> DDPGAgent:
     """agent=ddpg with a preset on top, which may override existing keys only."""
     base = OmegaConf.load(CONF / "search.yaml")
-    groups = {"agent": "ddpg", "criterion": "l2", "repair": "least_squares"}
+    groups = {"agent": "ddpg", "criterion": "l2", "repair": "sequential"}
     base = OmegaConf.merge(base, {group: load(group, option) for group, option in groups.items()})
     OmegaConf.set_struct(base, True)
     agent = instantiate(OmegaConf.merge(base, load("preset", preset)).agent)

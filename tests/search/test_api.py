@@ -405,13 +405,6 @@ def test_a_network_that_is_hard_to_trace_is_still_compressed(tmp_path: Path) -> 
     assert small.result.pruned.costs["macs"] <= 0.5 * small.result.base.costs["macs"]
 
 
-def test_sequential_repair_of_such_a_network_is_refused_before_the_search(tmp_path: Path) -> None:
-    settings = replace(quick(), repair=RepairSettings("sequential"))
-    with pytest.raises(UserError, match="repair=sequential does not work"):
-        compressed(tmp_path, Untraceable(), settings=settings)
-    assert not (tmp_path / "evaluations.jsonl").exists()
-
-
 def test_the_callers_random_states_are_kept(tmp_path: Path) -> None:
     torch.manual_seed(5)
     random.seed(5)

@@ -24,7 +24,7 @@ def test_the_default_configuration_becomes_settings() -> None:
     settings = wiring.settings_of(cfg, original_lr=0.2)
     assert isinstance(settings.agent, Surrogate)
     assert settings.budgets == (BudgetSettings("macs", 0.3),)
-    assert settings.repair == RepairSettings("least_squares")
+    assert settings.repair == RepairSettings()
     assert (settings.episodes, settings.seed, settings.export, settings.original_lr) == (7, 5, (), 0.2)
 
 
