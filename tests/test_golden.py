@@ -25,13 +25,13 @@ PROPOSED = [
 """The search's first proposals: they depend on the seed alone."""
 DELIVERED = {
     "conv1": 0,
-    "layer1.0.conv1": 6,
-    "layer2.0.conv1": 18,
+    "layer1.0.conv1": 8,
+    "layer2.0.conv1": 14,
     "layer2.0.conv2": 4,
-    "layer3.0.conv1": 40,
-    "layer3.0.conv2": 0,
+    "layer3.0.conv1": 24,
+    "layer3.0.conv2": 24,
 }
-SCORE, MACS, PARAMS = 295 / 300, 376_714, 31_858
+SCORE, MACS, PARAMS = 296 / 300, 380_698, 36_502
 WEIGHTS = "895317dae0103983"
 """Fingerprint of the trained network: processors round differently, so others may train another one."""
 
