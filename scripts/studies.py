@@ -1,4 +1,4 @@
-"""Shared by the compare_* scripts: one `amc-search` run per point and seed, resumable, and a Markdown table.
+"""Shared by the compare_* scripts: a run per point and seed, resumable, and a Markdown table.
 
 A run's folder is OUT/NAME-SEED. A folder with a result is not run again, and an interrupted run resumes.
 """
@@ -27,10 +27,12 @@ class Point:
     Attributes:
         name: The row's title; its runs' folders are named after it.
         overrides: What the point adds to the overrides of all points.
+        command: Module of the command that is run.
     """
 
     name: str
     overrides: tuple[str, ...] = ()
+    command: str = "search.run_search"
 
     def folder(self, out: Path, seed: int) -> Path:
         """The run folder for a seed."""
@@ -62,7 +64,7 @@ def run(points: Iterable[Point], options: argparse.Namespace) -> dict[str, list[
         for seed in options.seeds:
             for point in points:
                 overrides = [*options.common, *point.overrides, f"seed={seed}"]
-                pool.submit(_search, point.folder(options.out, seed), overrides, threads)
+                pool.submit(_run, point.command, point.folder(options.out, seed), overrides, threads)
     found = {point.name: [point.folder(options.out, seed) for seed in options.seeds] for point in points}
     return {
         name: [json.loads((folder / "result.json").read_text()) for folder in folders if _done(folder)]
@@ -74,13 +76,13 @@ def _done(folder: Path) -> bool:
     return (folder / "result.json").exists()
 
 
-def _search(folder: Path, overrides: Sequence[str], threads: int | None) -> None:
-    """Run amc-search unless the folder has a result; the output is written to a file in the folder."""
+def _run(module: str, folder: Path, overrides: Sequence[str], threads: int | None) -> None:
+    """Run a command unless the folder has a result; the output is written to a file in the folder."""
     if _done(folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
-    command = [sys.executable, "-m", "search.run_search", *overrides, f"hydra.run.dir='{folder}'"]
+    command = [sys.executable, "-m", module, *overrides, f"hydra.run.dir='{folder}'"]
     with (folder / "output.txt").open("w") as output:
         code = subprocess.run(command, stdout=output, stderr=output, env=environment, check=False).returncode
     print(f"{folder}: {'done' if code == 0 else f'exit code {code}, see output.txt there'}", file=sys.stderr)

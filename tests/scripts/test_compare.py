@@ -1,6 +1,7 @@
 """scripts/compare_*.py: tiny studies run, resume and print their tables; points differ in what is compared alone."""
 
 import argparse
+import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +18,7 @@ import compare_agents  # noqa: E402 -- scripts are no package
 import compare_latency  # noqa: E402
 import compare_pruning  # noqa: E402
 import compare_repairs  # noqa: E402
+import compare_scores  # noqa: E402
 import studies  # noqa: E402
 from hydra import compose, initialize_config_module  # noqa: E402
 
@@ -118,3 +120,28 @@ def test_the_best_four_criteria_by_the_search_split_are_tuned(tmp_path: Path) ->
     options = argparse.Namespace(out=tmp_path, seeds=[1], epochs=1)
     names = [point.name.split()[2] for point in compare_pruning.criteria_tuned(options)]
     assert names == list(compare_pruning.CRITERIA[:-5:-1])
+
+
+def test_strategies_are_chosen_evenly_and_scores_correlated(tmp_path: Path) -> None:
+    runs = []
+    for name, scores in (("a", [0.1, 0.4, 0.2]), ("b", [0.3, 0.2])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "strategy.json").write_text('{"decisions": {"conv": {"removed": 0}}}')
+        lines = [{"header": {}}, *({"removed": [round(10 * score)], "score": score} for score in scores)]
+        (tmp_path / name / "evaluations.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        runs.append(tmp_path / name)
+    assert compare_scores.chosen(runs, 9) == [{"conv": 1}, {"conv": 2}, {"conv": 3}, {"conv": 4}]
+    assert compare_scores.chosen(runs, 2) == [{"conv": 1}, {"conv": 4}]
+    (file, _) = compare_scores.written([{"conv": 1}, {"conv": 4}], tmp_path)
+    assert json.loads(file.read_text()) == {"decisions": {"conv": {"removed": 1}}}
+
+    def result(score: float, test: float) -> dict[str, Any]:
+        tuned = {"accuracy": -test}
+        return {"search": {"search_accuracy": score}, "pruned": {"accuracy": test}, "finetuned": tuned}
+
+    results = {
+        "cheap": [result(score, score) for score in (0.1, 0.2, 0.4, 0.3)],
+        "dear": [result(score, score) for score in (0.1, 0.2, 0.3, 0.4)],
+    }
+    cells = ["cheap", "4", "25.00", "1.00", "0.80", "-1.00", "1.00", "-1.00"]
+    assert compare_scores.row("cheap", results) == cells

@@ -30,7 +30,6 @@ from search.settings import (
     FinetuneSettings,
     LatencyBudget,
     LatencySettings,
-    RepairSettings,
     Settings,
 )
 
