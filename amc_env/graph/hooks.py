@@ -1,4 +1,4 @@
-"""Watching the calls of a layer."""
+"""Watching the calls of layers."""
 
 from __future__ import annotations
 
@@ -15,3 +15,12 @@ def watch(layer: nn.Module, called: Callable[[Tensor, Tensor], None]) -> Removab
         called(args[0] if args else next(iter(kwargs.values())), output)
 
     return layer.register_forward_hook(hook, with_kwargs=True)
+
+
+def watch_before(layer: nn.Module, called: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call ``called(input)`` before every call of a layer; it may change the layer's weights."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        called(args[0] if args else next(iter(kwargs.values())))
+
+    return layer.register_forward_pre_hook(hook, with_kwargs=True)

@@ -1,7 +1,7 @@
 """What comes after what: batch norms behind layers, and the other operand of residual additions.
 
-Read from a symbolic trace (torch.fx). A network that cannot be traced loses these comforts by name: batch
-norms are not folded for scoring, and the sequential repair is refused.
+Read from a symbolic trace (torch.fx). Of a network that cannot be traced, batch norms are not folded for scoring,
+and repair does not know its shortcuts.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from amc_env.graph.copying import module_copy
+from amc_env.graph.hooks import watch, watch_before
 from amc_env.graph.surgery import CONVOLUTIONS, LAYERS
-from amc_env.inputs import Inputs, tensors_of
+from amc_env.inputs import Inputs, call, tensors_of
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 
@@ -258,32 +260,36 @@ After = Callable[[str, Batches], None]
 
 
 class Run:
-    """Executes a traced network operation by operation, so that layers can be changed as their turn comes.
+    """Executes a network so that layers can be changed as their turn comes, on all inputs that reach them.
 
-    Every operation is run for all batches before the next one is: a layer sees all of its inputs at once, in pieces
-    small enough for the processor's caches. A batch's inputs are let go of as soon as its outputs are there.
+    A traced network is executed operation by operation. Every operation is run for all batches before the next one is:
+    a layer sees all of its inputs at once, in pieces small enough for the processor's caches. A batch's inputs are let
+    go of as soon as its outputs are there. A network without a graph is run on a single batch, and shortcuts are not
+    known.
 
     Args:
         model: The network, or a skeleton of it, that the topology was taken from.
-        topology: Its topology; must have a graph.
+        topology: Its topology.
     """
 
     def __init__(self, model: nn.Module, topology: Topology):
-        assert topology.graph is not None
         self._model = model
         self._topology = topology
-        self._order = topology.order()
+        self._order = topology.order() if topology.graph is not None else []
         last = {need: node for node in self._order for need in _needs(node, topology.partner)}
         self._over: dict[fx.Node, list[fx.Node]] = {node: [] for node in self._order}
         for need, node in last.items():
             self._over[node].append(need)
 
     def __call__(self, inputs: Sequence[Inputs], before: Before, after: After | None = None) -> list[Any]:
-        """The network's outputs on batches of inputs.
+        """The network's outputs on batches of inputs; a network without a graph takes one batch.
 
         Without ``after``, batch norms are folded into the convolutions before them: that spares a pass over the
         activations, and moves outputs by rounding only.
         """
+        if self._topology.graph is None:
+            (batch,) = inputs
+            return [self._hooked(batch, before, after)]
         lanes = [self._lane(batch) for batch in inputs]
         norms = self._foldable() if after is None else {}
         outputs: list[Any] = []
@@ -301,6 +307,17 @@ class Run:
             if layer is not None and after is not None:
                 after(str(node.target), outputs)
         return outputs
+
+    def _hooked(self, batch: Inputs, before: Before, after: After | None) -> Any:
+        """The outputs of a network that is not traced: hooks report its layers."""
+        with ExitStack() as hooks:
+            for name, layer in self._model.named_modules():
+                if isinstance(layer, LAYERS):
+                    reached = watch_before(layer, lambda x, n=name, m=layer: before(n, m, [x], None))
+                    hooks.callback(reached.remove)
+                    if after is not None:
+                        hooks.callback(watch(layer, lambda _, y, n=name: after(n, [y])).remove)
+            return call(self._model, batch)
 
     def _foldable(self) -> dict[str, str]:
         """The batch norms that can be folded: convolution to batch norm."""

@@ -32,7 +32,7 @@ from amc_env.tasks import Segmentation, Task
 from search.data.base import Data, Split
 from search.data.reading import Reader, Signature
 from search.output.export import check_formats
-from search.settings import FinalistSettings, Settings
+from search.settings import Settings
 from search.study.latency_table import How, Subject, build, counted, read_table
 from search.training.short_term import check_loader
 
@@ -92,7 +92,6 @@ class PruningProblem:
         if not grids:
             reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in graph.skipped[:8])
             raise UserError(f"nothing is left to decide: {reasons}", code="nothing_to_prune")
-        settings = _with_possible_repairs(settings, graph.topology.reason)
         problem = cls(model, data, settings, graph, grids)
         problem.space  # noqa: B018 -- an unreachable budget is refused now
         return problem
@@ -246,24 +245,6 @@ def announce(problem: PruningProblem) -> None:
     for cost in space.costs:
         unpruned = cost([0] * len(space.grids))
         log.info("%s: %s, least reachable %.1f%%", cost.name, figure(unpruned), 100 * space.least_ratio(cost))
-
-
-def _with_possible_repairs(settings: Settings, untraceable: str) -> Settings:
-    """The settings with repairs that work for this network: front to back needs a symbolic trace.
-
-    Args:
-        settings: The settings of the run.
-        untraceable: Why the network has no symbolic trace; empty if it has one.
-    """
-    repair, finalists = settings.repair, settings.finalists
-    if not untraceable or "sequential" not in (repair.name, finalists.repair):
-        return settings
-    if repair.name == "sequential":
-        repair = replace(repair, name="least_squares")
-    if finalists.repair == "sequential":
-        finalists = FinalistSettings(count=0, repair=repair.name)
-    log.warning("repair=%s instead of sequential, which does not work here: %s", repair.name, untraceable)
-    return replace(settings, repair=repair, finalists=finalists)
 
 
 def check_device(device: str) -> None:

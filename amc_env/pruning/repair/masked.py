@@ -86,9 +86,6 @@ class MaskedSequential(FrontToBack):
         per_image: Output positions sampled from each image.
         seed: Seed of the positions.
         ridge: Ridge relative to the mean variance of the inputs, towards the trained weights.
-
-    Raises:
-        UserError: The network cannot be traced symbolically.
     """
 
     def __init__(

@@ -8,7 +8,6 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from amc_env.errors import UserError
 from amc_env.graph.layers import Layer
 from amc_env.graph.surgery import Keeps
 from amc_env.graph.topology import Batches, Run, Topology, scale_of
@@ -34,9 +33,6 @@ class FrontToBack:
         per_image: Output positions sampled from each image.
         seed: Seed of the positions.
         ridge: Ridge relative to the mean variance of the inputs.
-
-    Raises:
-        UserError: The network cannot be traced symbolically.
     """
 
     name = "sequential"
@@ -52,13 +48,9 @@ class FrontToBack:
         seed: int = 0,
         ridge: float = RIDGE,
     ):
-        if topology.graph is None:
-            raise UserError(
-                f"repair=sequential does not work for this network: {topology.reason}; "
-                "use repair=least_squares"
-            )
         self._topology = topology
-        self._batches = list(pieces(inputs, _SMALL))
+        # a network without a graph runs its layers in turn only within one batch
+        self._batches = [inputs] if topology.graph is None else list(pieces(inputs, _SMALL))
         self._ridge = ridge
         self._layers = {layer.name: layer for layer in layers}
         self._positions = {
@@ -139,8 +131,8 @@ class Sequential(FrontToBack):
     """Least squares front to back, on what reaches each layer in the network as cut and repaired so far.
 
     The target is the uncut network's output before batch norm, repaired for the error that the shortcut
-    carries: the difference of the two shortcuts divided by the batch norm's scale is added. One pass over the
-    calibration images repairs all layers, each as its turn comes.
+    carries: the difference of the two shortcuts divided by the batch norm's scale is added, where the topology knows
+    the shortcut. One pass over the calibration images repairs all layers, each as its turn comes.
 
     Args:
         candidates: The builder of candidates.
@@ -149,9 +141,6 @@ class Sequential(FrontToBack):
         per_image: Output positions sampled from each image.
         seed: Seed of the positions.
         ridge: Ridge relative to the mean variance of the inputs.
-
-    Raises:
-        UserError: The network cannot be traced symbolically.
     """
 
     def __init__(

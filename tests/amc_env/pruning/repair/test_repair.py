@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from networks import SMALL, images, network, problem, random_removed, settled, with_state
+from networks import SMALL, images, problem, random_removed, settled, with_state
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from amc_env.errors import UserError
 from amc_env.graph.topology import Topology
 from amc_env.graph.tracing import trace
 from amc_env.pruning.calibration import SampledPositions
@@ -294,19 +293,31 @@ def test_the_shortcuts_error_is_repaired() -> None:
         torch.testing.assert_close(model_cut(images()), model(images()), rtol=1e-3, atol=1e-3)
 
 
-def test_sequential_needs_a_traced_network() -> None:
-    candidates, _ = problem("mlp")
-    with pytest.raises(UserError, match=r"repair=sequential .*: no graph; use repair=least_squares"):
-        Sequential(candidates, Topology(None, "no graph"), images(4))
-
-
-def test_least_squares_works_without_a_trace() -> None:
-    candidates, grids = problem("residual")
+@pytest.mark.parametrize("name", ["residual", "selection"])
+def test_repairs_work_without_a_trace(name: str) -> None:
+    candidates, grids = problem(name)
     removed = tuple(grid.snap(0.4) for grid in grids)
-    fixed = candidates.build(removed)
-    fix = LeastSquares(candidates, Topology(None, "no graph"), images(300, seed=6))
-    fix(fixed, removed, candidates.keeps(removed))
-    assert error(fixed, network("residual")) < error(candidates.build(removed), network("residual"))
+    errors = {"none": error(candidates.build(removed), candidates.original)}
+    for repair, kind in REPAIRS.items():
+        fixed = candidates.build(removed)
+        kind(candidates, Topology(None, "no graph"), images(300, seed=6))(
+            fixed, removed, candidates.keeps(removed)
+        )
+        errors[repair] = error(fixed, candidates.original)
+    assert errors["sequential"] < errors["least_squares"] < errors["none"]
+
+
+def test_the_hooked_pass_repairs_as_the_traced_one() -> None:
+    model = settled(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1))
+    )
+    candidates, removed = candidates_of(model, [torch.arange(8), torch.arange(6)]), (3, 2)
+    found = []
+    for topology in (Topology.of(model), Topology(None, "no graph")):
+        fixed = candidates.build(removed)
+        Sequential(candidates, topology, images(60, seed=1))(fixed, removed, candidates.keeps(removed))
+        found.append(fixed.state_dict())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
 class Twice(nn.Module):
