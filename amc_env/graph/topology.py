@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -313,10 +314,9 @@ class Run:
         with ExitStack() as hooks:
             for name, layer in self._model.named_modules():
                 if isinstance(layer, LAYERS):
-                    reached = watch_before(layer, lambda x, n=name, m=layer: before(n, m, [x], None))
-                    hooks.callback(reached.remove)
+                    hooks.callback(watch_before(layer, partial(_reached, before, name, layer)).remove)
                     if after is not None:
-                        hooks.callback(watch(layer, lambda _, y, n=name: after(n, [y])).remove)
+                        hooks.callback(watch(layer, partial(_ended, after, name)).remove)
             return call(self._model, batch)
 
     def _foldable(self) -> dict[str, str]:
@@ -347,6 +347,14 @@ class Run:
         partner = self._topology.partner.get(str(node.target))
         shortcuts = None if partner is None else [lane.env[partner] for lane in lanes]
         return [lane.env[node.all_input_nodes[0]] for lane in lanes], shortcuts
+
+
+def _reached(before: Before, name: str, layer: nn.Module, x: Tensor) -> None:
+    before(name, layer, [x], None)
+
+
+def _ended(after: After, name: str, _: Tensor, y: Tensor) -> None:
+    after(name, [y])
 
 
 def scale_of(norm: nn.Module) -> Tensor:
