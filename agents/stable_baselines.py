@@ -43,7 +43,14 @@ _CONTRIB = ("CrossQ", "TQC", "TRPO")
 """Those of the package sb3_contrib."""
 _OURS = (
     *("policy", "env", "seed", "device", "verbose", "tensorboard_log", "action_noise", "learning_starts"),
-    *("train_freq", "gradient_steps", "buffer_size", "replay_buffer_class", "replay_buffer_kwargs", "n_steps"),
+    *(
+        "train_freq",
+        "gradient_steps",
+        "buffer_size",
+        "replay_buffer_class",
+        "replay_buffer_kwargs",
+        "n_steps",
+    ),
     "_init_setup_model",
 )
 """Arguments of algorithms that the agent's own settings decide."""
