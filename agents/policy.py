@@ -211,7 +211,7 @@ class Policy(Agent):
     budgets: Annotated[Listed[Share], Field(max_length=2)] = ()
 
     def __post_init__(self) -> None:
-        """Refuse a range that is none, and an untrained policy that is not to learn."""
+        """Refuse a range that is none, a policy that cannot be read, and an untrained one that is not to learn."""
         if self.budgets and (len(self.budgets) != 2 or self.budgets[0] > self.budgets[1]):
             raise out_of_range(
                 "budgets", list(self.budgets), "the least and the largest share, like [0.2, 0.6]"
@@ -222,15 +222,15 @@ class Policy(Agent):
                 code="missing",
                 field="policy",
             )
-
-    def check(self, space: SearchSpace, episodes: int) -> None:
-        """Refuse a policy that cannot be read, and budgets to train for where there is none.
-
-        Raises:
-            UserError: So it is.
-        """
         if self.policy is not None:
             _loaded(Path(self.policy))
+
+    def check(self, space: SearchSpace, episodes: int) -> None:
+        """Refuse budgets to train for where there is none.
+
+        Raises:
+            UserError: There is none.
+        """
         if self.budgets and not space.budgets:
             raise UserError("{field} needs a budget; set one, like budget=flops", field="agent.budgets")
 
@@ -333,6 +333,6 @@ def _loaded(path: Path) -> PolicyNetwork:
         raise UserError(
             f"{{field}}={path} is no policy ({first_line(error)}); give the {FILE} of a run of agent=policy",
             code="unreadable",
-            field="agent.policy",
+            field="policy",
         ) from error
     return network

@@ -274,6 +274,8 @@ class StableBaselines(Agent):
             given |= self._off_policy(task, steps)
         else:
             given["n_steps"] = math.ceil(self.rollout_episodes / self.n_envs) * steps
+            if "batch_size" in inspect.signature(kind).parameters:  # unless it is given, all of a rollout
+                given.setdefault("batch_size", given["n_steps"] * self.n_envs)
         try:
             learner = kind("MlpPolicy", env, **given)
         except (TypeError, ValueError, AssertionError) as error:
