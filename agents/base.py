@@ -40,6 +40,7 @@ class SearchTask:
         layer_errors: Gives, for every decision, the relative error that its cut alone leaves in the layers that read
             it after least squares, at each of its feasible counts (`amc_env.space.Grid`), ascending from 0; None where
             that is not known. It costs no evaluation.
+        save: Writes a file of the agent's into the run folder: its name and content. None where there is no folder.
         adopt: Makes the weights of a strategy just scored, repaired and shortly fine-tuned, those that ``score`` cuts
             from then on; counts stay those of units removed from the original.
     """
@@ -52,6 +53,7 @@ class SearchTask:
     on_update: Callable[[Mapping[str, float]], None] | None = None
     adopt: Callable[[Removed], None] = _stays
     layer_errors: Callable[[], Sequence[npt.NDArray[np.float64]] | None] = lambda: None
+    save: Callable[[str, bytes], None] | None = None
 
 
 class Agent(ABC):

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -26,9 +24,9 @@ from torch.nn.functional import mse_loss
 
 from agents.base import Agent, SearchTask
 from agents.exploration import WARMUPS, TruncatedNormalNoise, Warmup, uniform_ratios
+from agents.isolation import denormals_flushed, one_thread, random_states_kept
 from agents.replay import EpisodeReplayBuffer
-from agents.vector import GymnasiumVecEnv
-from amc_env.errors import UserError
+from agents.vector import GymnasiumVecEnv, check_rounds
 from amc_env.space import SearchSpace
 from amc_env.validation import (
     Count,
@@ -47,51 +45,6 @@ Actions = npt.NDArray[np.float32]
 
 STEEP = 0.98
 """The most, either way, that the actor's tanh begins at: beyond, its slope lets it learn nothing."""
-DENORMAL = 1e-40
-"""A float32 that is not 0 and has less than full precision."""
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Computes on one thread, and puts the number of threads back.
-
-    The networks are too small for more: two threads gain a quarter on an idle machine and cost a factor of
-    ten on a busy one, waiting for each other. One also makes what is learnt independent of the machine's
-    number of cores.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def denormals_flushed() -> Iterator[None]:
-    """Takes numbers too small for full precision for 0 in this thread, and puts back how they were taken.
-
-    Adam's moments of units that have fallen silent fade through them for hundreds of updates, and processors
-    compute with them many times slower.
-    """
-    before = not (torch.tensor(DENORMAL) * 1).item()
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(before)
-
-
-@contextmanager
-def random_states_kept() -> Iterator[None]:
-    """Puts the global random states back: Stable-Baselines3 seeds all of them, and they are the caller's."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
 
 
 class AMCDDPG(DDPG):
@@ -344,13 +297,7 @@ class DDPGAgent(Agent):
         Raises:
             UserError: They do not.
         """
-        below = episodes // self.n_envs * self.n_envs
-        if below != episodes:
-            near = " or ".join(str(count) for count in (below, below + self.n_envs) if count)
-            raise UserError(
-                f"search.episodes={episodes} is no multiple of agent.n_envs={self.n_envs}, the episodes at once; "
-                f"set search.episodes={near}, or agent.n_envs=1"
-            )
+        check_rounds(episodes, self.n_envs)
 
     def search(self, task: SearchTask) -> None:
         """Runs ``task.episodes`` episodes.

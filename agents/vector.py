@@ -13,6 +13,8 @@ from gymnasium.wrappers.vector import DictInfoToList
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
+from amc_env.errors import UserError
+
 
 class GymnasiumVecEnv(VecEnv):
     """A vector environment of Gymnasium's as Stable-Baselines3's, with finite rewards.
@@ -111,6 +113,21 @@ class GymnasiumVecEnv(VecEnv):
     ) -> list[bool]:
         """None is wrapped by itself."""
         return [False for _ in self._get_indices(indices)]
+
+
+def check_rounds(episodes: int, n_envs: int) -> None:
+    """Refuse episodes that do not make whole rounds of environments side by side.
+
+    Raises:
+        UserError: They do not.
+    """
+    below = episodes // n_envs * n_envs
+    if below != episodes:
+        near = " or ".join(str(count) for count in (below, below + n_envs) if count)
+        raise UserError(
+            f"search.episodes={episodes} is no multiple of agent.n_envs={n_envs}, the episodes at once; "
+            f"set search.episodes={near}, or agent.n_envs=1"
+        )
 
 
 def _plain(info: dict[str, Any]) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def compress(
     val_loader: Iterable[Any] | None = None,
     *,
     budget: Asked | None = None,
-    agent: str | Agent | None = None,
+    agent: str | Agent | type | None = None,
     test_loader: Iterable[Any] | None = None,
     episodes: int | None = None,
     finetune: FinetuneSettings | int | None = None,
@@ -129,8 +129,9 @@ def compress(
             a `NetworkCost` of your own; or the settings of one budget or several,
             ``LatencyBudget(table="phone.json", elsewhere=True, limit=25.0)``. All
             of them hold.
-        agent: ``surrogate``, ``evolution``, ``cmaes``, ``tpe``, ``ddpg``, ``ddpg_near_uniform``, ``netadapt``, ``random``,
-            ``sensitivity`` or ``uniform``, with the settings of its file in conf/agent; or an agent of one's own.
+        agent: ``surrogate``, ``evolution``, ``policy``, ``cmaes``, ``tpe``, ``ddpg``, ``ddpg_near_uniform``, ``td3``,
+            ``sac``, ``ppo``, ``netadapt``, ``random``, ``sensitivity`` or ``uniform``, with the settings of its file in
+            conf/agent; or an agent of one's own. The class of a Stable-Baselines3 algorithm stands for its name.
         test_loader: Batches for the final figures; without it they are on the validation batches, and are labelled so.
         episodes: Episodes of the search, or evaluations of an agent that does not step.
         finetune: Epochs of fine-tuning, 0 for none, or all of its settings.
@@ -296,16 +297,40 @@ def _task(
     return OwnTask(score, loss)
 
 
-def _agent(name: str) -> Agent:
+def _agent(given: str | Agent | type) -> Any:
+    """The agent that is named or given, or that runs an algorithm of Stable-Baselines3.
+
+    Raises:
+        UserError: The name is unknown, or an algorithm is given that was built already.
+    """
+    kinds = (given if isinstance(given, type) else type(given)).__mro__
+    if any(kind.__module__ == "stable_baselines3.common.base_class" for kind in kinds):
+        if not isinstance(given, type):
+            raise UserError(
+                f"{{field}} is a {type(given).__name__} with an environment of its own: give its class, or let it learn "
+                "on search.make_env(...)",
+                code="wrong_type",
+                field="agent",
+            )
+        if given.__name__ not in ("DDPG", "PPO", "SAC", "TD3"):
+            from agents.stable_baselines import StableBaselines  # imports Stable-Baselines3
+
+            try:
+                return StableBaselines(algorithm=given)
+            except UserError as error:
+                raise error.inside("agent") from error
+        given = given.__name__.lower()
+    if not isinstance(given, str):
+        return given
     from search.config.compose import default_agent  # Hydra is needed for names alone
 
-    return default_agent(name)
+    return default_agent(given)
 
 
 def _settings(
     settings: Settings | None,
     budget: Asked | None,
-    agent: str | Agent | None,
+    agent: str | Agent | type | None,
     finetune: FinetuneSettings | int | None,
     more: Mapping[str, Any],
 ) -> Settings:
@@ -317,7 +342,7 @@ def _settings(
     with reported_together() as attempt:
         given = {
             "budgets": None if budget is None else attempt(lambda: _budgets(budget)),
-            "agent": attempt(lambda: _agent(agent)) if isinstance(agent, str) else agent,
+            "agent": None if agent is None else attempt(lambda: _agent(agent)),
             "finetune": attempt(lambda: _finetune(finetune)),
             **more,
         }

@@ -58,7 +58,7 @@ def test_every_option_composes_checks_and_instantiates(
     if group in ("tracker", "data"):  # these reach out when called: a run does that, in tests of their own
         assert callable(get_object(cfg[group]._target_))
     elif "_target_" in cfg.get(group, {}):
-        assert instantiate(wiring.resolved(cfg)[group]) is not None
+        assert instantiate(wiring.resolved(cfg)[group], _convert_="all") is not None
 
 
 @pytest.mark.parametrize("criterion", CRITERIA, ids=lambda criterion: criterion.name)

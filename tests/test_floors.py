@@ -115,6 +115,7 @@ def test_only_the_search_sees_everything() -> None:
 
 def test_agents_need_little() -> None:
     allowed = {"agents", "amc_env", "numpy", "torch", "gymnasium", "stable_baselines3", "pydantic", "sklearn"}
+    allowed |= {"safetensors"}  # trained policies
     for path in files_of("agents"):
         third = {x for x in roots(path) if x not in sys.stdlib_module_names}
         assert third <= allowed, path

@@ -96,6 +96,7 @@ def run_command(command: Callable[[], object]) -> int:
     try:
         with interrupts.handled():
             _check_overrides(sys.argv[1:])
+            sys.argv[1:] = _with_replaced_sections(sys.argv[1:])
             command()
     except _REPORTED as error:
         return _refused(error)
@@ -129,6 +130,16 @@ def _check_overrides(overrides: list[str]) -> None:
         nothing = value in ("", "''", '""', "null")
         if "=" in override and nothing and name in {"hydra.run.dir", "hydra.sweep.dir", *groups}:
             raise UserError(f"{override} chooses nothing; see --help", code="missing", field=name)
+
+
+def _with_replaced_sections(overrides: list[str]) -> list[str]:
+    """The overrides, where GROUP={_target_: ...} replaces the group's default; Hydra would merge the two."""
+    groups, _ = _names()
+    replaced = []
+    for override in overrides:
+        named = re.match(r"(\w+)=\{\s*_target_\s*:", override)
+        replaced += [f"~{named[1]}", f"+{override}"] if named and named[1] in groups else [override]
+    return replaced
 
 
 def _names() -> tuple[set[str], set[str]]:

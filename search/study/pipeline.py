@@ -106,6 +106,7 @@ def search(
         on_update=latest.update,
         layer_errors=cache(partial(layer_errors_of, problem, start)),
         adopt=study.adopt,
+        save=lambda name, content: files.write(context.folder / name, content),
     )
     settings.agent.search(task)
     return study.best(settings.rescored, settings.finalists.repair), study

@@ -14,6 +14,7 @@ from agents.ddpg import DDPGAgent
 from amc_env.rewards import REWARDS
 
 CONF = Path(__file__).parents[2] / "conf"
+NEAR = "ddpg_near_uniform"  # differences to ddpg
 PRESETS = ("default", "amc_paper", "amc_release")
 
 
@@ -34,10 +35,12 @@ def ddpg(preset: str) -> DDPGAgent:
     return agent
 
 
-@pytest.mark.parametrize("option", ["cmaes", "ddpg", "evolution", "random", "surrogate", "tpe", "uniform"])
+@pytest.mark.parametrize(
+    "option", sorted(path.stem for path in (CONF / "agent").glob("*.yaml") if path.stem != NEAR)
+)
 def test_every_agent_instantiates_and_names_all_its_settings(option: str) -> None:
     config = load("agent", option)
-    agent = instantiate(config)
+    agent = instantiate(config, _convert_="all")
     assert isinstance(agent, Agent)
     assert agent.name == option
     assert set(config) == {"_target_"} | {f.name for f in fields(agent)}  # type: ignore[arg-type]

@@ -12,14 +12,23 @@ from agents.baselines import Random, Uniform
 from agents.ddpg import DDPGAgent
 from agents.evolution import Evolution
 from agents.netadapt import NetAdapt
+from agents.policy import Policy
 from agents.samplers import CmaEs, Tpe
 from agents.sensitivity import Sensitivity
+from agents.stable_baselines import PPOAgent, SACAgent, StableBaselines, TD3Agent
 from agents.surrogate import Surrogate
 from agents.testing import check_agent
 
 SMALL = {"warmup_episodes": 15, "hidden": (64, 64), "warmup": "landing", "updates": 2, "actor_lr": 1e-3}
 LEARNT = partial(DDPGAgent, **SMALL, sigma_decay=0.9)
 NEAR = {"warmup": "near_uniform", "warmup_episodes": 10, "sigma": 0.1, "rescale": True}
+
+OPTIONS = {"learning_rate": 1e-3, "policy_kwargs": {"net_arch": [32, 32]}}
+OFF = {"warmup_episodes": 15, "updates": 1}
+GREEDY = OPTIONS | {"gamma": 0.0, "batch_size": 64}
+ROLLOUT = OPTIONS | {"gae_lambda": 1.0, "policy_kwargs": {"log_std_init": -1.0}}
+UNSEEDED = {"seeded": False}  # proposals that no draw affects
+NO_OPTIMUM = {"learns": False}  # learns nothing, so it need not find the optimum
 
 
 @pytest.mark.parametrize(
@@ -28,15 +37,21 @@ NEAR = {"warmup": "near_uniform", "warmup_episodes": 10, "sigma": 0.1, "rescale"
         (LEARNT, {}),
         (partial(LEARNT, n_envs=4), {}),
         (partial(DDPGAgent, **SMALL | NEAR), {}),
-        (NetAdapt, {"seeded": False}),
-        (partial(NetAdapt, choice="exchange"), {"seeded": False}),
-        (Sensitivity, {"seeded": False}),
+        (partial(TD3Agent, **OFF, sigma_decay=0.95, options=GREEDY), {}),
+        (partial(SACAgent, **OFF, options=GREEDY | {"ent_coef": 0.02}), {}),
+        (partial(PPOAgent, rollout_episodes=4, options=ROLLOUT, n_envs=4), {}),
+        (partial(StableBaselines, rollout_episodes=4, options=ROLLOUT), {}),
+        (Policy, {}),
+        (partial(Policy, budgets=(0.3, 0.7)), {}),
+        (NetAdapt, UNSEEDED),
+        (partial(NetAdapt, choice="exchange"), UNSEEDED),
+        (Sensitivity, UNSEEDED),
         (Evolution, {}),
         (partial(Surrogate, pool=40), {}),
         (CmaEs, {}),
         (Tpe, {}),
-        (Random, {"learns": False}),
-        (Uniform, {"learns": False, "seeded": False}),
+        (Random, NO_OPTIMUM),
+        (Uniform, NO_OPTIMUM | UNSEEDED),
     ],
     ids=str,
 )

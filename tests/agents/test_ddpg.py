@@ -8,7 +8,8 @@ import pytest
 import torch
 from refusals import refused
 
-from agents.ddpg import DENORMAL, DDPGAgent, denormals_flushed, one_thread
+from agents.ddpg import DDPGAgent
+from agents.isolation import DENORMAL, denormals_flushed, one_thread
 from amc_env.errors import UserError
 from amc_env.rewards import Infinity
 

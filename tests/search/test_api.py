@@ -14,6 +14,7 @@ import pytest
 import torch
 from journals import content
 from refusals import refused
+from stable_baselines3 import A2C, DQN, SAC
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -22,6 +23,7 @@ from amc_env.env import PruningEnv
 from amc_env.errors import UserError
 from amc_env.pruning.granularity import NM, Channel, FineGrained
 from search import Compressed, compress, load_pruned, make_env, make_vec_env
+from search.api import _agent
 from search.config.compose import default_agent
 from search.data.base import Data
 from search.data.loaders import from_loaders
@@ -415,6 +417,15 @@ def test_the_callers_random_states_are_kept(tmp_path: Path) -> None:
     agent = replace(default_agent("ddpg"), warmup_episodes=2)  # type: ignore[type-var]
     compressed(tmp_path, agent=agent, episodes=3)
     assert (torch.rand(1).item(), random.random(), np.random.random()) == wanted
+
+
+def test_an_algorithm_of_stable_baselines_stands_for_its_agent() -> None:
+    assert _agent(SAC) == default_agent("sac")
+    assert _agent(A2C).made_by is A2C
+    with refused("wrong_type", "agent"):
+        _agent(A2C("MlpPolicy", "Pendulum-v1", device="cpu"))
+    with refused("out_of_range", "agent.algorithm"):
+        _agent(DQN)
 
 
 def test_the_search_as_an_environment_for_an_agent_of_ones_own() -> None:

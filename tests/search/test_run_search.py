@@ -457,6 +457,7 @@ ALL_MODELS = ("digits_cnn", "digits_mlp", "mobilenet", "plain20", "resnet20", "r
                 "agent._target_=builtins.dict is no class or function",
             ),
         ),
+        (["agent=policy", "agent.policy=nowhere"], ("agent.policy=nowhere is no policy",)),
         (["reward={_target_:search.at_all}"], ("reward._target_=search.at_all cannot be found",)),
         (["agent=null"], ("agent=null chooses nothing",)),
         (["model=null"], ("model=null chooses nothing",)),
@@ -523,6 +524,26 @@ def test_data_that_cannot_be_used_is_refused(
     assert_refused(ended, says)
 
 
+def test_a_target_replaces_the_default_of_its_group(amc_search: Command) -> None:
+    """Hydra alone would merge the two, and the default's settings would not be known to the other class."""
+    agent = "agent={_target_: agents.baselines.Random, redraws: 7}"
+    ended = amc_search(*RANDOM[:5], *RANDOM[6:], agent, "hydra.run.dir=run")
+    assert ended.code == 0, ended.err
+    assert read(Path("run"))["search"]["agent"] == "random"
+
+
+def test_a_trained_policy_is_kept_and_asked_at_another_budget(amc_search: Command) -> None:
+    policy = [*RANDOM, "agent=policy"]
+    assert amc_search(*policy, "agent.group=3", "hydra.run.dir=trained").code == 0
+    ended = amc_search(
+        *policy, "agent.policy=trained", "agent.learn=false", "budget.ratio=0.4", "hydra.run.dir=asked"
+    )
+    assert ended.code == 0, ended.err
+    result = read(Path("asked"))
+    assert (result["search"]["evaluations"], result["budget"]["met"]) == (1, True)
+    assert not (Path("asked") / "policy.safetensors").exists()
+
+
 def no_number(accuracy: float, costs: object, met: bool) -> float:
     return float("nan")
 
@@ -558,7 +579,7 @@ def test_help_says_what_it_does_and_what_there_is(amc_search: Command) -> None:
     assert ended.code == 0
     for text in (
         "under a budget",
-        "agent: cmaes, ddpg, ddpg_near_uniform, evolution, netadapt, random",
+        "agent: cmaes, ddpg, ddpg_near_uniform, evolution, netadapt, policy, ppo, random",
         "budget.ratio",
         "--multirun",
         "digits_cnn",
