@@ -79,7 +79,7 @@ class Tuner:
 
         Raises:
             UserError: It does not: the loader's batches do not fit, nothing can be trained, or the network fails in train
-                mode, as with auxiliary heads, whose layers a cut does not know.
+                mode.
         """
         regularized = self._problem.settings.regularization.during
         try:
@@ -88,8 +88,8 @@ class Tuner:
             raise
         except Exception as error:  # whatever a user's network and loader do not agree on
             raise UserError(
-                f"a pruned network cannot be trained: {type(error).__name__}: {first_line(error)}; are there auxiliary heads "
-                "that run in train mode only, or batches that do not fit the network? Leave them out, or set {field}=0",
+                f"a pruned network cannot be trained: {type(error).__name__}: {first_line(error)}; does it work in train "
+                "mode, and do the batches fit it? Else set {field}=0",
                 code="cannot_train",
                 field="finetune.epochs",
             ) from error

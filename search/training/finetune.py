@@ -28,6 +28,7 @@ from search.data.base import Data
 from search.data.loaders import seeded
 from search.training.batches import AugmentedBatches, Batches
 from search.training.distillation import Teacher, distillation_problems
+from search.training.train_mode import callers_of_train_only, set_training
 from search.training.training_file import TrainingFile
 
 # A look at the loss makes a GPU wait for it, so not at every step.
@@ -79,7 +80,7 @@ def finetune(
 ) -> None:
     """SGD in place, cosine schedule by step down to 0; the last epoch's weights are kept, in eval mode.
 
-    On CUDA in mixed precision. The global random state is left as it was; dropout draws from `seed`.
+    Layers that run in train mode only, as auxiliary heads do, are left out. On CUDA in mixed precision. The global random state is left as it was; dropout draws from `seed`.
     On the CPU the same seed, batches and thread count give the same weights to the bit.
 
     Args:
@@ -109,6 +110,7 @@ def finetune(
     _check_settings(epochs, lr, steps, len(weights), problems)
     optimizer = torch.optim.SGD(weights, lr, momentum, 0, weight_decay, nesterov=momentum > 0)
     layout = training_format(model, batches.example)
+    in_eval = callers_of_train_only(model, in_format(batches.example, layout))
     zeros = _Zeros(model, masks or {})
     source = _source(teacher, batches.example, distillation, temperature, task)
     scaler = torch.amp.GradScaler(enabled=torch.device(device).type == "cuda")
@@ -118,7 +120,7 @@ def finetune(
     with seeded(seed):
         for epoch in range(_resumed(file, step, batches), epochs):
             started = time.perf_counter()
-            model.train()
+            set_training(model, in_eval)
             loss = _epoch(step, batches, schedule, epoch)
             if on_epoch is not None:
                 on_epoch(epoch + 1, loss, schedule((epoch + 1) * steps - 1), time.perf_counter() - started)
