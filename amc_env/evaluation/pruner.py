@@ -17,7 +17,7 @@ from amc_env.pruning.candidate import Builder, Keeps, Masks
 from amc_env.pruning.repair.base import Repair
 from amc_env.pruning.repair.sequential import FrontToBack
 from amc_env.space import Removed
-from amc_env.system import using_threads
+from amc_env.system import memory_for, using_threads
 
 ORIGINAL = "original"
 """Name of the unpruned network's own weights."""
@@ -101,7 +101,7 @@ class Pruner:
                 repair, FrontToBack
             ):  # it needs the memory, and takes several times as long as scoring
                 self._forget()
-            with arithmetic(FLOAT32):
+            with arithmetic(FLOAT32), memory_for("repair", "repair.images"):
                 repair(model, removed, keeps)
         return model, keeps
 
@@ -112,7 +112,8 @@ class Pruner:
             self._weights, self._repairs = weights, {}
         if name not in self._repairs:
             self._forget()  # calibration needs the memory
-            self._repairs[name] = weights.repairs[name]()
+            with memory_for("repair", "repair.images"):
+                self._repairs[name] = weights.repairs[name]()
         return self._repairs[name]
 
     def _forget(self) -> None:
