@@ -156,7 +156,12 @@ class Tuner:
                 task=settings.task,
             )
         except UserError as error:
-            raise error.inside("finetune") from error
+            raise error.renamed(self._path) from error
+
+    def _path(self, field: str) -> str:
+        """Where the user sets what training calls ``field``."""
+        own = field == "batch_size" and self._problem.data.loader is not None
+        return f"train_loader.{field}" if own else f"finetune.{field}"
 
     def skip(self, epochs: int) -> None:
         """Counts epochs that an earlier session of the run has trained."""

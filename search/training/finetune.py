@@ -5,6 +5,7 @@ Only training images are read here: neither the search nor the test split.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
@@ -20,9 +21,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from amc_env.errors import UserError, out_of_range
 from amc_env.graph.copying import forget_activations
 from amc_env.graph.memory_format import training_format
-from amc_env.inputs import Inputs, call, in_format
+from amc_env.inputs import Inputs, call, count, in_format, pieces
 from amc_env.pruning.regularization import LossTerm
-from amc_env.system import using_threads
+from amc_env.system import memory_for, out_of_memory, using_threads
 from amc_env.tasks import Classification, Task
 from search.data.base import Data
 from search.data.loaders import seeded
@@ -33,7 +34,10 @@ from search.training.training_file import TrainingFile
 
 # A look at the loss makes a GPU wait for it, so not at every step.
 STEPS_BETWEEN_CHECKS = 20
+_LEAST_HALVED = 4
+"""Examples of a batch that may be halved: batch norms need two."""
 
+log = logging.getLogger(__name__)
 
 _CLASSIFIER = Classification()
 OnEpoch = Callable[[int, float, float, float], None]
@@ -180,9 +184,13 @@ class _Zeros:
             weight.masked_fill_(gone, 0)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Step:
-    """One step of SGD; in mixed precision on CUDA."""
+    """One step of SGD; in mixed precision on CUDA.
+
+    Where memory is used up, a batch goes through the network in two halves, in this and all later steps. The gradient
+    is that of the batch; batch norms take the statistics of each half.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -194,23 +202,47 @@ class _Step:
     teacher: Teacher | None
     scaler: torch.amp.GradScaler
     clip: float
+    halved: bool = False
 
     def __call__(self, inputs: Inputs, targets: Any, lr: float) -> Tensor:
         """The batch's mean loss, before the step."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.float16, enabled=self.scaler.is_enabled()):
-            loss = self._loss(inputs, targets)
-        if self.penalty is not None:
-            loss = loss + self.penalty(self.model)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        loss = self._gradients(inputs, targets)
         if math.isfinite(self.clip):
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.zeros.hold()
+        return loss
+
+    def _gradients(self, inputs: Inputs, targets: Any) -> Tensor:
+        """The batch's mean loss, whose gradients are added up in the weights."""
+        if not self.halved and count(inputs) >= _LEAST_HALVED:
+            self.optimizer.zero_grad(set_to_none=True)
+            try:
+                return self._backward(inputs, targets, 1.0)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+            self.halved = True
+            torch.cuda.empty_cache()
+            log.warning("out of memory: batches of %d are trained on in two halves", count(inputs))
+        self.optimizer.zero_grad(set_to_none=True)
+        size = -(-count(inputs) // 2) if count(inputs) >= _LEAST_HALVED else count(inputs)
+        with memory_for("training", "batch_size"):
+            parts = zip(pieces(inputs, size), pieces(targets, size), strict=True)
+            losses = [self._backward(*part, count(part[0]) / count(inputs)) for part in parts]
+        return torch.stack(losses).sum()
+
+    def _backward(self, inputs: Inputs, targets: Any, share: float) -> Tensor:
+        """Adds the gradients of a batch's mean loss, or of this share of it."""
+        with torch.autocast(self.device.type, torch.float16, enabled=self.scaler.is_enabled()):
+            loss = share * self._loss(inputs, targets)
+        if self.penalty is not None:
+            loss = loss + share * self.penalty(self.model)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def _loss(self, inputs: Inputs, targets: Any) -> Tensor:

@@ -125,9 +125,7 @@ class Auxiliary(Own):
         return (logits, *(head(torch.relu(self.stem(x))) for head in self.more))
 
 
-def test_auxiliary_heads_of_train_mode_are_left_out(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_auxiliary_heads_of_train_mode_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         small = compressed(tmp_path, Auxiliary(), finetune=1)
     assert any("not trained: more" in record.getMessage() for record in caplog.records)

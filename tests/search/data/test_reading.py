@@ -86,7 +86,11 @@ class Image(Tensor):
 
 
 @pytest.mark.parametrize(
-    "batch", [(X.as_subclass(Image), Y.as_subclass(Image)), {"x": X.as_subclass(Image), "label": Y.as_subclass(Image)}]
+    "batch",
+    [
+        (X.as_subclass(Image), Y.as_subclass(Image)),
+        {"x": X.as_subclass(Image), "label": Y.as_subclass(Image)},
+    ],
 )
 def test_tensors_of_other_classes_become_plain_ones(batch: Any) -> None:
     found, targets = read(One(), batch)
