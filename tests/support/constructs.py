@@ -408,7 +408,7 @@ CONSTRUCTS = {
         lambda: tied("weight", act=nn.PReLU(WIDTH), after=nn.PReLU(WIDTH)), {"first": 8, "middle.one": 8}
     ),
     "two layers with one weight": between(
-        lambda: tied("weight", act=conv(), after=conv()), {}
+        lambda: tied("weight", act=conv(), after=conv()), {"first": 8}
     ),
     "chunk and concatenation": between(
         lambda: Function(c2f, inner=conv(), one=conv(4, 4, 3), two=conv(4, 4, 3), join=conv(12, WIDTH)),
