@@ -17,6 +17,8 @@ from typing import TypeVar
 
 import torch
 
+from amc_env.errors import UserError, first_line
+
 T = TypeVar("T")
 
 
@@ -48,6 +50,36 @@ def in_lanes(call: Callable[[int], T], count: int) -> Generator[T]:
             pool.shutdown(cancel_futures=True)
         finally:  # the lanes' number is that of libraries in all threads
             torch.set_num_threads(threads)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory was used up: of a graphics processor, or of the machine."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
+@contextmanager
+def memory_for(what: str, field: str) -> Iterator[None]:
+    """Refuses what does not fit into memory.
+
+    Args:
+        what: What the memory is for, like "scoring".
+        field: The setting to lower.
+
+    Raises:
+        UserError: The block used up the memory.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory: {what} does not fit ({first_line(error)}): lower {{field}}",
+            code="out_of_memory",
+            field=field,
+        ) from error
 
 
 def release_heap() -> None:

@@ -66,6 +66,8 @@ class PrefixScorer(Scorer):
         room: Bytes for kept values; images beyond are run from the first layer on.
     """
 
+    _shared: _Shared | None = None
+
     def __init__(
         self,
         model: nn.Module,
@@ -95,11 +97,15 @@ class PrefixScorer(Scorer):
             reason = _obstacle(network.graph)
         if not isinstance(self.task, TalliedTask):
             reason = "the task runs networks itself"
-        self._shared: _Shared | None = None
         if isinstance(network, fx.GraphModule) and not reason:
             self._shared = _Shared(network, self._batches, room, side_by_side=self._side_by_side)
         else:
             _say_that_nothing_is_shared(reason)
+
+    def _divide(self, batch_size: int) -> None:
+        super()._divide(batch_size)
+        if self._shared is not None:
+            self._shared = self._shared.with_batches(self._batches)
 
     def outputs(self, network: nn.Module) -> Generator[tuple[Any, Any]]:
         """Outputs and targets of one batch after another; see `Scorer.outputs`."""
@@ -148,6 +154,7 @@ class _Shared:
         self._modules = dict(network.named_modules())
         self._batches = batches
         self._arguments = [placed(network.graph, batch) for batch in batches]
+        self._side_by_side = side_by_side
         self._run = in_lanes if side_by_side else in_turn
         self._work, self._sizes = _measured(network, take(batches[0], slice(2)))
         self._kept = _Kept(room)
@@ -171,6 +178,10 @@ class _Shared:
                 for token, value in values.items():
                     self._keep(token, index, value)
                 yield output
+
+    def with_batches(self, batches: Sequence[Inputs]) -> _Shared:
+        """The same for other batches; nothing is kept yet."""
+        return _Shared(self._network, batches, self._kept.room, side_by_side=self._side_by_side)
 
     def forget(self) -> None:
         """Free the values kept."""

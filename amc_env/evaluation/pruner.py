@@ -16,7 +16,7 @@ from amc_env.graph.copying import module_copy
 from amc_env.pruning.candidate import Builder, Keeps, Masks
 from amc_env.pruning.repair.base import Repair
 from amc_env.space import Removed
-from amc_env.system import using_threads
+from amc_env.system import memory_for, using_threads
 
 ORIGINAL = "original"
 """Name of the unpruned network's own weights."""
@@ -95,7 +95,7 @@ class Pruner:
         keeps = weights.candidates.keeps(removed)
         model = weights.candidates.cut(removed, keeps)
         if any(removed) and removed != weights.removed:
-            with arithmetic(FLOAT32):
+            with arithmetic(FLOAT32), memory_for("repair", "repair.images"):
                 self._repair(weights, name)(model, removed, keeps)
         return model, keeps
 

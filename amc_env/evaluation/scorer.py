@@ -29,7 +29,7 @@ from amc_env.inputs import (
     tensors_of,
     to_dtype,
 )
-from amc_env.system import in_lanes, in_turn
+from amc_env.system import in_lanes, in_turn, memory_for, out_of_memory
 from amc_env.tasks import Classification, Task
 from amc_env.tasks.base import TalliedTask
 
@@ -158,11 +158,39 @@ class Scorer:
         network = _checked(self.folder, model, take(self.inputs, slice(2)), precision)
         # a network that cannot be traced may keep things between its layers: one batch at a time
         self._side_by_side = device.type == "cpu" and isinstance(network, fx.GraphModule)
+        self._all_targets = targets
+        self._halved = False
+        self._divide(batch_size)
+
+    def _divide(self, batch_size: int) -> None:
+        """Make batches of this size."""
+        self.batch_size = batch_size
         self._batches = list(pieces(self.inputs, batch_size))
-        self._targets = list(pieces(targets, batch_size))
+        self._targets = list(pieces(self._all_targets, batch_size))
 
     def __call__(self, model: nn.Module) -> float:
-        """The score of a cut network, in [0, 1]."""
+        """The score of a cut network, in [0, 1].
+
+        Where memory is used up, batches are halved, once, for this and all later networks.
+
+        Raises:
+            UserError: Half a batch does not fit into memory either.
+        """
+        if not self._halved and self.batch_size > 1:
+            try:
+                return self._score(model)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+            self._halved = True
+            self._divide(self.batch_size // 2)
+            self.forget()
+            torch.cuda.empty_cache()
+            log.warning("out of memory: evaluator.batch_size is halved to %d", self.batch_size)
+        with memory_for("scoring", "evaluator.batch_size"):
+            return self._score(model)
+
+    def _score(self, model: nn.Module) -> float:
         if not isinstance(self.task, TalliedTask):
             with torch.no_grad(), arithmetic(self._precision):
                 return self.task.score(model, self._pairs())

@@ -41,6 +41,24 @@ def side_of(module: nn.Module, key: str, dimension: int) -> str:
     return f"{key}.{dimension}"
 
 
+def shared_parameters(model: nn.Module) -> list[list[tuple[str, str]]]:
+    """The places, (module, name), of each parameter that has several."""
+    places: dict[nn.Parameter, list[tuple[str, str]]] = {}
+    for module_name, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(parameter, []).append((module_name, name))
+    return [found for found in places.values() if len(found) > 1]
+
+
+def share(model: nn.Module, shared: list[list[tuple[str, str]]]) -> None:
+    """Puts one parameter in all places where the uncut network has one, in place."""
+    for (owner, own), *others in shared:
+        parameter = model.get_submodule(owner)._parameters[own]
+        for module_name, name in others:
+            model.get_submodule(module_name)._parameters[name] = parameter
+
+
 def resize(model: nn.Module, keeps: Keeps) -> nn.Module:
     """Cuts an uncut network down to ``keeps``, in place.
 
@@ -51,6 +69,7 @@ def resize(model: nn.Module, keeps: Keeps) -> nn.Module:
         ``model``.
     """
     modules = dict(model.named_modules())
+    shared = shared_parameters(model)
     for name, sides in keeps.items():
         module = modules[name]
         for key, tensor in cut_tensors(module, sides).items():
@@ -61,6 +80,7 @@ def resize(model: nn.Module, keeps: Keeps) -> nn.Module:
             else:
                 module._buffers[key] = tensor
         set_sizes(module, sides)
+    share(model, shared)
     return model
 
 

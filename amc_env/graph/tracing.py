@@ -272,18 +272,28 @@ def _proved(
             search(some[:middle])
             search(some[middle:])
 
-    if _refuted(stirred, inputs, groups) is not None:
+    if _refuted_together(stirred, inputs, groups) is not None:
         for alike in _kinds(groups):
             search(alike[:1])
             if alike[0].name in bad:
                 bad |= dict.fromkeys((group.name for group in alike), bad[alike[0].name])
         search([group for group in groups if group.name not in bad])
     good = [group for group in groups if group.name not in bad]
-    if bad and good and (reason := _refuted(stirred, inputs, good)) is not None:
+    if bad and good and (reason := _refuted_together(stirred, inputs, good)) is not None:
         raise UserError(f"the network cannot be cut in several places at once: {reason}")
     skipped = [Skipped(name, bad[g.name]) for g in groups if g.name in bad for name in g.producers]
     kept = {name for group in good for name in group.producers}
     return good, [s for s in skipped if s.name not in kept]
+
+
+def _refuted_together(model: nn.Module, inputs: Inputs, groups: Sequence[ChannelGroup]) -> str | None:
+    """`_refuted` of all groups, and of two different halves of them.
+
+    A network may reshape channels by the width that others had. That shows where one is cut and the other is not.
+    """
+    halves = ([group for index, group in enumerate(groups) if index >> bit & 1] for bit in (0, 1))
+    tried = (_refuted(model, inputs, some) for some in (groups, *halves) if some)
+    return next((reason for reason in tried if reason is not None), None)
 
 
 def _kinds(groups: Sequence[ChannelGroup]) -> list[list[ChannelGroup]]:

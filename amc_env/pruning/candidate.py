@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from amc_env.graph.copying import module_copy
 from amc_env.graph.layers import LayerGraph, keeps_of
-from amc_env.graph.surgery import Keeps, cut_tensors, resize, set_sizes, widened_tensors
+from amc_env.graph.surgery import (
+    Keeps,
+    cut_tensors,
+    resize,
+    set_sizes,
+    share,
+    shared_parameters,
+    widened_tensors,
+)
 from amc_env.space import Grid
 
 
@@ -38,6 +46,7 @@ def widen(slim: nn.Module, keeps: Keeps, original: nn.Module) -> nn.Module:
                 module._parameters[key] = nn.Parameter(tensor, requires_grad=trained)
             else:
                 module._buffers[key] = tensor
+    share(wide, shared_parameters(original))
     return wide.eval()
 
 
@@ -94,6 +103,7 @@ class Candidates:
             (name, module, self.skeleton.get_submodule(name))
             for name, module in self._original.named_modules()
         ]
+        self._shared = shared_parameters(self._original)
         self._sizes = {
             name: {k: v for k, v in vars(module).items() if isinstance(v, int)}
             for name, module, _ in self._pairs
@@ -142,6 +152,7 @@ class Candidates:
             if sides:
                 vars(module).update(self._sizes[name])
                 set_sizes(module, sides)
+        share(self.skeleton, self._shared)
         return self.skeleton.eval()
 
     def build(self, removed: Sequence[int]) -> nn.Module:

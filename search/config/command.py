@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import math
 import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from functools import wraps
 from importlib import resources
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from amc_env.errors import UserError
-from search import interrupts
+from search import files, interrupts
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +46,10 @@ _REPORTED = (UserError, IncompleteError, HydraException, OmegaConfBaseException)
 """What ends in one line."""
 
 
-_failed_jobs: list[tuple[str, Exception]] = []
-"""Of a sweep in this process: the job, and its error."""
+FAILURE = "failure.json"
+"""In the folder of a sweep's job that failed: its error. Launchers run jobs in other processes, or on other machines."""
+_sweeps: list[Path] = []
+"""Folders of the sweeps of this command."""
 
 
 Application = TypeVar("Application", bound=Callable[..., Any])
@@ -53,22 +58,25 @@ Application = TypeVar("Application", bound=Callable[..., Any])
 def application(function: Application) -> Application:
     """Decorates what `hydra.main` runs: a user's mistake ends it here, before Hydra adds lines of its own.
 
-    A mistake in one job of a sweep lets the others run; `run_command` reports it at the end. The job's value is NaN.
+    A mistake in one job of a sweep lets the others run; `run_command` reports it at the end. The job's value is then 0,
+    the lowest score: some sweepers end at a value that is no number.
     """
 
     @wraps(function)
     def guarded(cfg: DictConfig) -> Any:
         try:
+            (run_folder() / FAILURE).unlink(missing_ok=True)
             _check_sections(cfg)
             return function(cfg)
         except _REPORTED as error:
             hydra = HydraConfig.get()
             if hydra.mode != RunMode.MULTIRUN:
                 sys.exit(_refused(error))
-            job = f"job {hydra.job.num}: "  # Hydra has printed its settings
-            log.error("%s%s", job, _line(error))
-            _failed_jobs.append((job, error))
-            return math.nan
+            job = int(hydra.job.num)
+            log.error("job %d: %s", job, _line(error))  # Hydra has printed its settings
+            failure = {"job": job, "error": _line(error), "exit_code": _exit_code(error)}
+            files.write(run_folder() / FAILURE, json.dumps(failure))
+            return 0.0
 
     return cast(Application, guarded)
 
@@ -92,7 +100,8 @@ def run_command(command: Callable[[], object]) -> int:
         143 after SIGTERM.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed with a traceback
-    _failed_jobs.clear()
+    began = time.time()
+    _sweeps.clear()
     try:
         with interrupts.handled():
             _check_overrides(sys.argv[1:])
@@ -110,7 +119,30 @@ def run_command(command: Callable[[], object]) -> int:
         return _refused(refusal)
     except KeyboardInterrupt as stopped:
         return stopped.exit_code if isinstance(stopped, interrupts.Stopped) else _INTERRUPTED
-    return max((_refused(error, job) for job, error in _failed_jobs), default=0)
+    return _sweep_result(began)
+
+
+class SweepEnd(Callback):
+    """Notes the folder of a sweep of this command; conf/base.yaml has Hydra call it."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """See Hydra."""
+        _sweeps.append(Path(config.hydra.sweep.dir))
+
+
+def _sweep_result(began: float) -> int:
+    """The exit code of a command that came to its end; errors of a sweep's jobs are printed.
+
+    Args:
+        began: When the command began, in seconds since the epoch: earlier sweeps in the folder may have failed.
+    """
+    found = [
+        file for folder in _sweeps for file in folder.rglob(FAILURE) if file.stat().st_mtime >= began - 1
+    ]
+    failures = [json.loads(file.read_text(encoding="utf-8")) for file in found]
+    for failure in sorted(failures, key=itemgetter("job")):
+        print(f"error: job {failure['job']}: {failure['error']}", file=sys.stderr)  # noqa: T201 -- as `_refused`
+    return max((failure["exit_code"] for failure in failures), default=0)
 
 
 def _check_overrides(overrides: list[str]) -> None:
@@ -160,8 +192,12 @@ def _of_the_file_system(error: BaseException) -> UserError | None:
     )
 
 
-def _refused(error: BaseException, job: str = "") -> int:
-    print(f"error: {job}{_line(error)}", file=sys.stderr)  # noqa: T201 -- the one line that a mistake ends with
+def _refused(error: BaseException) -> int:
+    print(f"error: {_line(error)}", file=sys.stderr)  # noqa: T201 -- the one line that a mistake ends with
+    return _exit_code(error)
+
+
+def _exit_code(error: BaseException) -> int:
     return INCOMPLETE if isinstance(error, IncompleteError) else USER_MISTAKE
 
 

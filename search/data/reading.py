@@ -80,7 +80,8 @@ class Reader:
 
         Args:
             name: the loader's, such as ``train_loader``.
-            batch: what it gave.
+            batch: what it gave. Tensors of other classes, as of fastai and torchvision's tv_tensors, become plain ones,
+                since their classes go through every operation of the network with them.
 
         Raises:
             UserError: the batch has another form, or its targets are not of the task.
@@ -92,7 +93,7 @@ class Reader:
         else:
             raise _wrong(name, f"batches of {type(batch).__name__}: {_FORMS} are needed")
         ready = each(inputs, lambda tensor: _input(name, tensor))
-        return ready, self.task.targets(name, _target(name, targets))
+        return ready, self.task.targets(name, each(_target(name, targets), _plain))
 
     def _of_names(self, name: str, batch: Mapping[str, Any]) -> tuple[Inputs, Any]:
         entry = next((key for key in TARGETS if key in batch), None)
@@ -216,7 +217,12 @@ def _input(name: str, tensor: Tensor) -> Tensor:
         )
     if tensor.ndim == 0:
         raise _wrong(name, f"single examples: {_COLLATE}")
-    return tensor.detach().to(torch.float32) if tensor.is_floating_point() else tensor.detach()
+    tensor = _plain(tensor.detach())
+    return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor if type(tensor) is Tensor else tensor.as_subclass(Tensor)
 
 
 def _wrong(name: str, reason: str) -> UserError:

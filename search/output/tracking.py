@@ -137,9 +137,9 @@ class WandbTracker:
     """A Weights & Biases run whose files are under `<folder>/wandb`.
 
     The run's id is kept in `<folder>/wandb_id.txt`, so a resumed search continues the same W&B run. Under a W&B sweep
-    agent the run is the agent's (WANDB_RUN_ID). W&B says which
-    rows that run already has, and only newer ones are logged. Offline it cannot say: a resumed search then logs all
-    its rows again, into a second set of files for `wandb sync <folder>/wandb`.
+    agent the run is the agent's (WANDB_RUN_ID). Only rows that the run does not have are logged. W&B says which it has;
+    offline it cannot, so the last step of each phase stands beside the id. A resumed search then adds a second set of
+    files for `wandb sync <folder>/wandb`.
 
     Any failure in W&B (not installed, no account, no answer, a full disk) is reported once as a warning; from then on
     this tracker does nothing.
@@ -169,13 +169,14 @@ class WandbTracker:
         self.run: Any = None
         self._alive = True
         self._last: dict[str, int] = {}  # phase -> the last step that W&B has
+        self._note = _Note(self.folder / "wandb_id.txt")
         shown = {"project": project, "name": name, "config": dict(config or {})}
         self._guard(lambda: self._start(shown, mode, timeout_s))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         phase = phase_of(metrics)
         if step > self._last.get(phase, -1):
-            self._guard(lambda: self.run.log({STEP_AXIS[phase]: step, **metrics}))
+            self._guard(lambda: self._log(phase, metrics, step))
 
     def summary(self, values: Mapping[str, Scalar]) -> None:
         self._guard(lambda: self.run.summary.update(dict(values)))
@@ -183,6 +184,11 @@ class WandbTracker:
     def close(self) -> None:
         self._guard(lambda: self.run.finish())
         self._alive = False
+
+    def _log(self, phase: str, metrics: Mapping[str, float], step: int) -> None:
+        self.run.log({STEP_AXIS[phase]: step, **metrics})
+        self._last[phase] = step
+        self._note.write(self.run.id, self._last)
 
     def _guard(self, call: Callable[[], object]) -> None:
         if not self._alive:
@@ -200,11 +206,11 @@ class WandbTracker:
     def _start(self, shown: Mapping[str, Any], mode: str | None, timeout_s: float) -> None:
         import wandb
 
-        note = self.folder / "wandb_id.txt"
+        known, last = self._note.read()
         chosen: Any = mode or os.environ.get("WANDB_MODE") or ("online" if _has_key(wandb) else "offline")
         self.run = wandb.init(
             dir=str(self.folder.resolve()),
-            id=_run_id(note),
+            id=_run_id(known),
             resume="allow",
             reinit="create_new",  # several runs in one process: a multirun
             mode=chosen,
@@ -217,14 +223,17 @@ class WandbTracker:
             ),
             **shown,
         )
-        note.write_text(f"{self.run.id}\n")
+        offline = self.run.settings.mode == "offline"
+        if offline and self.run.id == known:
+            self._last |= last
         for phase, axis in STEP_AXIS.items():
             if (last := self.run.summary.get(axis)) is not None:
                 self._last[phase] = int(last)
             self.run.define_metric(axis, hidden=True)
             for prefix in ("episode", "best", "search") if phase == "search" else ("finetune",):
                 self.run.define_metric(f"{prefix}/*", step_metric=axis)
-        if self.run.settings.mode == "offline":
+        self._note.write(self.run.id, self._last)
+        if offline:
             logger.info("W&B is offline; upload with: wandb sync %s", self.folder / "wandb")
 
 
@@ -289,12 +298,29 @@ class Trackers:
         self.close()
 
 
-def _run_id(note: Path) -> str | None:
+class _Note:
+    """The run's id, and the last step of each phase that was logged: a line each."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self) -> tuple[str | None, dict[str, int]]:
+        """The id and the steps; None and nothing where there is no note."""
+        if not self._path.exists():
+            return None, {}
+        known, *rows = self._path.read_text(encoding="utf-8").splitlines() or [""]
+        return known.strip() or None, {phase: int(step) for phase, step in map(str.split, rows)}
+
+    def write(self, run_id: str, last: Mapping[str, int]) -> None:
+        """Replace the note."""
+        rows = "".join(f"{phase} {step}\n" for phase, step in last.items())
+        files.write(self._path, f"{run_id}\n{rows}")
+
+
+def _run_id(known: str | None) -> str | None:
     """The run to continue: a sweep agent's own, else the folder's, else the one that the environment names."""
     given = os.environ.get("WANDB_RUN_ID")
-    if note.exists() and not (given and os.environ.get("WANDB_SWEEP_ID")):
-        return note.read_text().strip()
-    return given
+    return given if given and os.environ.get("WANDB_SWEEP_ID") else known or given
 
 
 def _has_key(wandb: Any) -> bool:

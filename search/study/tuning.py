@@ -79,7 +79,7 @@ class Tuner:
 
         Raises:
             UserError: It does not: the loader's batches do not fit, nothing can be trained, or the network fails in train
-                mode, as with auxiliary heads, whose layers a cut does not know.
+                mode.
         """
         regularized = self._problem.settings.regularization.during
         try:
@@ -88,8 +88,8 @@ class Tuner:
             raise
         except Exception as error:  # whatever a user's network and loader do not agree on
             raise UserError(
-                f"a pruned network cannot be trained: {type(error).__name__}: {first_line(error)}; are there auxiliary heads "
-                "that run in train mode only, or batches that do not fit the network? Leave them out, or set {field}=0",
+                f"a pruned network cannot be trained: {type(error).__name__}: {first_line(error)}; does it work in train "
+                "mode, and do the batches fit it? Else set {field}=0",
                 code="cannot_train",
                 field="finetune.epochs",
             ) from error
@@ -156,7 +156,12 @@ class Tuner:
                 task=settings.task,
             )
         except UserError as error:
-            raise error.inside("finetune") from error
+            raise error.renamed(self._path) from error
+
+    def _path(self, field: str) -> str:
+        """Where the user sets what training calls ``field``."""
+        own = field == "batch_size" and self._problem.data.loader is not None
+        return f"train_loader.{field}" if own else f"finetune.{field}"
 
     def skip(self, epochs: int) -> None:
         """Counts epochs that an earlier session of the run has trained."""

@@ -5,6 +5,7 @@ Only training images are read here: neither the search nor the test split.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
@@ -20,19 +21,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from amc_env.errors import UserError, out_of_range
 from amc_env.graph.copying import forget_activations
 from amc_env.graph.memory_format import training_format
-from amc_env.inputs import Inputs, call, in_format
+from amc_env.inputs import Inputs, call, count, in_format, pieces
 from amc_env.pruning.regularization import LossTerm
-from amc_env.system import using_threads
+from amc_env.system import memory_for, out_of_memory, using_threads
 from amc_env.tasks import Classification, Task
 from search.data.base import Data
 from search.data.loaders import seeded
 from search.training.batches import AugmentedBatches, Batches
 from search.training.distillation import Teacher, distillation_problems
+from search.training.train_mode import callers_of_train_only, set_training
 from search.training.training_file import TrainingFile
 
 # A look at the loss makes a GPU wait for it, so not at every step.
 STEPS_BETWEEN_CHECKS = 20
+_LEAST_HALVED = 4
+"""Examples of a batch that may be halved: batch norms need two."""
 
+log = logging.getLogger(__name__)
 
 _CLASSIFIER = Classification()
 OnEpoch = Callable[[int, float, float, float], None]
@@ -79,7 +84,7 @@ def finetune(
 ) -> None:
     """SGD in place, cosine schedule by step down to 0; the last epoch's weights are kept, in eval mode.
 
-    On CUDA in mixed precision. The global random state is left as it was; dropout draws from `seed`.
+    Layers that run in train mode only, as auxiliary heads do, are left out. On CUDA in mixed precision. The global random state is left as it was; dropout draws from `seed`.
     On the CPU the same seed, batches and thread count give the same weights to the bit.
 
     Args:
@@ -109,6 +114,7 @@ def finetune(
     _check_settings(epochs, lr, steps, len(weights), problems)
     optimizer = torch.optim.SGD(weights, lr, momentum, 0, weight_decay, nesterov=momentum > 0)
     layout = training_format(model, batches.example)
+    in_eval = callers_of_train_only(model, in_format(batches.example, layout))
     zeros = _Zeros(model, masks or {})
     source = _source(teacher, batches.example, distillation, temperature, task)
     scaler = torch.amp.GradScaler(enabled=torch.device(device).type == "cuda")
@@ -118,7 +124,7 @@ def finetune(
     with seeded(seed):
         for epoch in range(_resumed(file, step, batches), epochs):
             started = time.perf_counter()
-            model.train()
+            set_training(model, in_eval)
             loss = _epoch(step, batches, schedule, epoch)
             if on_epoch is not None:
                 on_epoch(epoch + 1, loss, schedule((epoch + 1) * steps - 1), time.perf_counter() - started)
@@ -178,9 +184,13 @@ class _Zeros:
             weight.masked_fill_(gone, 0)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Step:
-    """One step of SGD; in mixed precision on CUDA."""
+    """One step of SGD; in mixed precision on CUDA.
+
+    Where memory is used up, a batch goes through the network in two halves, in this and all later steps. The gradient
+    is that of the batch; batch norms take the statistics of each half.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -192,23 +202,47 @@ class _Step:
     teacher: Teacher | None
     scaler: torch.amp.GradScaler
     clip: float
+    halved: bool = False
 
     def __call__(self, inputs: Inputs, targets: Any, lr: float) -> Tensor:
         """The batch's mean loss, before the step."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.float16, enabled=self.scaler.is_enabled()):
-            loss = self._loss(inputs, targets)
-        if self.penalty is not None:
-            loss = loss + self.penalty(self.model)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        loss = self._gradients(inputs, targets)
         if math.isfinite(self.clip):
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.zeros.hold()
+        return loss
+
+    def _gradients(self, inputs: Inputs, targets: Any) -> Tensor:
+        """The batch's mean loss, whose gradients are added up in the weights."""
+        if not self.halved and count(inputs) >= _LEAST_HALVED:
+            self.optimizer.zero_grad(set_to_none=True)
+            try:
+                return self._backward(inputs, targets, 1.0)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+            self.halved = True
+            torch.cuda.empty_cache()
+            log.warning("out of memory: batches of %d are trained on in two halves", count(inputs))
+        self.optimizer.zero_grad(set_to_none=True)
+        size = -(-count(inputs) // 2) if count(inputs) >= _LEAST_HALVED else count(inputs)
+        with memory_for("training", "batch_size"):
+            parts = zip(pieces(inputs, size), pieces(targets, size), strict=True)
+            losses = [self._backward(*part, count(part[0]) / count(inputs)) for part in parts]
+        return torch.stack(losses).sum()
+
+    def _backward(self, inputs: Inputs, targets: Any, share: float) -> Tensor:
+        """Adds the gradients of a batch's mean loss, or of this share of it."""
+        with torch.autocast(self.device.type, torch.float16, enabled=self.scaler.is_enabled()):
+            loss = share * self._loss(inputs, targets)
+        if self.penalty is not None:
+            loss = loss + share * self.penalty(self.model)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def _loss(self, inputs: Inputs, targets: Any) -> Tensor:

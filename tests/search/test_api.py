@@ -113,17 +113,41 @@ def test_a_network_that_stores_activations_is_pruned_and_trained(
 
 
 class Auxiliary(Own):
-    """Has a second head in train mode only."""
+    """Has two more heads in train mode only, each a module of its own, like GoogLeNet."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.second = nn.Linear(8, 3)
+        self.more = nn.ModuleList(nn.Sequential(nn.Flatten(), nn.Linear(8 * 36, 3)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Any:
+        logits = super().forward(x)
+        if not self.training:
+            return logits
+        return (logits, *(head(torch.relu(self.stem(x))) for head in self.more))
+
+
+def test_auxiliary_heads_of_train_mode_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        small = compressed(tmp_path, Auxiliary(), finetune=1)
+    assert any("not trained: more" in record.getMessage() for record in caplog.records)
+    assert small.result.finetuned is not None
+    assert small.model.more[1][1].in_features == 8 * 36
+    restored = load_pruned(Auxiliary(), tmp_path)
+    x = torch.randn(5, 1, 6, 6)
+    with torch.no_grad():
+        assert torch.equal(restored(x), small.model(x))
+
+
+class OnlyEval(Own):
+    """Cannot be cut in train mode: a parameter is read there without a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 8))
 
     def forward(self, x: Tensor) -> Tensor:
         logits = super().forward(x)
-        if self.training:
-            logits = logits + self.second(torch.relu(self.stem(x)).mean((2, 3)))
-        return logits
+        return logits + torch.relu(self.stem(x)).mean((2, 3)) @ self.weight.T if self.training else logits
 
 
 class Tuples(Own):
@@ -135,7 +159,7 @@ class Tuples(Own):
 
 
 def test_what_cannot_be_trained_is_found_before_the_search(tmp_path: Path) -> None:
-    model = Auxiliary()
+    model = OnlyEval()
     with refused("cannot_train", "finetune.epochs"):
         compressed(tmp_path, model, finetune=1)
     assert not (tmp_path / "evaluations.jsonl").exists()

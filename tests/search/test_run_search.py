@@ -198,6 +198,36 @@ def test_a_multirun_gives_each_job_its_own_folder_and_lets_those_run_that_are_no
         assert len(journal_of(tmp_path / "sweep" / folder)) == 3
 
 
+@pytest.mark.filterwarnings("ignore")  # the plug-ins' own
+@pytest.mark.parametrize(
+    ("plugin", "options"),
+    [
+        ("hydra_joblib_launcher", ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "budget.ratio=7,0.7")),
+        (
+            "hydra_optuna_sweeper",
+            (
+                "hydra/sweeper=optuna",
+                "hydra/sweeper/sampler=grid",
+                "hydra.sweeper.direction=maximize",
+                "hydra.sweeper.n_trials=2",
+                "budget.ratio=choice(7,0.7)",
+            ),
+        ),
+    ],
+)
+def test_launchers_and_sweepers_of_hydra(
+    amc_search: Command, tmp_path: Path, plugin: str, options: tuple[str, ...]
+) -> None:
+    pytest.importorskip(f"hydra_plugins.{plugin}", reason=f"{plugin} is not installed")
+    ended = amc_search("--multirun", *options, *RANDOM, "search.episodes=2", "hydra.sweep.dir=sweep")
+    results = [read(file.parent) for file in (tmp_path / "sweep").glob("*/result.json")]
+    assert (ended.code, len(results)) == (2, 1)
+    assert sum(line.startswith("error: job") for line in ended.err.splitlines()) == 1
+    if plugin == "hydra_optuna_sweeper":
+        best = (tmp_path / "sweep" / "optimization_results.yaml").read_text()
+        assert f"best_value: {results[0]['search']['search_accuracy']}" in best
+
+
 def test_an_export_that_failed_is_exit_code_1(
     amc_search: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,9 +254,9 @@ def test_wandb_offline_keeps_its_run(
     options = (*RANDOM, "search.episodes=4", "tracker=wandb", "hydra.run.dir=run")
     run = tmp_path / "run"
     assert amc_search(*options).code == 0
-    identity = (run / "wandb_id.txt").read_text().strip()
+    identity = (run / "wandb_id.txt").read_text().split()[0]
     assert amc_search(*options, "search.episodes=6").code == 0
-    assert (run / "wandb_id.txt").read_text().strip() == identity
+    assert (run / "wandb_id.txt").read_text().split()[0] == identity
     assert {file.name for file in run.glob("wandb/offline-run-*/*.wandb")} == {f"run-{identity}.wandb"}
     table = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     assert [row["step"] for row in table] == ["1", "2", "3", "4", "5", "6"]

@@ -75,6 +75,26 @@ def shuffled(m: nn.Module, x: Tensor) -> Tensor:
     return m.after(x)
 
 
+def shuffled_twice(m: nn.Module, x: Tensor) -> Tensor:
+    """The second shuffle takes the width from before the layer between them, so that they cannot be cut apart."""
+    n, c, h, w = x.shape
+    x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+    x = m.between(x) if hasattr(m, "between") else x
+    x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+    return m.after(x)
+
+
+def gated(m: nn.Module, x: Tensor) -> Tensor:
+    return x * torch.sigmoid(m.act(m.excite(F.relu(m.squeeze(x.mean((2, 3), keepdim=True))))))
+
+
+def tied(shared: str, **modules: nn.Module) -> nn.Module:
+    """Two layers, each with something after it; both of those have one parameter."""
+    block = Function(lambda m, x: m.after(m.two(m.act(m.one(x)))), one=conv(), two=conv(), **modules)
+    setattr(block.after, shared, getattr(block.act, shared))
+    return block
+
+
 def c2f(m: nn.Module, x: Tensor) -> Tensor:
     parts = list(m.inner(x).chunk(2, 1))
     parts.append(parts[-1] + m.two(F.relu(m.one(parts[-1]))))
@@ -374,6 +394,22 @@ CONSTRUCTS = {
     "frozen batch norm": between(Frozen, {"first": 8}),
     "layer scale": between(Scale, {"first": 8, "middle.inner": 12}),
     "channel shuffle": between(lambda: Function(shuffled, after=conv()), {"first": 4, "middle.after": 8}),
+    "two channel shuffles": between(
+        lambda: Function(shuffled_twice, after=conv()), {"first": 2, "middle.after": 8}
+    ),
+    "two channel shuffles around a layer": between(
+        lambda: Function(shuffled_twice, between=conv(), after=conv()), {"middle.after": 8}
+    ),
+    "gate with a PReLU of one parameter": between(
+        lambda: Function(gated, squeeze=conv(WIDTH, 4), excite=conv(4, WIDTH), act=nn.PReLU()),
+        {"first": 8, "middle.squeeze": 4},
+    ),
+    "two PReLUs with one parameter": between(
+        lambda: tied("weight", act=nn.PReLU(WIDTH), after=nn.PReLU(WIDTH)), {"first": 8, "middle.one": 8}
+    ),
+    "two layers with one weight": between(
+        lambda: tied("weight", act=conv(), after=conv()), {"first": 8}
+    ),
     "chunk and concatenation": between(
         lambda: Function(c2f, inner=conv(), one=conv(4, 4, 3), two=conv(4, 4, 3), join=conv(12, WIDTH)),
         {"first": 8, "middle.inner": 4, "middle.one": 4, "middle.join": 8},
@@ -426,7 +462,8 @@ CONSTRUCTS = {
     "grouped queries": on_tokens(lambda: Attention(2), {"block.q": 2}),
     "attention by einsum": on_tokens(lambda: Attention(style="einsum"), {"block.q": 4}),
     "attention with a bias": on_tokens(lambda: Attention(style="bias"), {"block.q": 4}),
-    "talking heads": on_tokens(lambda: Attention(style="talking"), {"block.q": 4, "block.v": 4}),
+    # the heads of queries and of values would be two decisions, and kv_heads is one number
+    "talking heads": on_tokens(lambda: Attention(style="talking"), {}),
     "fused attention": on_tokens(Fused, {"block.qkv": 4}),
     "torch's attention": on_tokens(Both, {"block.attention.q_proj": 4}),
     "torch's encoder": Construct(encoder, tokens, {"0.self_attn.q_proj": 4, "0.linear1": 12}),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from networks import NETWORKS, images, problem, random_removed
+from refusals import refused
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -472,3 +473,34 @@ def test_networks_that_share_and_networks_that_cannot(
         assert "from the first layer on" not in caplog.text
     else:
         assert f"run from the first layer on: {reason}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("full"), RuntimeError("DefaultCPUAllocator: can't")]
+)
+@pytest.mark.parametrize("kind", [Scorer, PrefixScorer])
+def test_batches_are_halved_once_where_memory_is_used_up(
+    kind: type[Scorer], error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = NETWORKS["mlp"]().eval()
+    score_of, most, sizes = scorer(model, kind), [25], []
+    expected, forward = score_of(model), nn.Linear.forward
+
+    def within(layer: nn.Linear, x: Tensor) -> Tensor:
+        sizes.append(len(x))
+        if len(x) > most[0]:
+            raise error
+        return forward(layer, x)
+
+    monkeypatch.setattr(nn.Linear, "forward", within)
+    model[1].weight.data.mul_(1.0001)  # nothing of the first score can be used again
+    most[0] = 12
+    assert score_of(model) == expected
+    assert score_of.batch_size == 12
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+        "out of memory: evaluator.batch_size is halved to 12"
+    ]
+    most[0], model[1].weight.data = 6, 1.0001 * model[1].weight.data
+    with refused("out_of_memory", "evaluator.batch_size"):
+        score_of(model)
+    assert max(sizes) == 25

@@ -41,7 +41,7 @@ def test_decisions_and_cut_networks(name: str) -> None:
         for i, g in enumerate(graph.groups)
     ]
     candidates = Candidates(model, graph, orders)
-    removed = [grid.count(grid.size // 2) for grid in grids]
+    removed = [grid.count((grid.size // 2 + number) % grid.size) for number, grid in enumerate(grids)]
     cut = candidates.build(removed)
     masked = prepared(candidates.build([0] * len(grids)))
     for group, order, count in zip(graph.groups, orders, removed, strict=True):
@@ -54,7 +54,10 @@ def test_decisions_and_cut_networks(name: str) -> None:
     assert got.shape == want.shape
     if not CONSTRUCTS[name].residual:  # norms of fewer channels give something else
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    assert Params(graph)(removed) == sum(p.numel() for p in cut.parameters())
+    skeleton = candidates.cut(removed)
+    assert all(map(torch.equal, skeleton.state_dict().values(), cut.state_dict().values()))
+    for network_of in (cut, skeleton):
+        assert Params(graph)(removed) == sum(p.numel() for p in network_of.parameters())
     assert Macs(graph)(removed) == Macs(trace_layers(cut, example))(())
 
 

@@ -81,6 +81,24 @@ def test_forms_of_batches(network: nn.Module, batch: Any, inputs: Any) -> None:
     assert not isinstance(found, dict) or list(found) == list(inputs)
 
 
+class Image(Tensor):
+    """As fastai and torchvision have them: results of its operations are images, too."""
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (X.as_subclass(Image), Y.as_subclass(Image)),
+        {"x": X.as_subclass(Image), "label": Y.as_subclass(Image)},
+    ],
+)
+def test_tensors_of_other_classes_become_plain_ones(batch: Any) -> None:
+    found, targets = read(One(), batch)
+    assert [type(found), type(targets)] == [Tensor, Tensor]
+    assert torch.equal(found, X)
+    assert torch.equal(targets, Y)
+
+
 def _all(inputs: Any) -> list[Tensor]:
     several = inputs.values() if isinstance(inputs, Mapping) else inputs
     return [inputs] if isinstance(inputs, Tensor) else list(several)

@@ -124,7 +124,7 @@ class TestWandb:
             log_run(tracker, episodes, range(2))
             tracker.summary({"pruned/accuracy": 0.9})
             tracker.close()
-        run_id = (tmp_path / "wandb_id.txt").read_text().strip()
+        run_id = (tmp_path / "wandb_id.txt").read_text().split()[0]
         assert {file.name for file in tmp_path.glob("wandb/offline-run-*/*.wandb")} == {f"run-{run_id}.wandb"}
 
     def test_rows_that_the_run_has_are_not_logged_again(
@@ -141,10 +141,21 @@ class TestWandb:
         assert run.rows[-1] == {"epoch": 1, "finetune/loss": 0.5}
         assert (asked["id"], asked["resume"]) == ("given", "allow")
         WandbTracker(tmp_path)
-        assert asked["id"] == run.id == (tmp_path / "wandb_id.txt").read_text().strip()
+        assert asked["id"] == run.id == (tmp_path / "wandb_id.txt").read_text().split()[0]
         monkeypatch.setenv("WANDB_SWEEP_ID", "sweep")
         WandbTracker(tmp_path)
         assert asked["id"] == "given"
+
+    def test_offline_no_row_is_logged_twice(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import wandb
+
+        logged = []
+        for name, episodes in (("same", 5), ("same", 8), ("another", 3)):
+            run = FakeRun(name)
+            monkeypatch.setattr(wandb, "init", lambda run=run, **options: run)
+            log_run(WandbTracker(tmp_path), range(episodes), range(2))
+            logged.append([row.get("episode") for row in run.rows])
+        assert logged == [[0, 1, 2, 3, 4, None, None], [5, 6, 7], [0, 1, 2, None, None]]
 
     def test_without_wandb_a_search_goes_on_with_one_warning(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

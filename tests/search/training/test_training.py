@@ -677,3 +677,33 @@ def test_training_from_scratch_learns_and_is_the_same_on_any_number_of_threads(s
     with torch.no_grad():
         predicted = models[0](small_data.normalise(small_data.test.inputs)).argmax(1)
     assert (predicted == small_data.test.targets).double().mean() > 0.9
+
+
+class Narrow(nn.Module):
+    """Has memory for so many examples."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most, self.layer = most, nn.Linear(192, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("full")
+        return self.layer(x.flatten(1))
+
+
+def trained(data: Data, most: int) -> torch.Tensor:
+    torch.manual_seed(0)
+    model = Narrow(most)
+    finetune(model, AugmentedBatches(data.train, data, 15, 0, "cpu"), epochs=2, lr=0.1)
+    return model.layer.weight.detach()
+
+
+def test_a_batch_that_does_not_fit_is_trained_on_in_halves_with_the_same_gradient(
+    small_data: Data, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.testing.assert_close(trained(small_data, 8), trained(small_data, 15))
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert warned == ["out of memory: batches of 15 are trained on in two halves"]
+    with refused("out_of_memory", "batch_size"):
+        trained(small_data, 7)
