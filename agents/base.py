@@ -40,6 +40,8 @@ class SearchTask:
         layer_errors: Gives, for every decision, the relative error that its cut alone leaves in the layers that read
             it after least squares, at each of its feasible counts (`amc_env.space.Grid`), ascending from 0; None where
             that is not known. It costs no evaluation.
+        known: Trials of earlier searches from the same weights under looser budgets, in order; `Trial.met` and the reward
+            are those of their budgets.
         adopt: Makes the weights of a strategy just scored, repaired and shortly fine-tuned, those that ``score`` cuts
             from then on; counts stay those of units removed from the original.
     """
@@ -52,6 +54,7 @@ class SearchTask:
     on_update: Callable[[Mapping[str, float]], None] | None = None
     adopt: Callable[[Removed], None] = _stays
     layer_errors: Callable[[], Sequence[npt.NDArray[np.float64]] | None] = lambda: None
+    known: Sequence[Trial] = ()
 
 
 class Agent(ABC):

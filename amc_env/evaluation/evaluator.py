@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -94,6 +95,17 @@ class Evaluator:
         left, self.start = self.start, weights.name
         del self._weights[left]
 
+    def within(self, space: SearchSpace) -> Evaluator:
+        """The same evaluator under other budgets: weights, repairs and memory are shared.
+
+        Args:
+            space: The same decisions with other budgets.
+        """
+        other = copy(self)
+        other.space, other.hits, other.evaluations = space, 0, 0
+        other._weights = dict(self._weights)
+        return other
+
     def builder(self, start: str) -> Builder:
         """What builds candidates from these weights."""
         return self._known(start).candidates
@@ -129,7 +141,8 @@ class Evaluator:
                 yield trial
             else:
                 self.hits += 1
-                yield replace(known, reward=self._rewarded(known.score, known.costs, known.met))
+                met = self.space.met(strategy.removed)  # it may have been scored under another budget
+                yield replace(known, met=met, reward=self._rewarded(known.score, known.costs, met))
 
     def _scored(self, weights: BaseWeights, repair: str, strategy: Strategy) -> Trial:
         score, seconds = self._pruner.score(weights, repair, strategy.removed)
