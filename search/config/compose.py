@@ -221,7 +221,8 @@ def settings_of(
         fine = {name: part for name, part in found.items() if part is not None}
         more = scalars(cfg, "keep", "enforce_budget", "fill_budget", "export", "seed", "device")
         more |= {"episodes": search.episodes, "original_lr": original_lr}
-        result = attempt(lambda: Settings(**fine, **more, stages=search.stages, ratios=search.budgets))
+        more |= {"stages": search.stages, "ratios": search.budgets}
+        result = attempt(lambda: Settings(**fine, **more))
     assert isinstance(result, Settings)
     return result
 

@@ -100,8 +100,8 @@ class KeptWeights:
             found = _hash(path.read_bytes())
         if found != known:
             raise UserError(
-                f"{path} is not the file that this run wrote (SHA-256 {found[:16]}, not {known and known[:16]}): delete it, and its "
-                "weights are trained again",
+                f"{path} is not the file that this run wrote (SHA-256 {found[:16]}, not {known and known[:16]}): delete it, "
+                "and its weights are trained again",
                 code="damaged",
             )
         return _read(path, model)

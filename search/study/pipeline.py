@@ -263,10 +263,11 @@ def _run(problem: PruningProblem, context: Context, journal: Journal) -> Finishe
         tune = Tuner(problem, _epoch_watcher(context, progress), context.folder)
         found = _searched(problem, context, progress, journal, tune)
         folders = [*(front_folder(context.folder, one.problem) for one in found[:-1]), context.folder]
-        networks = []
+        networks, trained = [], tune.done
         for one, folder in zip(found, folders, strict=True):
             files.make_folder(folder)
             write_json(folder / "strategy.json", strategy_json(one.problem, one.best))
+            tune.next_network(trained)
             networks.append(_networks(one, progress, tune))
     delivered = [
         _delivered(one, candidates, folder, context)
