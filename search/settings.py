@@ -157,12 +157,17 @@ class ScoringSettings:
         channels_last: Memory format of images and convolution weights.
         precision: One of `amc_env.evaluation.precision.PRECISIONS`.
         threads: Of torch for a candidate; None: the run's.
+        actors: Processes of Ray that score candidates side by side; 0: this process scores them.
+        address: Of a Ray cluster to join, ``auto`` for one that runs here; None: a Ray is started for the run. Neither
+            changes a score.
     """
 
     batch_size: BatchSize | None = None
     channels_last: bool = True
     precision: Precision = "float32"
     threads: Threads | None = field(default=None, metadata={"identity": False})
+    actors: Natural = field(default=0, metadata={"identity": False})
+    address: str | None = field(default=None, metadata={"identity": False})
 
 
 @settings

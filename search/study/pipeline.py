@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import count
@@ -319,13 +320,15 @@ def _searched(
         progress.start("search")
         base = Base.of(problem, start, journal)
         stages = [stage_of(problem, number, start) for number in range(1, len(problem.settings.ratios) + 1)]
-        return (_in_rounds if problem.settings.agent.tunes else _in_turn)(
-            stages, base, context, progress, kept
-        )
+        run = _in_rounds if problem.settings.agent.tunes else _in_turn
+        with closing(base.evaluator):
+            return run(stages, base, context, progress, kept)
     for number in count(1):
         stage = stage_of(problem, number, start)
         progress.start("search")
-        found = search(stage, Base.of(stage.problem, start, journal), context, progress, kept)
+        base = Base.of(stage.problem, start, journal)
+        with closing(base.evaluator):
+            found = search(stage, base, context, progress, kept)
         if stage.last:
             break
         start = next_start(stage, found.study.evaluator, found.best, kept, tune)

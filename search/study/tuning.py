@@ -125,7 +125,9 @@ class Tuner:
 
     def _batches(self) -> Batches:
         settings, size = self._problem.settings, self._problem.settings.finetune.batch_size
-        return training_batches(self._problem.data, size, settings.seed + self.done - self._beside, settings.device)
+        return training_batches(
+            self._problem.data, size, settings.seed + self.done - self._beside, settings.device
+        )
 
     def _train(
         self,
