@@ -32,6 +32,9 @@ _AT_ONCE = 2  # candidates that an actor is given: one waits while the other is 
 _LOSSES = 3  # times that a candidate's actor may be lost
 _POLL_S = 1.0  # signals are seen at least so often
 
+ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+"""Of a Ray of our own: nothing is reported, and actors are not put behind other processes of the machine."""
+
 Scored = tuple[float, dict[str, float]]
 """What `Pruner.score` gives."""
 
@@ -266,7 +269,8 @@ def _ray() -> Any:
 
 
 def _connect(where: Actors) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     own: dict[str, Any] = {"include_dashboard": False}
     own |= {} if where.gpu else {"num_cpus": max(where.count, os.cpu_count() or 1)}
     more = own if where.address is None else {}
