@@ -41,6 +41,8 @@ class SearchTask:
             it after least squares, at each of its feasible counts (`amc_env.space.Grid`), ascending from 0; None where
             that is not known. It costs no evaluation.
         save: Writes a file of the agent's into the run folder: its name and content. None where there is no folder.
+        known: Trials of earlier searches from the same weights under looser budgets, in order; `Trial.met` and the reward
+            are those of their budgets.
         adopt: Makes the weights of a strategy just scored, repaired and shortly fine-tuned, those that ``score`` cuts
             from then on; counts stay those of units removed from the original.
     """
@@ -54,6 +56,7 @@ class SearchTask:
     adopt: Callable[[Removed], None] = _stays
     layer_errors: Callable[[], Sequence[npt.NDArray[np.float64]] | None] = lambda: None
     save: Callable[[str, bytes], None] | None = None
+    known: Sequence[Trial] = ()
 
 
 class Agent(ABC):

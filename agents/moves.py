@@ -79,11 +79,17 @@ def some_swaps(rng: np.random.Generator) -> int:
 
 
 def starts(task: SearchTask) -> list[Removed]:
-    """Strategies to start from: the one of least total layer error where that is known, and the uniform one."""
+    """Strategies to start from.
+
+    The one of least total layer error where that is known, the uniform one, and the best one known from a looser budget,
+    shifted to this one.
+    """
     space, errors = task.space, task.layer_errors()
     uniform = space.project([0.0] * len(space.names))
     found = [] if errors is None or not space.budgets else [least_error(space, errors)]
-    return list(dict.fromkeys([*found, uniform]))
+    best = max(task.known, key=order, default=None)
+    before = [] if best is None else [space.land(best.strategy.ratios)]
+    return list(dict.fromkeys([*found, uniform, *before]))
 
 
 def least_error(space: SearchSpace, errors: Sequence[Floats]) -> Removed:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import ClassVar
 
 import numpy as np
@@ -38,7 +37,10 @@ class Surrogate(Agent):
     Attributes:
         initial: Random strategies on the budget that are scored first, after the uniform and the least-error one.
         pool: Candidates whose scores are predicted for every proposal.
-        focus: How much more the best strategy weighs than the worst in the fit: exp(focus) times.
+        focus: How much more the best strategy weighs than the worst in the fit: exp(focus) times. Strategies of looser
+            budgets weigh as little as the worst.
+        batch: Strategies that are proposed together, each by a bootstrap sample of its own; above 1 they can be scored
+            side by side.
     """
 
     name: ClassVar[str] = "surrogate"
@@ -47,32 +49,37 @@ class Surrogate(Agent):
     initial: Count = 10
     pool: Count = 200
     focus: Positive = 3.0
+    batch: Count = 1
 
     def search(self, task: SearchTask) -> None:
         """Scores ``task.episodes`` different strategies, or all that could be found."""
         rng, seen = np.random.default_rng(task.seed), dict[Removed, None]()
         trials: list[Trial] = []
-        for removed in islice(self._proposals(task, rng, trials, seen), task.episodes):
-            seen[removed] = None
-            trials += task.score([removed])
-        if len(seen) < task.episodes:
-            log.warning("only %d different strategies found of %d asked for", len(seen), task.episodes)
+        for proposals in self._batches(task, rng, trials, seen):
+            trials += task.score(proposals[: task.episodes - len(trials)])
+            if len(trials) == task.episodes:
+                return
+        log.warning("only %d different strategies found of %d asked for", len(trials), task.episodes)
 
-    def _proposals(
+    def _batches(
         self, task: SearchTask, rng: np.random.Generator, trials: list[Trial], seen: dict[Removed, None]
-    ) -> Iterator[Removed]:
-        """New strategies, without end unless none is left; each is scored before the next is asked for."""
+    ) -> Iterator[list[Removed]]:
+        """New strategies, without end unless none is left; a batch is scored before the next is asked for."""
         space = task.space
-        yield from starts(task)
-        origin = max(trials, key=order).removed
+        seen |= dict.fromkeys(first := starts(task))
+        yield first
+        origin, asked = max(trials, key=order).removed, len(seen)
         for number in range(self.initial):
             wide = space.land(rng.uniform(0.0, space.maxima))
             near = mutants(space, origin, rng, seen, 1, strength=4)
-            first = near if number % 2 else [wide]
-            yield from [removed for removed in first if removed not in seen]
+            seen |= dict.fromkeys(near if number % 2 else [wide])
+        yield list(seen)[asked:]
         while candidates := self._pool(space, rng, trials, seen):
-            predicted = self._predicted(rng, trials, space, candidates)
-            yield candidates[int(predicted.argmin())]
+            features = _features(space, candidates)
+            fits = (self._predicted(rng, trials, task, features) for _ in range(self.batch))
+            best = dict.fromkeys(candidates[int(predicted.argmin())] for predicted in fits)
+            seen |= best
+            yield list(best)
 
     def _pool(
         self, space: SearchSpace, rng: np.random.Generator, trials: list[Trial], seen: dict[Removed, None]
@@ -84,20 +91,32 @@ class Surrogate(Agent):
         return list(dict.fromkeys(removed for part in found for removed in part))
 
     def _predicted(
-        self, rng: np.random.Generator, trials: Sequence[Trial], space: SearchSpace, candidates: list[Removed]
+        self, rng: np.random.Generator, trials: Sequence[Trial], task: SearchTask, candidates: Floats
     ) -> Floats:
-        """The predicted logarithm of each candidate's error, by a model of a bootstrap sample of the trials."""
+        """The predicted logarithm of each candidate's error, by a model of a bootstrap sample of the trials.
+
+        Args:
+            rng: Draws the sample.
+            trials: Those of this search.
+            task: Has the trials of earlier searches.
+            candidates: Their features, one row each.
+        """
         from sklearn.linear_model import RidgeCV
 
         errors = np.array([-trial.reward for trial in trials])
         usable = np.flatnonzero(np.isfinite(errors))
         sample = rng.choice(usable, len(usable))
         ranks = np.argsort(np.argsort(errors[sample])) / max(1, len(sample) - 1)
-        features = _features(space, [trials[place].removed for place in sample])
+        before = [trial for trial in task.known if np.isfinite(trial.reward)]
+        chosen = [*(trials[place] for place in sample), *before]
+        features = _features(task.space, [trial.removed for trial in chosen])
         mean, scale = features.mean(axis=0), features.std(axis=0) + 1e-9
+        weights = np.exp(-self.focus * np.concatenate([ranks, np.ones(len(before))]))
         model = RidgeCV(_STRENGTHS)
-        model.fit((features - mean) / scale, _logarithm(errors[sample]), np.exp(-self.focus * ranks))
-        predicted: Floats = model.predict((_features(space, candidates) - mean) / scale)
+        model.fit(
+            (features - mean) / scale, _logarithm(np.array([-trial.reward for trial in chosen])), weights
+        )
+        predicted: Floats = model.predict((candidates - mean) / scale)
         return predicted
 
 

@@ -4,9 +4,13 @@
         --weights resnet20=FILE resnet56=FILE --common data=cifar10 data.path=DIR \
         --variant int8=evaluator.precision=int8 --tree before=../before
 
+    python scripts/benchmark.py OUT --cases search:resnet20 --actors 1 2 --threads 1 --common agent=evolution ...
+
 Each case runs as it is, and again for each `--variant` (NAME=OVERRIDES, separated by spaces); all of these run from this
-checkout and again from each `--tree` (NAME=PATH, another checkout of the project). "ratio" is a row's time for an
-episode over that of the case's first row in the same round, so that a machine whose speed drifts favours none.
+checkout and again from each `--tree` (NAME=PATH, another checkout of the project). `--actors N` is the variant
+evaluator=ray with so many actors; "strategies/s" then shows the throughput, starting Ray included. "ratio" is a
+row's time for an episode over that of the case's first row in the same round, so that a machine whose speed drifts
+favours none.
 
 OUT/benchmark.json is written after every run. The same command resumes an interrupted benchmark.
 """
@@ -91,9 +95,11 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of every process (default: as torch chooses)")
     parser.add_argument("--weights", nargs="*", default=[], metavar="NETWORK=FILE")
     parser.add_argument("--variant", action="append", default=[], metavar="NAME=OVERRIDES")
+    parser.add_argument("--actors", nargs="*", type=int, default=[], metavar="N", help="of evaluator=ray")
     parser.add_argument("--tree", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--common", nargs="*", default=[], help="overrides of all runs, as for amc-search")
     options = parser.parse_args(arguments)
+    options.variant += [f"{n} actors=evaluator=ray evaluator.actors={n}" for n in options.actors]
     wrong = [case for case in options.cases if not case.startswith("search:") or case.endswith(":")]
     if wrong:
         parser.error(f"unknown case {', '.join(wrong)}: give search:NETWORK, for example search:resnet20")
@@ -132,7 +138,8 @@ def measured(row: Row, options: argparse.Namespace) -> dict[str, Any] | None:
             f"hydra.run.dir={folder}/run",
         ]
         threads = {"OMP_NUM_THREADS": str(options.threads)} if options.threads else {}
-        environment = {**os.environ, "PYTHONPATH": str(checkout), **threads}
+        path = os.pathsep.join([str(checkout), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+        environment = {**os.environ, "PYTHONPATH": path, **threads}
         # -P: the code is that of the checkout in PYTHONPATH, not of the working directory.
         command = [sys.executable, "-P", "-m", "search.run_search", *overrides]
         output = Path(folder) / "output.txt"
@@ -166,6 +173,7 @@ def figures(folder: Path, episodes: int) -> dict[str, float]:
             phases.setdefault(f"{phase} s", []).append(seconds)
     found |= {phase: statistics.median(values) for phase, values in phases.items()}
     found |= {"evaluations": search["evaluations"], "repeats": search["cache_hits"]}
+    found["strategies/s"] = search["evaluations"] / max(search["seconds"], 1e-9)
     return found | {"search accuracy": 100 * search["search_accuracy"]}
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from io import StringIO
 from pathlib import Path
@@ -37,7 +38,7 @@ from search.data.loaders import as_loader, from_loaders, seeded
 from search.data.reading import Reader, Signature, batches_from
 from search.output.formatting import percent, split_name
 from search.output.progress import final_table
-from search.output.run_result import RunResult
+from search.output.run_result import FrontRow, RunResult
 from search.output.tracking import CsvTracker
 from search.settings import (
     FinetuneSettings,
@@ -67,6 +68,7 @@ class Compressed:
         result: The figures of result.json; every accuracy says which split it is on.
         folder: The run folder: weights, exports, journal, report.
         keeps: What stayed of the original's channels, by module and side.
+        models: With several budgets the small network of each, by the budget's ratio; ``model`` is the last of them.
     """
 
     model: nn.Module
@@ -74,6 +76,11 @@ class Compressed:
     result: RunResult
     folder: Path
     keeps: Keeps
+    models: Mapping[float, nn.Module] = field(default_factory=dict)
+
+    def front(self) -> list[FrontRow]:
+        """With several budgets a row for the network of each, in falling order; one can make a data frame of them."""
+        return list(self.result.front)
 
     def __repr__(self) -> str:
         base, delivered = self.result.base, self.result.delivered
@@ -98,6 +105,7 @@ def compress(
     val_loader: Iterable[Any] | None = None,
     *,
     budget: Asked | None = None,
+    budgets: Sequence[float] | None = None,
     agent: str | Agent | type | None = None,
     test_loader: Iterable[Any] | None = None,
     episodes: int | None = None,
@@ -129,6 +137,8 @@ def compress(
             a `NetworkCost` of your own; or the settings of one budget or several,
             ``LatencyBudget(table="phone.json", elsewhere=True, limit=25.0)``. All
             of them hold.
+        budgets: Falling shares of the budget's cost, like ``[0.75, 0.5, 0.35]``: one search and one network each, with
+            shared scores; see `Compressed.front`. The cost is that of the budget in ``settings``, else MACs.
         agent: ``surrogate``, ``evolution``, ``policy``, ``cmaes``, ``tpe``, ``ddpg``, ``ddpg_near_uniform``, ``td3``,
             ``sac``, ``ppo``, ``netadapt``, ``random``, ``sensitivity`` or ``uniform``, with the settings of its file in
             conf/agent; or an agent of one's own. The class of a Stable-Baselines3 algorithm stands for its name.
@@ -157,10 +167,16 @@ def compress(
     Raises:
         UserError: Whatever is wrong with network, data or settings, in one message, before anything expensive.
     """
+    if budget is not None and budgets is not None:
+        raise UserError(
+            "{field} and budgets are both given: leave one out; another cost than MACs is given by settings",
+            code="together",
+            field="budget",
+        )
     if settings is None:
         budget, agent = 0.5 if budget is None else budget, agent or "surrogate"
     given: dict[str, Any] = {"episodes": episodes, "original_lr": original_lr, "seed": seed, "device": device}
-    given |= {"keep": keep, "task": _task(task, score, loss)}
+    given |= {"keep": keep, "task": _task(task, score, loss), "ratios": budgets}
     base = _settings(settings, budget, agent, finetune, given)
     if settings is None and original_lr is None and base.finetune.epochs:
         log.info("original_lr is not given: fine-tuning starts from %g", base.finetune.lr_fraction * _SAFE_LR)
@@ -173,7 +189,8 @@ def compress(
     report, result = write_report(place), finished.result
     if verbose:
         final_table(result, place, report)
-    return Compressed(finished.model.cpu(), result.strategy, result, place, finished.keeps)
+    models = {ratio: model.cpu() for ratio, model in finished.models.items()}
+    return Compressed(finished.model.cpu(), result.strategy, result, place, finished.keeps, models)
 
 
 def make_env(
@@ -244,7 +261,10 @@ def _env_handle(
     """What an environment of a search from Python refers to."""
     budgets = () if budget is None else _budgets(budget)
     base = replace(
-        settings or _defaults({"agent": Random(), "budgets": budgets}), agent=Random(), budgets=budgets
+        settings or _defaults({"agent": Random(), "budgets": budgets}),
+        agent=Random(),
+        budgets=budgets,
+        ratios=(),
     )
     base = base if task is None else replace(base, task=task_named(task))
     network = _network(module)
@@ -347,9 +367,16 @@ def _settings(
             **more,
         }
         wanted = {name: value for name, value in given.items() if value is not None}
-        made = attempt(lambda: _defaults(wanted) if settings is None else replace(settings, **wanted))
+        made = attempt(lambda: _made(settings, wanted))
     assert isinstance(made, Settings)
     return made
+
+
+def _made(settings: Settings | None, wanted: Mapping[str, Any]) -> Settings:
+    try:
+        return _defaults(wanted) if settings is None else replace(settings, **wanted)
+    except UserError as error:
+        raise error.renamed(lambda field: re.sub(r"^(ratios|search\.budgets)", "budgets", field)) from error
 
 
 def _finetune(finetune: FinetuneSettings | int | None) -> FinetuneSettings | None:

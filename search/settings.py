@@ -45,6 +45,8 @@ LATENCY_TABLE = "latency.json"
 SHORT_TERM = "short_term"
 """What a repair and steps of training after it are called in evaluations."""
 _SHORT_TERM_STEPS = 50
+BUDGETS = "search.budgets"
+"""What configurations call `Settings.ratios`."""
 RepairName = Literal["none", "least_squares", "batch_norm", "both", "sequential"]
 REPAIRS: tuple[str, ...] = get_args(RepairName)
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -157,12 +159,17 @@ class ScoringSettings:
         channels_last: Memory format of images and convolution weights.
         precision: One of `amc_env.evaluation.precision.PRECISIONS`.
         threads: Of torch for a candidate; None: the run's.
+        actors: Processes of Ray that score candidates side by side; 0: this process scores them.
+        address: Of a Ray cluster to join, ``auto`` for one that runs here; None: a Ray is started for the run. Neither
+            changes a score.
     """
 
     batch_size: BatchSize | None = None
     channels_last: bool = True
     precision: Precision = "float32"
     threads: Threads | None = field(default=None, metadata={"identity": False})
+    actors: Natural = field(default=0, metadata={"identity": False})
+    address: str | None = field(default=None, metadata={"identity": False})
 
 
 @settings
@@ -261,6 +268,8 @@ class Settings:
         budgets: Limits that must hold; none for an accuracy-guaranteed search.
         stages: Shares of the first budget's cost, falling: one search each, from the network that the one before
             left, pruned and fine-tuned. Empty: one search.
+        ratios: Shares of the budget's cost, falling: one search and one network each, all from the original weights and
+            with shared scores. They replace the budget's ratio. Empty: one search.
         schedule: Rounds over which the strategy found is reached, fine-tuned after each.
         regularization: Loss term before and while channels or weights are cut.
         enforce_budget: Whether the environment raises actions to the bound.
@@ -277,6 +286,7 @@ class Settings:
     episodes: Count = 1
     budgets: Listed[BudgetSettings] = (BudgetSettings("macs"),)
     stages: Listed[Share] = ()
+    ratios: Listed[Fraction] = ()
     schedule: Schedule = field(default_factory=Schedule)
     regularization: Regularization = field(default_factory=NoRegularization)
     granularity: Granularity = field(default_factory=Channel)
@@ -305,6 +315,7 @@ class Settings:
             )
         check_fits(self.criterion, self.granularity.name)
         self._check_budgets()
+        self._check_ratios()
         self._check_training()
         if isinstance(self.agent, Uniform) and self.agent.ratio is None and not self.budgets:
             raise UserError(
@@ -323,6 +334,33 @@ class Settings:
             raise UserError(
                 f"{what} ranks again each round, and EIE's padding depends on where zeros lie, so the limit could be missed: "
                 f"use budget.format=csr, or {'another agent' if adapts else 'schedule=one_shot'}"
+            )
+
+    def _check_ratios(self) -> None:
+        """Refuses several budgets that are out of order, or together with what they replace."""
+        if not self.ratios:
+            return
+        if not all(a > b for a, b in pairwise(self.ratios)):
+            allowed = "shares in (0, 1), each below the one before"
+            raise out_of_range(BUDGETS, list(self.ratios), allowed)
+        if len(self.budgets) != 1:
+            raise UserError(
+                f"{{field}}={list(self.ratios)} are shares of one budget's cost: set one budget, like budget=flops, and "
+                "nothing in also",
+                code="together",
+                field=BUDGETS,
+            )
+        budget, default = self.budgets[0], BudgetSettings("macs").ratio
+        if budget.limit or budget.ratio not in (default, *self.ratios):
+            given = f"budget.limit={budget.limit:g}" if budget.limit else f"budget.ratio={budget.ratio:g}"
+            raise UserError(
+                f"{{field}} takes the place of {given}: leave one out", code="together", field=BUDGETS
+            )
+        if self.stages:
+            raise UserError(
+                f"{{field}} are separate networks and search.stages={list(self.stages)} are steps to one: leave one out",
+                code="together",
+                field=BUDGETS,
             )
 
     def _check_training(self) -> None:
@@ -350,6 +388,15 @@ class Settings:
                 f"search.stages={list(self.stages)} are shares of one budget's cost, fine-tuned between: set one "
                 "budget (budget=params) and finetune.epochs above 0"
             )
+
+    def at(self, ratio: float) -> Settings:
+        """The same with this share of the first budget's cost."""
+        return replace(self, budgets=(replace(self.budgets[0], ratio=ratio, limit=None), *self.budgets[1:]))
+
+    @property
+    def searches(self) -> tuple[float, ...]:
+        """The shares of the first budget's cost that are searched for one after another; none for a single search."""
+        return self.stages or self.ratios
 
     def in_folder(self, folder: Path) -> Settings:
         """The same, with a latency table that is built for the run kept in its folder."""
@@ -389,4 +436,4 @@ class Settings:
     @property
     def all_epochs(self) -> int:
         """Epochs of all trainings of the run."""
-        return self.regularization.before_epochs + self.finetune.epochs * max(1, len(self.stages))
+        return self.regularization.before_epochs + self.finetune.epochs * max(1, len(self.searches))

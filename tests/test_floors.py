@@ -40,6 +40,7 @@ SEARCH_FLOORS = (
 
 ONLY_HERE = {
     "onnxruntime": "amc_env/onnx.py",
+    "ray": "amc_env/evaluation/on_ray.py",
     "transformers": "search/huggingface.py",
     "timm": "search/models/timm_models.py",
     "torchvision": "search/models/torchvision_models.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -31,6 +32,9 @@ class Memory(Protocol):
     def get(self, key: Key, /) -> Trial | None:
         """The trial of an evaluation, None where it is not known."""
 
+    def __contains__(self, key: Key, /) -> bool:
+        """Whether the trial of an evaluation is known; unlike `get` it is not asked for."""
+
     def __setitem__(self, key: Key, trial: Trial, /) -> None: ...
 
     def __len__(self) -> int: ...
@@ -49,6 +53,7 @@ class Evaluator:
         memory: Trials that are known already; a journal keeps them across runs.
         reward: Of a trial's score, costs and whether its budgets are met.
         threads: Torch's threads while candidates are pruned, repaired and scored; None leaves them as they are.
+        pruner: Prunes, repairs and scores; by default in this process, with ``scorer`` and ``threads``.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class Evaluator:
         *,
         reward: RewardFunction | None = None,
         threads: int | None = None,
+        pruner: Pruner | None = None,
     ):
         self.space = space
         self.repair = repair
@@ -68,7 +74,7 @@ class Evaluator:
         self.hits = 0
         self.evaluations = 0
         self._reward = reward or Error()
-        self._pruner = Pruner(scorer, threads)
+        self._pruner = pruner or Pruner(scorer, threads)
         self._weights = {weights.name: weights}
         self._memory: Memory = {} if memory is None else memory
 
@@ -93,6 +99,17 @@ class Evaluator:
         self.add(weights)
         left, self.start = self.start, weights.name
         del self._weights[left]
+
+    def within(self, space: SearchSpace) -> Evaluator:
+        """The same evaluator under other budgets: weights, repairs and memory are shared.
+
+        Args:
+            space: The same decisions with other budgets.
+        """
+        other = copy(self)
+        other.space, other.hits, other.evaluations = space, 0, 0
+        other._weights = dict(self._weights)
+        return other
 
     def builder(self, start: str) -> Builder:
         """What builds candidates from these weights."""
@@ -119,6 +136,8 @@ class Evaluator:
             ValueError: The start is unknown.
         """
         weights, repair = self._known(start or self.start), repair or self.repair
+        keys = [Key(weights.name, repair, strategy.removed) for strategy in strategies]
+        self._pruner.expect(weights, repair, [key.removed for key in keys if key not in self._memory])
         for strategy in strategies:
             key = Key(weights.name, repair, strategy.removed)
             known = self._memory.get(key)
@@ -129,7 +148,12 @@ class Evaluator:
                 yield trial
             else:
                 self.hits += 1
-                yield replace(known, reward=self._rewarded(known.score, known.costs, known.met))
+                met = self.space.met(strategy.removed)  # it may have been scored under another budget
+                yield replace(known, met=met, reward=self._rewarded(known.score, known.costs, met))
+
+    def close(self) -> None:
+        """End other processes that score, if there are any; what is scored later starts them again."""
+        self._pruner.close()
 
     def _scored(self, weights: BaseWeights, repair: str, strategy: Strategy) -> Trial:
         score, seconds = self._pruner.score(weights, repair, strategy.removed)

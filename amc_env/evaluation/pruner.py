@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +73,12 @@ class Pruner:
         self._threads = threads
         self._weights: BaseWeights | None = None
         self._repairs: dict[str, Repair] = {}
+
+    def expect(self, weights: BaseWeights, repair: str, wanted: Sequence[Removed]) -> None:
+        """Announce candidates that `score` will be asked for, in this order; nothing is done ahead in this process."""
+
+    def close(self) -> None:
+        """Give back what scoring holds outside this process."""
 
     def score(self, weights: BaseWeights, repair: str, removed: Removed) -> tuple[float, dict[str, float]]:
         """Score of a candidate, in [0, 1], and the seconds of each phase."""

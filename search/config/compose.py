@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from agents.base import Agent
 from amc_env.costs.base import BudgetSettings, budget_on
 from amc_env.errors import UserError, reported_together
-from amc_env.validation import Count, Listed, Share, check_arguments, settings
+from amc_env.validation import Count, Fraction, Listed, Share, check_arguments, settings
 from search.data.base import Data
 from search.models.checkpoint import read_checkpoint
 from search.models.source import ModelSource
@@ -74,6 +74,7 @@ class _Search:
     episodes: Count = 1
     images: Count | None = None
     stages: Listed[Share] = ()
+    budgets: Listed[Fraction] = ()
 
 
 def built(cfg: DictConfig, section: str, **more: Any) -> Any:
@@ -220,7 +221,8 @@ def settings_of(
         fine = {name: part for name, part in found.items() if part is not None}
         more = scalars(cfg, "keep", "enforce_budget", "fill_budget", "export", "seed", "device")
         more |= {"episodes": search.episodes, "original_lr": original_lr}
-        result = attempt(lambda: Settings(**fine, **more, stages=search.stages))
+        more |= {"stages": search.stages, "ratios": search.budgets}
+        result = attempt(lambda: Settings(**fine, **more))
     assert isinstance(result, Settings)
     return result
 

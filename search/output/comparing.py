@@ -85,10 +85,13 @@ def _label(identity: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> 
 def best_so_far(run: RunFiles) -> list[float]:
     """The best score within the budget after each evaluation of the search, NaN before the first.
 
-    Strategies that were scored again at the end with a better repair are left out.
+    Strategies that were scored again at the end with a better repair are left out. Of a run with several budgets the
+    tightest one counts.
     """
+    budget = run.result.budget if run.result.front else None
     scored = [e for e in run.evaluations if e.repair == run.evaluations[0].repair]
-    scores = np.array([e.score if e.met else np.nan for e in scored])
+    met = [e.met if budget is None else e.costs[budget.cost] <= budget.limit for e in scored]
+    scores = np.array([e.score if within else np.nan for e, within in zip(scored, met, strict=True)])
     best: list[float] = np.fmax.accumulate(scores).tolist()
     return best
 

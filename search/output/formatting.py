@@ -73,6 +73,30 @@ def amount(figure: str, value: float) -> str:
     return COSTS[name].format(value) if name in COSTS else quantity(value)
 
 
+def front_table(result: RunResult) -> list[tuple[str, ...]]:
+    """A title row, then one for the network of each of several budgets; empty without them."""
+    if not result.front:
+        return []
+    cost, split = result.front[0].cost, split_name(result.front[0].split)
+    tuned = any(row.finetuned is not None for row in result.front)
+    timed = any(row.latency_ms is not None for row in result.front)
+    title = cost_name(cost, result.granularity.masked)
+    titles = ["budget", title, "of the original", f"{result.metric} of the search", f"pruned, {split}"]
+    titles += ["fine-tuned"] * tuned + ["latency"] * timed + ["folder"]
+    rows = []
+    for row in result.front:
+        cells = [percent(row.ratio, 0 if round(100 * row.ratio, 6) % 1 == 0 else 1), amount(cost, row.value)]
+        cells += [
+            percent(row.value * row.ratio / row.limit, 1),
+            percent(row.search_accuracy),
+            percent(row.pruned),
+        ]
+        cells += [DASH if row.finetuned is None else percent(row.finetuned)] * tuned
+        cells += [DASH if row.latency_ms is None else amount("latency_ms", row.latency_ms)] * timed
+        rows.append((*cells, row.folder))
+    return [tuple(titles), *rows]
+
+
 def duration(seconds: float) -> str:
     """95.2 -> '1:35'; 3725 -> '1:02:05'."""
     rounded = max(0, round(seconds))

@@ -7,7 +7,7 @@ Ito's, which colour-blind readers can distinguish; light grey is always the orig
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -58,6 +58,14 @@ class Candidate:
 
 
 @dataclass(frozen=True)
+class FrontPoint:
+    """The network of one budget: its cost as a share of the original's, and its scores in [0, 1] by stage."""
+
+    cost: float
+    scores: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Line:
     """One line of a comparison: the best score in [0, 1] after each evaluation, for each seed."""
 
@@ -90,6 +98,40 @@ def plot_comparison(lines: Sequence[Line], path: Path) -> Path:
     axes.set_ylabel("best score on the search split")
     axes.yaxis.set_major_formatter(_PERCENT)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend(axes)
+    return _save(figure, path)
+
+
+def plot_front(
+    points: Sequence[FrontPoint],
+    original: float,
+    path: Path,
+    cost: str,
+    masked: bool,
+    metric: str,
+    split: str,
+) -> Path:
+    """Score against cost of the networks of several budgets, a line for each stage.
+
+    Args:
+        points: one per budget.
+        original: the original network's score.
+        path: PNG to write.
+        cost: its name, for the axis; likewise `metric` and `split`, the images that the scores are on.
+        masked: weights are masked: MACs and parameters count those that are not zero.
+    """
+    figure = _figure()
+    axes = figure.subplots()
+    axes.axhline(original, color=INK, lw=1, ls="--", label="original")
+    for colour, stage in zip(
+        (BLUE, VERMILION), dict.fromkeys(s for p in points for s in p.scores), strict=False
+    ):
+        shown = [(point.cost, point.scores[stage]) for point in points if stage in point.scores]
+        axes.plot(*zip(*shown, strict=True), "o-", color=colour, ms=5, lw=1.8, label=stage)
+    axes.set_xlabel(f"{cost_name(cost, masked)}, share of the original")
+    axes.set_ylabel(f"{metric}, {split}")
+    axes.xaxis.set_major_formatter(_PERCENT)
+    axes.yaxis.set_major_formatter(_PERCENT)
     _legend(axes)
     return _save(figure, path)
 

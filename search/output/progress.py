@@ -29,6 +29,7 @@ from search.output.formatting import (
     budget_lines,
     comparison,
     duration,
+    front_table,
     history_line,
     latency_note,
     pattern_line,
@@ -247,6 +248,8 @@ def final_table(
         for title, cells in compared.rows.items()
     ]
     print_table(("", *compared.stages), rows, console=console)
+    if front := front_table(result):
+        print_table(front[0], front[1:], console=console)
     for line, met in budget_lines(result.budgets, result.base.costs, result.granularity.masked):
         console.print(Text(f"budget: {line}", style="" if met else "bold red"), soft_wrap=True)
     if result.granularity.masked:

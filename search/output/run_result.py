@@ -81,6 +81,79 @@ class BudgetFigures:
 
 
 @dataclass(frozen=True)
+class FrontRow:
+    """The network of one of several budgets.
+
+    Attributes:
+        cost: name of the budget's cost.
+        ratio: the share of the original's cost that `limit` is.
+        limit: the most that may remain, in the cost's unit.
+        value: the network's.
+        met: whether the value is within the limit.
+        search_accuracy: the strategy's score on the search split, before fine-tuning.
+        split: the images that the following accuracies are on, such as 'test'.
+        base: accuracy of the original network.
+        pruned: before fine-tuning.
+        finetuned: None without fine-tuning.
+        delivered: 'pruned' or 'finetuned'.
+        costs: of the network, by name.
+        latency_ms: measured, in milliseconds; None where it was not.
+        evaluations: different strategies scored by this budget's search.
+        strategy: decision -> share removed.
+        failed: formats that could not be exported.
+        folder: of the exported network and its strategy.json, from the run folder.
+    """
+
+    cost: str
+    ratio: float
+    limit: float
+    value: float
+    met: bool
+    search_accuracy: float
+    split: str
+    base: float
+    pruned: float
+    finetuned: float | None
+    delivered: str
+    costs: Mapping[str, float]
+    latency_ms: float | None
+    evaluations: int
+    strategy: Mapping[str, float]
+    failed: tuple[str, ...] = ()
+    folder: str = "."
+
+    @property
+    def accuracy(self) -> float:
+        """Of the delivered network."""
+        tuned = self.finetuned if self.delivered == "finetuned" else None
+        return self.pruned if tuned is None else tuned
+
+    @classmethod
+    def of(cls, result: RunResult, folder: str) -> FrontRow:
+        """The row of the result of a single budget."""
+        budget, network = result.budgets[0], result.delivered
+        return cls(
+            cost=budget.cost,
+            ratio=budget.ratio,
+            limit=budget.limit,
+            value=budget.value,
+            met=budget.met,
+            search_accuracy=result.search.search_accuracy,
+            split=network.split,
+            base=result.base.accuracy,
+            pruned=result.pruned.accuracy,
+            finetuned=result.finetuned.accuracy if result.finetuned else None,
+            delivered="finetuned" if network is result.finetuned else "pruned",
+            costs=network.costs,
+            latency_ms=network.latency_ms,
+            evaluations=result.search.evaluations,
+            strategy=result.strategy,
+            failed=tuple(export.format for export in result.exports if export.error),
+            folder=folder,
+        )
+
+
+@dataclass(frozen=True)
 class GranularityFigures:
     """What decisions remove.
 
@@ -202,6 +275,7 @@ class RunResult:
         command: that started the run.
         resumed: whether evaluations of an earlier session were read back.
         metric: what the accuracies are: the name of the task's score, which is 'accuracy' for classifiers.
+        front: of a run with several budgets the network of each, in falling order; everything else is that of the last.
     """
 
     data: str
@@ -224,6 +298,7 @@ class RunResult:
     resumed: bool = False
     delivered_network: str = ""
     metric: str = "accuracy"
+    front: tuple[FrontRow, ...] = ()
 
     @property
     def networks(self) -> dict[str, NetworkFigures]:
@@ -253,6 +328,7 @@ class RunResult:
         )
         content["granularity"] = _without_none(content["granularity"], "n", "m")
         content["exports"] = [entry | {"path": entry["path"].name} for entry in content["exports"]]
+        content = _without_none(content, "front")
         return content | _without_none(content.pop("masked") or {}, "pattern")
 
     @classmethod
@@ -275,6 +351,8 @@ class RunResult:
                 _read(Exported, entry | {"path": Path(entry["path"])}) for entry in content["exports"]
             ),
         }
+        if "front" in content:
+            own["front"] = tuple(_read(FrontRow, entry) for entry in content["front"])
         if "layers" in content:
             layers = {name: _read(LayerRow, entry) for name, entry in content["layers"].items()}
             pattern = _read(Pattern, content["pattern"]) if "pattern" in content else None

@@ -12,8 +12,17 @@ from typing import Any, ClassVar
 
 from amc_env.costs.base import size
 from search.output.export import FORMATS
-from search.output.formatting import cost_name, percent, storage_rows
-from search.output.plots import Candidate, Width, plot_channels, plot_finetune, plot_reward, plot_tradeoff
+from search.output.formatting import cost_name, front_table, percent, split_name, storage_rows
+from search.output.plots import (
+    Candidate,
+    FrontPoint,
+    Width,
+    plot_channels,
+    plot_finetune,
+    plot_front,
+    plot_reward,
+    plot_tradeoff,
+)
 from search.output.run_files import Evaluation, RunFiles
 
 
@@ -116,6 +125,32 @@ def stored_size(run: RunFiles) -> Section | None:
     return Section("Stored size", (table, Text(note, "soft"))) if rows else None
 
 
+def front(run: RunFiles) -> Section | None:
+    """The networks of several budgets."""
+    rows = run.result.front
+    if not rows:
+        return None
+    titles, *cells = front_table(run.result)
+    points = []
+    for row in rows:
+        tuned = {} if row.finetuned is None else {"fine-tuned": row.finetuned}
+        points.append(FrontPoint(row.value * row.ratio / row.limit, {"pruned": row.pruned} | tuned))
+    masked, metric = run.result.granularity.masked, run.result.metric
+    path = plot_front(
+        points,
+        rows[0].base,
+        run.folder / "plots" / "front.png",
+        rows[0].cost,
+        masked,
+        metric,
+        split_name(rows[0].split),
+    )
+    caption = (
+        "The network of each budget. The rest of this page is about the last one, which is the smallest."
+    )
+    return Section("Score against budget", (Table(titles, cells), Picture(caption, _data_uri(path))))
+
+
 def kept(run: RunFiles) -> Section | None:
     """Channels of every decision, or weights of every masked layer, that are left."""
     masked = run.result.masked
@@ -149,11 +184,13 @@ def the_search(run: RunFiles) -> Section | None:
         list(rewards.values()), run.folder / "plots" / "reward.png", search.warmup, _budget_note(run), stages
     )
     caption = "Reward of every episode and the best so far, from scores on the search split."
-    if stages:
+    if search.stages and stages:
         caption += (
             " Each stage searches under its own budget, from the network that the one before left: rewards of "
             "different stages do not compare."
         )
+    elif stages:
+        caption += " One search for each budget: rewards of different budgets do not compare."
     return Section("The search", (Picture(caption, _data_uri(path)),))
 
 
@@ -167,7 +204,7 @@ def _budget_note(run: RunFiles) -> str:
     budget = run.result.budget
     if budget is None:
         return ""
-    ratios = run.result.search.stages or (budget.ratio,)
+    ratios = run.result.search.stages or [row.ratio for row in run.result.front] or (budget.ratio,)
     name = cost_name(budget.cost, run.result.granularity.masked)
     return f"budget {', '.join(f'{100 * ratio:.3g}%' for ratio in ratios)} of {name}"
 
@@ -216,7 +253,7 @@ def fine_tuning(run: RunFiles) -> Section | None:
         return None
     path = plot_finetune(list(losses.values()), run.folder / "plots" / "finetune.png")
     caption = "Training loss per epoch; the last epoch is the one kept."
-    if search.stages or search.rounds or search.start:
+    if search.stages or search.rounds or search.start or run.result.front:
         caption += " All trainings of the run follow one another: the loss jumps where more is pruned."
     return Section("Fine-tuning", (Picture(caption, _data_uri(path)),))
 
@@ -285,6 +322,7 @@ def configuration(run: RunFiles) -> Section | None:
 
 
 SECTIONS: tuple[Callable[[RunFiles], Section | None], ...] = (
+    front,
     stored_size,
     kept,
     the_search,

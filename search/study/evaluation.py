@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from amc_env.evaluation.evaluator import Evaluator
+from amc_env.evaluation.on_ray import Actors, RayPruner
 from amc_env.evaluation.precision import FLOAT32
 from amc_env.evaluation.prefix import PrefixScorer
-from amc_env.evaluation.pruner import ORIGINAL, BaseWeights
+from amc_env.evaluation.pruner import ORIGINAL, BaseWeights, Pruner
 from amc_env.evaluation.scorer import score
 from amc_env.graph.layers import LayerGraph
 from amc_env.inputs import to_device
@@ -126,10 +127,11 @@ def _calibration_images(graph: LayerGraph, wanted: int) -> int:
     return min(room, wanted)
 
 
-def scorer_of(problem: PruningProblem) -> PrefixScorer:
-    """The score of cut networks on the search split."""
+def scorer_of(problem: PruningProblem) -> Callable[[], PrefixScorer]:
+    """Makes the score of cut networks on the search split."""
     search, scoring = problem.data.search, problem.settings.scoring
-    return PrefixScorer(
+    return partial(
+        PrefixScorer,
         problem.model,
         problem.graph.topology,
         problem.inputs(search),
@@ -153,7 +155,8 @@ def make_evaluator(
     """
     settings = problem.settings
     start = start or start_of(problem, ORIGINAL, problem.builder)
-    scorer = scorer_of(problem)
+    make_scorer = scorer_of(problem)
+    scorer = make_scorer()
     original = scorer(start.candidates.original)
     precision = settings.scoring.precision
     log.info(
@@ -169,9 +172,13 @@ def make_evaluator(
     classes = len(problem.data.classes) if isinstance(settings.task, Classification) else 0
     if near_chance(original, classes):
         log.warning("that is near chance: are the inputs scaled and normalised as in the network's training?")
-    threads = settings.scoring.threads
+    scoring = settings.scoring
+    pruner = Pruner(scorer, scoring.threads)
+    if scoring.actors:
+        where = Actors(scoring.actors, scoring.address, settings.device.startswith("cuda"))
+        pruner = RayPruner(scorer, make_scorer, where, scoring.threads)
     return Evaluator(
-        start, problem.space, scorer, settings.scored_by, memory, reward=settings.reward, threads=threads
+        start, problem.space, scorer, settings.scored_by, memory, reward=settings.reward, pruner=pruner
     )
 
 

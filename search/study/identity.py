@@ -39,6 +39,8 @@ def identity(problem: PruningProblem) -> dict[str, Any]:
     if settings.stages:  # more episodes may find another network, which the next stage starts from
         found |= _described(settings, *_OF_STAGES)
         found["stages"] = {"shares": list(settings.stages), "episodes": settings.episodes}
+    if settings.ratios:  # the search for a budget learns from those before it
+        found["ratios"] = {"shares": list(settings.ratios), "episodes": settings.episodes}
     return found | _predicted_latency(problem)
 
 

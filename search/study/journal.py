@@ -159,6 +159,10 @@ class Journal:
             interrupts.scoring_starts()
         return known
 
+    def __contains__(self, key: Key, /) -> bool:
+        """Whether an evaluation is on file."""
+        return key in self._known
+
     def __setitem__(self, key: Key, trial: Trial, /) -> None:
         """Keep a trial; it is on disk when this returns.
 

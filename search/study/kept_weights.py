@@ -81,15 +81,29 @@ class KeptWeights:
             files.write(path, content)
             self._journal.keep_weights_hash(name, _hash(content))
             return weights
+        weights = self.read(name, model)
+        skipped()
+        return weights
+
+    def read(self, name: str, model: nn.Module) -> Weights:
+        """Weights from their file.
+
+        Args:
+            name: As for `get`.
+            model: As for `get`.
+
+        Raises:
+            UserError: The file is missing, or is not the one that the run wrote.
+        """
+        path, known = self._folder / f"{name}.safetensors", self._journal.weights_hash(name)
         with files.reading(path):
             found = _hash(path.read_bytes())
         if found != known:
             raise UserError(
-                f"{path} is not the file that this run wrote (SHA-256 {found[:16]}, not {known[:16]}): delete it, and its "
-                "weights are trained again",
+                f"{path} is not the file that this run wrote (SHA-256 {found[:16]}, not {known and known[:16]}): delete it, "
+                "and its weights are trained again",
                 code="damaged",
             )
-        skipped()
         return _read(path, model)
 
     def forget(self) -> None:

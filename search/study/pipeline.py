@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from agents.base import SearchTask
 from amc_env.encoding import Encoder, describe
 from amc_env.env import EnvHandle, PruningVectorEnv
-from amc_env.evaluation.pruner import ORIGINAL, BaseWeights
+from amc_env.evaluation.evaluator import Evaluator
+from amc_env.evaluation.pruner import ORIGINAL, BaseWeights, Pruned
 from amc_env.graph.copying import module_copy
 from amc_env.graph.surgery import Keeps
 from amc_env.space import Trial
@@ -24,7 +28,7 @@ from search.output.export import Small, export_all
 from search.output.formatting import cost_name
 from search.output.progress import Progress, SearchStatus
 from search.output.run_files import CONFIGURATION
-from search.output.run_result import RunResult
+from search.output.run_result import FrontRow, RunResult
 from search.settings import Settings
 from search.study.evaluation import layer_errors_of, make_evaluator, start_of
 from search.study.identity import MAY_GROW, identity
@@ -32,7 +36,7 @@ from search.study.journal import Journal
 from search.study.kept_weights import KeptWeights
 from search.study.problem import PruningProblem, announce
 from search.study.results import delivered_of, result_of, strategy_json, write_json
-from search.study.stages import Stage, adopted, first_start, next_start, stage_of
+from search.study.stages import Stage, adopted, first_start, next_start, round_start, stage_of
 from search.study.study import Study
 from search.study.tuning import Tuner, finetuned, penalty_of
 
@@ -76,20 +80,55 @@ class Finished:
         model: The small network, fine-tuned where that was asked for.
         keeps: What stayed of the original's channels.
         result: The content of result.json.
+        models: With several budgets the network of each, by the budget's ratio.
     """
 
     model: nn.Module
     keeps: Keeps
     result: RunResult
+    models: Mapping[float, nn.Module] = field(default_factory=dict)
 
 
-def search(
-    stage: Stage, start: BaseWeights, context: Context, progress: Progress, journal: Journal
-) -> tuple[Trial, Study]:
-    """Runs the agent; what earlier runs in the folder have scored is read back from the journal."""
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a search found.
+
+    Attributes:
+        problem: The run's problem with the search's budget.
+        best: The strategy that is delivered.
+        study: The search.
+    """
+
+    problem: PruningProblem
+    best: Trial
+    study: Study
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """What searches from the same weights share.
+
+    Attributes:
+        evaluator: Scores strategies.
+        layer_errors: As in `agents.base.SearchTask`.
+        known: Trials of earlier searches.
+    """
+
+    evaluator: Evaluator
+    layer_errors: Callable[[], Sequence[NDArray[np.float64]] | None]
+    known: tuple[Trial, ...] = ()
+
+    @classmethod
+    def of(cls, problem: PruningProblem, start: BaseWeights, journal: Journal) -> Base:
+        """For searches from these weights; what earlier runs in the folder have scored is read from the journal."""
+        return cls(make_evaluator(problem, journal, start), cache(partial(layer_errors_of, problem, start)))
+
+
+def search(stage: Stage, base: Base, context: Context, progress: Progress, kept: KeptWeights) -> Found:
+    """Runs the agent."""
     problem, settings = stage.problem, stage.problem.settings
     latest: dict[str, float] = {}
-    evaluator, kept = make_evaluator(problem, journal, start), KeptWeights(context.folder, journal)
+    evaluator = base.evaluator.within(problem.space)
     before = (stage.number - 1) * settings.episodes
     show = _watcher(problem, context, progress, latest, before)
     study = Study(
@@ -104,12 +143,13 @@ def search(
         episodes=settings.episodes,
         seed=settings.seed,
         on_update=latest.update,
-        layer_errors=cache(partial(layer_errors_of, problem, start)),
+        layer_errors=base.layer_errors,
+        known=base.known,
         adopt=study.adopt,
         save=lambda name, content: files.write(context.folder / name, content),
     )
     settings.agent.search(task)
-    return study.best(settings.rescored, settings.finalists.repair), study
+    return Found(problem, study.best(settings.rescored, settings.finalists.repair), study)
 
 
 def env_handle(problem: PruningProblem, study: Study) -> EnvHandle:
@@ -182,6 +222,8 @@ def run(model: nn.Module, data: Data, settings: Settings, context: Context) -> F
     Returns:
         The small network, its strategy and the content of result.json. The folder then holds all the rest.
     """
+    if settings.ratios:
+        settings = settings.at(settings.ratios[-1])
     problem = PruningProblem.build(model, data, settings)
     announce(problem)
     refuse_early(problem)
@@ -201,8 +243,8 @@ def refuse_early(problem: PruningProblem) -> None:
     settings = problem.settings
     settings.agent.check(problem.space, settings.episodes)
     start = start_of(problem, ORIGINAL, problem.builder)
-    if settings.stages:
-        stage_of(problem, len(settings.stages), start)
+    if settings.searches:
+        stage_of(problem, len(settings.searches), start)
     if settings.regularization.before_epochs or settings.regularization.during:
         penalty_of(problem, problem.model)
     if settings.finetune.epochs:
@@ -217,46 +259,114 @@ def _run(problem: PruningProblem, context: Context, journal: Journal) -> Finishe
         log.info("resuming with %d evaluations of %s", journal.replayed, context.folder)
     else:
         KeptWeights(context.folder, journal).forget()
-    planned = settings.agent.planned(problem.space, settings.episodes) * max(1, len(settings.stages))
+    searches = 1 if settings.agent.tunes else max(1, len(settings.searches))
+    planned = settings.agent.planned(problem.space, settings.episodes) * searches
     with Progress(episodes=planned, epochs=settings.all_epochs) as progress:
         tune = Tuner(problem, _epoch_watcher(context, progress), context.folder)
-        last, best, study = _searched(problem, context, progress, journal, tune)
-        write_json(context.folder / "strategy.json", strategy_json(last, best))
-        candidates = {"pruned": study.evaluator.network(best)}
-        if settings.finetune.epochs:
-            progress.start("fine-tune")
-            candidates["finetuned"] = finetuned(last, study.evaluator, best, tune)
+        found = _searched(problem, context, progress, journal, tune)
+        folders = [*(front_folder(context.folder, one.problem) for one in found[:-1]), context.folder]
+        networks, trained = [], tune.done
+        for one, folder in zip(found, folders, strict=True):
+            files.make_folder(folder)
+            write_json(folder / "strategy.json", strategy_json(one.problem, one.best))
+            tune.next_network(trained)
+            networks.append(_networks(one, progress, tune))
+    delivered = [
+        _delivered(one, candidates, folder, context)
+        for one, candidates, folder in zip(found, networks, folders, strict=True)
+    ]
+    last = delivered[-1]
+    result = replace(last.result, command=context.command, resumed=journal.replayed > 0)
+    models = {}
+    if settings.ratios:
+        models = {ratio: one.model for ratio, one in zip(settings.ratios, delivered, strict=True)}
+        names = [folder.relative_to(context.folder).as_posix() for folder in folders]
+        rows = (FrontRow.of(one.result, name) for one, name in zip(delivered, names, strict=True))
+        result = replace(result, front=tuple(rows))
+    result.write(context.folder)
+    tune.forget()
+    return Finished(last.model, last.keeps, result, models)
+
+
+def _networks(found: Found, progress: Progress, tune: Tuner) -> dict[str, Pruned]:
+    """The network of the best strategy as it was scored and, where that was asked for, fine-tuned."""
+    evaluator = found.study.evaluator
+    candidates = {"pruned": evaluator.network(found.best)}
+    if found.problem.settings.finetune.epochs:
+        progress.start("fine-tune")
+        candidates["finetuned"] = finetuned(found.problem, evaluator, found.best, tune)
+    return candidates
+
+
+def _delivered(found: Found, candidates: Mapping[str, Pruned], folder: Path, context: Context) -> Finished:
+    """Chooses, exports and measures what is delivered for a budget."""
+    problem, settings = found.problem, found.problem.settings
     networks = {"base": problem.model} | {stage: pruned.network for stage, pruned in candidates.items()}
     delivered = delivered_of(problem, networks)
     chosen = candidates[delivered]
     example = problem.inputs(problem.data.search, 4)
     small = Small(chosen.network, example, chosen.keeps, context.model, problem.model, settings.task.output)
-    exports = export_all(small, context.folder, settings.export)
-    result = replace(
-        result_of(last, networks, delivered, best, study, exports),
-        model=context.model,
-        command=context.command,
-        resumed=journal.replayed > 0,
-    )
-    result.write(context.folder)
-    tune.forget()
-    return Finished(chosen.network, chosen.keeps, result)
+    exports = export_all(small, folder, settings.export)
+    result = result_of(problem, networks, delivered, found.best, found.study, exports)
+    return Finished(chosen.network, chosen.keeps, replace(result, model=context.model))
 
 
 def _searched(
     problem: PruningProblem, context: Context, progress: Progress, journal: Journal, tune: Tuner
-) -> tuple[PruningProblem, Trial, Study]:
-    """All searches of a run; the last stage with its best strategy and the study that found it."""
+) -> list[Found]:
+    """All searches of a run: what is delivered for each budget, the last of which is the tightest."""
     kept = KeptWeights(context.folder, journal)
     start = first_start(problem, kept, tune)
+    if problem.settings.ratios:
+        progress.start("search")
+        base = Base.of(problem, start, journal)
+        stages = [stage_of(problem, number, start) for number in range(1, len(problem.settings.ratios) + 1)]
+        run = _in_rounds if problem.settings.agent.tunes else _in_turn
+        with closing(base.evaluator):
+            return run(stages, base, context, progress, kept)
     for number in count(1):
         stage = stage_of(problem, number, start)
         progress.start("search")
-        best, study = search(stage, start, context, progress, journal)
+        base = Base.of(stage.problem, start, journal)
+        with closing(base.evaluator):
+            found = search(stage, base, context, progress, kept)
         if stage.last:
             break
-        start = next_start(stage, study.evaluator, best, kept, tune)
-    return stage.problem, best, study
+        start = next_start(stage, found.study.evaluator, found.best, kept, tune)
+    return [found]
+
+
+def _in_turn(
+    stages: Sequence[Stage], base: Base, context: Context, progress: Progress, kept: KeptWeights
+) -> list[Found]:
+    """A search for each budget; each knows the trials of those before."""
+    found: list[Found] = []
+    for stage in stages:
+        found.append(search(stage, base, context, progress, kept))
+        base = replace(base, known=(*base.known, *found[-1].study.trials))
+    return found
+
+
+def _in_rounds(
+    stages: Sequence[Stage], base: Base, context: Context, progress: Progress, kept: KeptWeights
+) -> list[Found]:
+    """One search for the tightest budget, whose rounds pass the others: of those the first state within each."""
+    last = search(replace(stages[-1], number=1), base, context, progress, kept)
+    found = []
+    for stage in stages[:-1]:
+        problem = stage.problem
+        best = next(trial for trial in last.study.states if problem.space.met(trial.removed))
+        evaluator = base.evaluator.within(problem.space)
+        evaluator.add(round_start(problem, best.start, best.removed, kept))
+        study = last.study.until(best, evaluator)
+        found.append(Found(problem, replace(best, met=True), study))
+    return [*found, last]
+
+
+def front_folder(folder: Path, problem: PruningProblem) -> Path:
+    """Where the network of one of several budgets goes, but for the tightest one's."""
+    ratio = problem.settings.budgets[0].ratio
+    return folder / "budgets" / f"{ratio:g}"
 
 
 def _epoch_watcher(context: Context, progress: Progress) -> Callable[[int, float, float], None]:

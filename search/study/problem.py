@@ -20,6 +20,7 @@ from amc_env.costs.latency import LatencyBudget, runtime
 from amc_env.costs.latency.table import LatencyTable
 from amc_env.costs.memory import Activations
 from amc_env.errors import UserError, first_line
+from amc_env.evaluation.on_ray import check_ray
 from amc_env.evaluation.precision import check_precision
 from amc_env.graph.layers import LayerGraph
 from amc_env.inputs import Inputs, call, take, to_device
@@ -224,6 +225,8 @@ def check(settings: Settings) -> None:
     check_formats(settings.export)
     check_device(settings.device)
     check_precision(settings.scoring.precision, settings.device)
+    if settings.scoring.actors:
+        check_ray()
     here = (isinstance(b, LatencyBudget) and not (b.table and b.elsewhere) for b in settings.budgets)
     if settings.latency.repeats or any(here):
         runtime(settings.latency.runtime, settings.latency.threads or 1).check()

@@ -209,7 +209,7 @@ def _search(problem: PruningProblem, best: Trial, study: Study) -> SearchFigures
         warmup=getattr(settings.agent, "warmup_episodes", 0),
         start=tuple(_start(problem, best).get("start", ())),
         stages=tuple(settings.stages),
-        stage_episodes=settings.episodes if settings.stages else None,
+        stage_episodes=settings.episodes if settings.searches and not settings.agent.tunes else None,
         schedule=settings.schedule.shape if rounds > 1 else None,
         rounds=rounds if rounds > 1 else None,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -81,12 +82,12 @@ def run(
         context.start()
         if journal.replayed:
             log.info("resuming with %d evaluations of %s", journal.replayed, context.folder)
-        evaluator = make_evaluator(free, journal, start)
-        scanned = _scan(evaluator, space, scan.ratios)
-        if space.budgets or scan.threshold is not None:
-            common = pick(space, scanned.curves, scan.threshold)
-            (picked,) = _evaluated(evaluator, space, [common.removed])
-            scanned = replace(scanned, threshold=common.threshold, picked=picked)
+        with closing(make_evaluator(free, journal, start)) as evaluator:
+            scanned = _scan(evaluator, space, scan.ratios)
+            if space.budgets or scan.threshold is not None:
+                common = pick(space, scanned.curves, scan.threshold)
+                (picked,) = _evaluated(evaluator, space, [common.removed])
+                scanned = replace(scanned, threshold=common.threshold, picked=picked)
         _write(scanned, problem, context.folder)
     _tell(scanned, problem, context.folder)
     return scanned

@@ -62,11 +62,8 @@ def chain(settings: Settings, start: str) -> list[str]:
 def stage_of(problem: PruningProblem, number: int, start: BaseWeights) -> Stage:
     """Build the problem of stage ``number`` (from 1): its budget and its initial weights."""
     settings = problem.settings
-    ratios = settings.stages
-    budgets = settings.budgets
-    if ratios:
-        budgets = (replace(budgets[0], ratio=ratios[number - 1], limit=None),)
-    here = replace(settings, budgets=budgets)
+    ratios = settings.searches
+    here = settings.at(ratios[number - 1]) if ratios else settings
     # a cost of stored weights is one of these weights
     problem = replace(
         problem, settings=here, candidates=cast(Candidates | MaskedCandidates, start.candidates)
@@ -137,6 +134,21 @@ def adopted(
 
     weights = kept.get(f"round-{number}", problem.model, tuned)
     return start_at(problem, round_name(number), weights, trial.removed)
+
+
+def round_start(
+    problem: PruningProblem, name: str, removed: tuple[int, ...], kept: KeptWeights
+) -> BaseWeights:
+    """The weights after an earlier round, from their file.
+
+    Args:
+        problem: The run.
+        name: Of the start, as `round_name` gives it.
+        removed: The strategy that they were cut to.
+        kept: The run's files of weights.
+    """
+    weights = kept.read(f"round-{round_number(name)}", problem.model)
+    return start_at(problem, name, weights, removed)
 
 
 def round_name(number: int) -> str:

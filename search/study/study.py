@@ -18,6 +18,7 @@ class Study:
         seconds: Duration of the search, once it is over.
         episodes: So far.
         best_so_far: The best trial yet; None before the first.
+        states: The first trial from each state of the weights: of an agent that adopts weights, one a round.
 
     Args:
         evaluator: Scores strategies.
@@ -35,6 +36,7 @@ class Study:
         self.seconds = 0.0
         self.episodes = 0
         self.best_so_far: Trial | None = None
+        self.states: list[Trial] = []
         self._on_episode = on_episode
         self._ranked: dict[Removed, Trial] = {}
         self._before = 0  # different evaluations from earlier weights
@@ -47,6 +49,11 @@ class Study:
     def evaluations(self) -> int:
         """Different evaluations asked for, those read back from a journal included."""
         return self._before + len(self._ranked) + self._finalists
+
+    @property
+    def trials(self) -> list[Trial]:
+        """Different strategies scored from the current weights, in order, finalists left out."""
+        return list(self._ranked.values())
 
     @property
     def cache_hits(self) -> int:
@@ -78,8 +85,22 @@ class Study:
         self._before += len(self._ranked)
         self._ranked, self.best_so_far = {}, None
 
+    def until(self, trial: Trial, evaluator: Evaluator) -> Study:
+        """The study as it stood when the first trial of a state of the weights had been scored.
+
+        Args:
+            trial: One of `states`.
+            evaluator: Scores further strategies.
+        """
+        study = Study(evaluator)
+        study.episodes = study._before = trial.number
+        study.seconds = self.seconds
+        return study
+
     def _episode(self, trial: Trial) -> Trial:
         self.episodes += 1
+        if not self._ranked:
+            self.states.append(trial)
         self._ranked.setdefault(trial.removed, trial)
         if self.best_so_far is None or _order(trial) > _order(self.best_so_far):
             self.best_so_far = trial

@@ -31,6 +31,9 @@ TRAINING_FOLDER = "training"
 class Tuner:
     """Fine-tunes networks of a run as its settings say, and counts the epochs of all of them.
 
+    Attributes:
+        done: Epochs so far.
+
     Args:
         problem: The run.
         on_epoch: Called with (epoch of the whole run from 1, mean loss, learning rate).
@@ -46,7 +49,8 @@ class Tuner:
         self._problem = problem
         self._on_epoch = on_epoch
         self._folder = folder
-        self._done = 0
+        self.done = 0
+        self._beside = 0  # epochs of networks that were trained beside the one at hand, not before it
 
     def __call__(
         self,
@@ -64,14 +68,14 @@ class Tuner:
             masks: Weights that stay, by layer; the others are held at zero.
             regularized: Whether the regulariser's loss term is added.
         """
-        before = self._done
+        before = self.done
 
         def on_epoch(epoch: int, loss: float, lr: float, seconds: float) -> None:
             self._on_epoch(before + epoch, loss, lr)
 
         file = self._file(network, epochs) if self._folder else None
         self._train(network, self._batches(), epochs, masks, regularized, on_epoch, file)
-        self._done += epochs
+        self.done += epochs
         return network.eval()
 
     def try_step(self, network: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
@@ -108,11 +112,11 @@ class Tuner:
         key = {
             "weights": weights_fingerprint(network),
             "data": self._problem.data.fingerprint,
-            "epochs": [self._done, epochs],
+            "epochs": [self.done, epochs],
             "threads": torch.get_num_threads(),
             "settings": describe(named),
         }
-        return TrainingFile(self._folder / TRAINING_FOLDER / f"{self._done}.pt", json.dumps(key))
+        return TrainingFile(self._folder / TRAINING_FOLDER / f"{self.done}.pt", json.dumps(key))
 
     def forget(self) -> None:
         """Remove the state of trainings that are over."""
@@ -121,7 +125,9 @@ class Tuner:
 
     def _batches(self) -> Batches:
         settings, size = self._problem.settings, self._problem.settings.finetune.batch_size
-        return training_batches(self._problem.data, size, settings.seed + self._done, settings.device)
+        return training_batches(
+            self._problem.data, size, settings.seed + self.done - self._beside, settings.device
+        )
 
     def _train(
         self,
@@ -163,9 +169,13 @@ class Tuner:
         own = field == "batch_size" and self._problem.data.loader is not None
         return f"train_loader.{field}" if own else f"finetune.{field}"
 
+    def next_network(self, after: int) -> None:
+        """Train the next network as if only so many epochs of the run were done, whatever others were trained for."""
+        self._beside = self.done - after
+
     def skip(self, epochs: int) -> None:
         """Counts epochs that an earlier session of the run has trained."""
-        self._done += epochs
+        self.done += epochs
 
 
 def penalty_of(problem: PruningProblem, network: nn.Module) -> LossTerm | None:
