@@ -41,6 +41,7 @@ _LEAST = 1e-4  # error that counts as none, on a logarithmic scale
 _WAVES = np.arange(1, 9)  # half waves over the depth of the network, which tell decisions apart
 _FEATURES = _FIXED + len(_AT) + 1 + len(_WAVES) + 3 + len(KINDS)
 _REDRAWS = 10  # of a strategy that was scored already
+_MOST_CHANGE = 10.0  # of a logarithmic likelihood; beyond, its exponential would not be finite for long
 _WORST = -10.0  # in place of a reward of minus infinity
 
 
@@ -61,10 +62,10 @@ class PolicyNetwork(nn.Module):
         nn.init.zeros_(self.head[-1].bias)  # type: ignore[arg-type]
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Corrections [decisions], in (-1, 1), of tokens [decisions, features]."""
+        """Corrections [decisions], not limited yet, of tokens [decisions, features]."""
         hidden = self.token(tokens)
         pooled = hidden.mean(dim=0, keepdim=True).expand_as(hidden)
-        corrections: Tensor = torch.tanh(self.head(torch.cat([hidden, pooled], dim=1)))[:, 0]
+        corrections: Tensor = self.head(torch.cat([hidden, pooled], dim=1))[:, 0]
         return corrections
 
 
@@ -85,11 +86,9 @@ class PolicyInput:
     def mean(self, network: PolicyNetwork) -> Tensor:
         """The ratios that a policy answers, [decisions], before they are shifted onto the budget."""
         correction: Tensor = network(self.tokens)
-        return self.base + correction
-
-    def strategy(self, ratios: Floats) -> Removed:
-        """The strategy of ratios [decisions], shifted together onto the budget."""
-        return self.space.land(np.clip(ratios, 0.0, self.space.maxima))
+        if self.space.budgets:  # which decides what all have in common
+            correction = correction - correction.mean()
+        return self.base + torch.tanh(correction)
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class Group:
     sigma: float
 
     def log_likelihood(self, mean: Tensor) -> Tensor:
-        """Of each strategy under a policy that answers ``mean``, up to a constant; [strategies].
+        """Of each decision under a policy that answers ``mean``, up to a constant; [strategies, decisions].
 
         Ratios are taken as they were carried out, less the shift of all of them, which is not the policy's choice.
         """
@@ -118,7 +117,7 @@ class Group:
         )
         apart = carried_out - self.mean
         chosen = self.mean + apart - apart.mean(dim=1, keepdim=True)
-        return -((chosen - mean) ** 2).sum(dim=1) / (2 * self.sigma**2)
+        return -((chosen - mean) ** 2) / (2 * self.sigma**2)
 
 
 class TokenEncoder:
@@ -249,7 +248,7 @@ class Policy(Agent):
             else:
                 given = encoder.at()
                 with torch.no_grad():
-                    answer = given.strategy(given.mean(network).numpy())
+                    answer = given.space.land(given.mean(network).numpy())
         if not self.learn:
             task.score([answer])
         elif task.save is not None:
@@ -287,11 +286,11 @@ class Policy(Agent):
         sigma = self.sigma * self.sigma_decay**number
         with torch.no_grad():
             mean = given.mean(network)
-        removed = [] if (own := given.strategy(mean.numpy())) in seen else [own]
+        removed = [] if (own := given.space.land(mean.numpy())) in seen else [own]
         seen.update(removed)
         while len(removed) < self.group:
             for _ in range(_REDRAWS):
-                drawn = given.strategy(mean.numpy() + sigma * rng.standard_normal(len(mean)))
+                drawn = given.space.land(mean.numpy() + sigma * rng.standard_normal(len(mean)))
                 if drawn not in seen:
                     break
             removed.append(drawn)
@@ -303,10 +302,11 @@ class Policy(Agent):
     ) -> dict[str, float]:
         """Steps that make the better strategies of a group more likely; figures for a tracker."""
         rewards = torch.tensor([max(trial.reward, _WORST) for trial in trials])
-        advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+        advantages = ((rewards - rewards.mean()) / (rewards.std() + 1e-6))[:, None]
         before = group.log_likelihood(group.mean)
         for _ in range(self.updates):
-            ratio = (group.log_likelihood(group.given.mean(network)) - before).exp()
+            change = group.log_likelihood(group.given.mean(network)) - before
+            ratio = change.clamp(max=_MOST_CHANGE).exp()
             limited = ratio.clamp(1 - self.clip, 1 + self.clip)
             loss = -torch.minimum(ratio * advantages, limited * advantages).mean()
             optimizer.zero_grad()

@@ -49,7 +49,7 @@ def test_tokens_say_the_budget_and_cost_no_evaluation(toy) -> None:
     now, other = encoder.at(), encoder.at(0.3)
     assert (now.tokens[:, -7] == 0.5).all()
     assert other.tokens[:, -7] == pytest.approx(0.3)
-    assert other.space.budgets[0].met(other.strategy(np.zeros(4)))
+    assert other.space.budgets[0].met(other.space.land(np.zeros(4)))
     assert encoder.at(1e-9).space.met(search.space.most)  # the least that can be reached
     assert search.scored == []
 
