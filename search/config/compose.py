@@ -297,11 +297,29 @@ def default_agent(name: str) -> Agent:
     Raises:
         UserError: There is no agent of that name.
     """
-    names = sorted(Path(file.name).stem for file in resources.files("conf").joinpath("agent").iterdir())
+    agent: Agent = default_of("agent", name)
+    return agent
+
+
+def default_of(section: str, name: str, *overrides: str) -> Any:
+    """What an option's file in conf makes, like ``("criterion", "l1")``.
+
+    Args:
+        section: The group.
+        name: The option.
+        overrides: Of settings, as on the command line.
+
+    Raises:
+        UserError: There is no option of that name.
+    """
+    names = sorted(Path(file.name).stem for file in resources.files("conf").joinpath(section).iterdir())
     if name not in names:
-        raise UserError(f"unknown agent {name!r}; there are {', '.join(names)}")
+        raise UserError(
+            f"{{field}}={name!r} is unknown; there are {', '.join(names)}", code="unknown", field=section
+        )
     with hydra.initialize_config_module("conf", version_base="1.3"):
-        return settings_of(hydra.compose("search", overrides=[f"agent={name}"])).agent
+        cfg = hydra.compose("search", overrides=[f"{section}={name}", *overrides])
+    return built(resolved(cfg), section)
 
 
 def _plain(node: DictConfig, *names: str) -> dict[str, Any]:

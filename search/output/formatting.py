@@ -20,6 +20,8 @@ SPLITS = {
 FORMATS = {"eie": "EIE", "csr": "CSR"}
 """Of stored weights; n:m goes by its numbers."""
 DASH = "–"
+LAYER_TITLES = ("layer", "input channels", "output channels", "weights", "MACs")
+"""Of the columns of `layer_rows`."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,30 @@ def _cost_titles(result: RunResult) -> dict[str, str]:
         "latency_spread": "latency, spread",
     }
     return counts | others | measured
+
+
+def layer_rows(result: RunResult) -> list[tuple[str, ...]]:
+    """Every layer as (name, input channels, output channels, weights, MACs): 'old → new' where they differ."""
+    return [
+        (
+            layer.name,
+            *map(_change, (layer.inputs, layer.outputs)),
+            _shrunk(layer.weights),
+            _shrunk(layer.macs),
+        )
+        for layer in result.shapes
+    ]
+
+
+def _change(pair: tuple[int, int]) -> str:
+    before, after = pair
+    return f"{before:,}" if before == after else f"{before:,} → {after:,}"
+
+
+def _shrunk(pair: tuple[int, int]) -> str:
+    before, after = pair
+    change = " → ".join(quantity(value) for value in dict.fromkeys(pair))
+    return change if before == after else f"{change} ({percent(after / before, 0)})"
 
 
 def format_name(granularity: GranularityFigures, name: str) -> str:

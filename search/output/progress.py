@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -26,11 +27,13 @@ from rich.table import Table
 from rich.text import Text
 
 from search.output.formatting import (
+    LAYER_TITLES,
     budget_lines,
     comparison,
     duration,
     history_line,
     latency_note,
+    layer_rows,
     pattern_line,
     percent,
     storage_rows,
@@ -38,6 +41,8 @@ from search.output.formatting import (
 from search.output.run_result import RunResult
 
 _FILE_WIDTH = 160
+_LAYERS_SHOWN = 30
+_PACKAGES = ("amc_env", "agents", "search")
 
 
 @dataclass(frozen=True)
@@ -171,6 +176,25 @@ class Progress:
                 handler.setStream(sys.stdout if handler.stream is streams[0] else sys.stderr)
 
 
+@contextmanager
+def shown_log() -> Iterator[None]:
+    """Print this project's log on standard output, where the program has set up no logging of its own."""
+    root, ours = logging.getLogger(), [logging.getLogger(name) for name in _PACKAGES]
+    if root.handlers:
+        yield
+        return
+    handler, levels = logging.StreamHandler(sys.stdout), [logger.level for logger in ours]
+    root.addHandler(handler)
+    for logger in ours:
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        for logger, level in zip(ours, levels, strict=True):
+            logger.setLevel(level)
+
+
 class Stage:
     """A part of a run, its steps, and when a line was last written for it; made by `Progress.stage`.
 
@@ -232,7 +256,7 @@ def final_table(
     report: Path | None = None,
     console: Console | None = None,
 ) -> None:
-    """Print the outcome of a run: original / pruned / fine-tuned, the budget, and where to look further.
+    """Print the outcome of a run: layers, original / pruned / fine-tuned, the budget, and where to look further.
 
     Args:
         result: the figures of the run.
@@ -241,6 +265,7 @@ def final_table(
         console: where to print; standard output by default.
     """
     console = console or _standard_output()
+    _print_layers(result, console)
     compared = comparison(result)
     rows = [
         (title, *(f"{cell.text} ({cell.relative})" if cell.relative else cell.text for cell in cells))
@@ -258,6 +283,16 @@ def final_table(
     for name, path in (("run folder", folder), ("report", report)):
         if path is not None:
             console.print(Text(f"{name}: {path}"), soft_wrap=True)
+
+
+def _print_layers(result: RunResult, console: Console) -> None:
+    """Print what became of every layer; of a deep network the first ones."""
+    rows = layer_rows(result)
+    if not rows:
+        return
+    print_table(LAYER_TITLES, rows[:_LAYERS_SHOWN], console=console)
+    if len(rows) > _LAYERS_SHOWN:
+        console.print(f"and {len(rows) - _LAYERS_SHOWN} more layers: report.html lists them", highlight=False)
 
 
 def print_table(

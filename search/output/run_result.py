@@ -184,6 +184,25 @@ class SkippedLayer:
 
 
 @dataclass(frozen=True)
+class LayerFigures:
+    """A convolution or linear layer, original and pruned: every figure is a pair.
+
+    Attributes:
+        name: of the module.
+        inputs: input channels or features.
+        outputs: output channels or features.
+        weights: all of them, and those that are left; of masked weights, those that are not zero.
+        macs: multiply-accumulates of its weights for one example.
+    """
+
+    name: str
+    inputs: tuple[int, int]
+    outputs: tuple[int, int]
+    weights: tuple[int, int]
+    macs: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class RunResult:
     """The content of result.json.
 
@@ -194,6 +213,7 @@ class RunResult:
         delivered_network: the one that is exported, 'pruned' or 'finetuned'; by default the last that there is.
         budgets: in the order they were given.
         strategy: decision -> share removed.
+        shapes: all layers, in forward order.
         masked: of masked weights only.
         skipped: layers that are not pruned.
         latency_batch: images that latency was measured with; likewise its runtime and threads.
@@ -212,6 +232,7 @@ class RunResult:
     budgets: tuple[BudgetFigures, ...]
     search: SearchFigures
     strategy: Mapping[str, float]
+    shapes: tuple[LayerFigures, ...] = ()
     masked: MaskedFigures | None = None
     skipped: tuple[SkippedLayer, ...] = ()
     exports: tuple[Exported, ...] = ()
@@ -270,6 +291,7 @@ class RunResult:
             "finetuned": finetuned and NetworkFigures.from_json(finetuned),
             "budgets": tuple(_read(BudgetFigures, entry) for entry in content["budgets"]),
             "search": _read(SearchFigures, content["search"]),
+            "shapes": tuple(_read(LayerFigures, entry) for entry in content.get("shapes", ())),
             "skipped": tuple(_read(SkippedLayer, entry) for entry in content["skipped"]),
             "exports": tuple(
                 _read(Exported, entry | {"path": Path(entry["path"])}) for entry in content["exports"]

@@ -9,6 +9,7 @@ from functools import cache, partial
 from itertools import count
 from pathlib import Path
 
+from rich.console import Console
 from torch import nn
 
 from agents.base import SearchTask
@@ -53,6 +54,7 @@ class Context:
         command: The command that started the run.
         configuration: The resolved configuration as YAML or JSON text, which is kept in the folder.
         begin: Called once, when the folder is ours and nothing has been scored yet.
+        quiet: Whether progress is not shown.
     """
 
     folder: Path
@@ -61,6 +63,7 @@ class Context:
     command: str = ""
     configuration: str = ""
     begin: Callable[[], object] = lambda: None
+    quiet: bool = False
 
     def start(self) -> None:
         """Write down the configuration and open the trackers; to be called once the folder is locked."""
@@ -217,7 +220,8 @@ def _run(problem: PruningProblem, context: Context, journal: Journal) -> Finishe
     else:
         KeptWeights(context.folder, journal).forget()
     planned = settings.agent.planned(problem.space, settings.episodes) * max(1, len(settings.stages))
-    with Progress(episodes=planned, epochs=settings.all_epochs) as progress:
+    console = Console(stderr=True, quiet=context.quiet)
+    with Progress(episodes=planned, epochs=settings.all_epochs, console=console) as progress:
         tune = Tuner(problem, _epoch_watcher(context, progress), context.folder)
         last, best, study = _searched(problem, context, progress, journal, tune)
         write_json(context.folder / "strategy.json", strategy_json(last, best))

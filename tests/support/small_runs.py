@@ -40,6 +40,7 @@ SETTINGS = Settings(
     finetune=TUNING,
     latency=LatencySettings(repeats=0),
     export=(),
+    original_lr=0.1,
 )
 
 
