@@ -185,12 +185,12 @@ def _counted(decisions: Mapping[str, Any] | Sequence[int], grids: Sequence[Grid]
             )
         return {grid.name: {"removed": count} for grid, count in zip(grids, decisions, strict=True)}
     known = {grid.name: grid for grid in grids}
-    return {
-        name: {"removed": known[name].snap(entry)}
-        if isinstance(entry, float | int) and name in known
-        else entry
-        for name, entry in decisions.items()
-    }
+
+    def counted(name: str, entry: Any) -> Any:
+        is_ratio = isinstance(entry, float | int) and 0 <= entry < 1 and name in known
+        return {"removed": known[name].snap(entry)} if is_ratio else entry
+
+    return {name: counted(name, entry) for name, entry in decisions.items()}
 
 
 def _infeasible(decisions: Mapping[str, Any], grids: Sequence[Grid]) -> Iterator[str]:

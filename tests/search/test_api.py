@@ -409,7 +409,7 @@ def test_a_saved_outcome_is_loaded_and_its_strategy_applied_again(tmp_path: Path
         ({"strategy": {"stem": 0.5}, "agent": "random"}, "conflict", "agent"),
         ({"criterion": "best"}, "unknown", "criterion"),
         ({"granularity": "atoms"}, "unknown", "granularity"),
-        ({"criterion": "apoz", "granularity": "nm"}, "invalid", "criterion"),
+        ({"criterion": "apoz", "granularity": "nm"}, "invalid", ""),
     ],
     ids=str,
 )
