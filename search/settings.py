@@ -49,6 +49,7 @@ _SHORT_TERM_STEPS = 50
 SAFE_LR = 0.01
 """Taken for the original learning rate where that is not known."""
 RepairName = Literal["none", "least_squares", "batch_norm", "both", "sequential"]
+Baseline = Literal["uniform", "random"]
 REPAIRS: tuple[str, ...] = get_args(RepairName)
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -259,6 +260,8 @@ class Settings:
     Attributes:
         agent: Who decides.
         episodes: Episodes, or evaluations of agents that do not step.
+        baselines: Scored beside the agent for comparison, after the search: ``uniform``, and ``random`` at as many
+            evaluations. None: uniform, and random as well where an evaluation takes less than 1e9 MACs.
         budgets: Limits that must hold; none for an accuracy-guaranteed search.
         stages: Shares of the first budget's cost, falling: one search each, from the network that the one before
             left, pruned and fine-tuned. Empty: one search.
@@ -276,6 +279,7 @@ class Settings:
 
     agent: Agent = field(default_factory=Surrogate)
     episodes: Count = 300
+    baselines: Listed[Baseline] | None = None
     budgets: Listed[BudgetSettings] = (BudgetSettings("macs"),)
     stages: Listed[Share] = ()
     schedule: Schedule = field(default_factory=Schedule)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -93,6 +94,18 @@ class Evaluator:
         self.add(weights)
         left, self.start = self.start, weights.name
         del self._weights[left]
+
+    def beside(self, weights: BaseWeights, memory: Memory) -> Evaluator:
+        """An evaluator that scores in the same way and shares the calibration, with its own memory and counts.
+
+        Args:
+            weights: What strategies are pruned from.
+            memory: Trials that are known already.
+        """
+        other = copy(self)
+        other.start, other._weights, other._memory = weights.name, {weights.name: weights}, memory
+        other.hits = other.evaluations = 0
+        return other
 
     def builder(self, start: str) -> Builder:
         """What builds candidates from these weights."""

@@ -220,6 +220,7 @@ def settings_of(
         fine = {name: part for name, part in found.items() if part is not None}
         more = scalars(cfg, "keep", "enforce_budget", "fill_budget", "export", "seed", "device")
         more |= {"episodes": search.episodes, "original_lr": original_lr}
+        more |= _plain(cfg, "baselines") if "baselines" in cfg else {}
         result = attempt(lambda: Settings(**fine, **more, stages=search.stages))
     assert isinstance(result, Settings)
     return result

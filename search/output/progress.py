@@ -28,6 +28,7 @@ from rich.text import Text
 
 from search.output.formatting import (
     LAYER_TITLES,
+    baseline_rows,
     budget_lines,
     comparison,
     duration,
@@ -36,6 +37,7 @@ from search.output.formatting import (
     layer_rows,
     pattern_line,
     percent,
+    spread_line,
     storage_rows,
 )
 from search.output.run_result import RunResult
@@ -272,6 +274,7 @@ def final_table(
         for title, cells in compared.rows.items()
     ]
     print_table(("", *compared.stages), rows, console=console)
+    _print_baselines(result, console)
     for line, met in budget_lines(result.budgets, result.base.costs, result.granularity.masked):
         console.print(Text(f"budget: {line}", style="" if met else "bold red"), soft_wrap=True)
     if result.granularity.masked:
@@ -283,6 +286,15 @@ def final_table(
     for name, path in (("run folder", folder), ("report", report)):
         if path is not None:
             console.print(Text(f"{name}: {path}"), soft_wrap=True)
+
+
+def _print_baselines(result: RunResult, console: Console) -> None:
+    """Print the agent beside its baselines, and what chance amounts to."""
+    compared = baseline_rows(result)
+    if compared:
+        print_table(*compared, console=console)
+        if line := spread_line(result):
+            console.print(Text(line), soft_wrap=True)
 
 
 def _print_layers(result: RunResult, console: Console) -> None:

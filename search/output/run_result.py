@@ -143,6 +143,27 @@ class SearchFigures:
 
 
 @dataclass(frozen=True)
+class BaselineFigures:
+    """A baseline's best strategy, scored as the agent's were and not fine-tuned.
+
+    Attributes:
+        agent: its name.
+        evaluations: different strategies scored, the finalists once more.
+        reward: of the best.
+        search_accuracy: on the search split.
+        accuracy: on the split of the final figures.
+        costs: by name.
+    """
+
+    agent: str
+    evaluations: int
+    reward: float
+    search_accuracy: float
+    accuracy: float
+    costs: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class LayerRow:
     """A masked layer: its weights, and how many are not zero."""
 
@@ -213,6 +234,8 @@ class RunResult:
         delivered_network: the one that is exported, 'pruned' or 'finetuned'; by default the last that there is.
         budgets: in the order they were given.
         strategy: decision -> share removed.
+        baselines: scored beside the agent.
+        images: examples of the search split and, where there is one, of the test split.
         shapes: all layers, in forward order.
         masked: of masked weights only.
         skipped: layers that are not pruned.
@@ -232,6 +255,8 @@ class RunResult:
     budgets: tuple[BudgetFigures, ...]
     search: SearchFigures
     strategy: Mapping[str, float]
+    baselines: tuple[BaselineFigures, ...] = ()
+    images: Mapping[str, int] = field(default_factory=dict)
     shapes: tuple[LayerFigures, ...] = ()
     masked: MaskedFigures | None = None
     skipped: tuple[SkippedLayer, ...] = ()
@@ -291,6 +316,7 @@ class RunResult:
             "finetuned": finetuned and NetworkFigures.from_json(finetuned),
             "budgets": tuple(_read(BudgetFigures, entry) for entry in content["budgets"]),
             "search": _read(SearchFigures, content["search"]),
+            "baselines": tuple(_read(BaselineFigures, entry) for entry in content.get("baselines", ())),
             "shapes": tuple(_read(LayerFigures, entry) for entry in content.get("shapes", ())),
             "skipped": tuple(_read(SkippedLayer, entry) for entry in content["skipped"]),
             "exports": tuple(

@@ -27,12 +27,13 @@ from search.output.progress import Progress, SearchStatus
 from search.output.run_files import CONFIGURATION
 from search.output.run_result import RunResult
 from search.settings import Settings
+from search.study.baselines import compared
 from search.study.evaluation import layer_errors_of, make_evaluator, start_of
 from search.study.identity import MAY_GROW, identity
 from search.study.journal import Journal
 from search.study.kept_weights import KeptWeights
 from search.study.problem import PruningProblem, announce
-from search.study.results import delivered_of, result_of, strategy_json, write_json
+from search.study.results import baseline_figures, delivered_of, result_of, strategy_json, write_json
 from search.study.stages import Stage, adopted, first_start, next_start, stage_of
 from search.study.study import Study
 from search.study.tuning import Tuner, finetuned, penalty_of
@@ -223,8 +224,9 @@ def _run(problem: PruningProblem, context: Context, journal: Journal) -> Finishe
     console = Console(stderr=True, quiet=context.quiet)
     with Progress(episodes=planned, epochs=settings.all_epochs, console=console) as progress:
         tune = Tuner(problem, _epoch_watcher(context, progress), context.folder)
-        last, best, study = _searched(problem, context, progress, journal, tune)
+        last, start, best, study = _searched(problem, context, progress, journal, tune)
         write_json(context.folder / "strategy.json", strategy_json(last, best))
+        beside = compared(last, start, study, context.folder, progress)
         candidates = {"pruned": study.evaluator.network(best)}
         if settings.finetune.epochs:
             progress.start("fine-tune")
@@ -237,6 +239,7 @@ def _run(problem: PruningProblem, context: Context, journal: Journal) -> Finishe
     exports = export_all(small, context.folder, settings.export)
     result = replace(
         result_of(last, networks, delivered, best, study, exports),
+        baselines=baseline_figures(last, beside),
         model=context.model,
         command=context.command,
         resumed=journal.replayed > 0,
@@ -248,8 +251,8 @@ def _run(problem: PruningProblem, context: Context, journal: Journal) -> Finishe
 
 def _searched(
     problem: PruningProblem, context: Context, progress: Progress, journal: Journal, tune: Tuner
-) -> tuple[PruningProblem, Trial, Study]:
-    """All searches of a run; the last stage with its best strategy and the study that found it."""
+) -> tuple[PruningProblem, BaseWeights, Trial, Study]:
+    """All searches of a run; the last stage, its first weights, its best strategy and the study that found it."""
     kept = KeptWeights(context.folder, journal)
     start = first_start(problem, kept, tune)
     for number in count(1):
@@ -259,7 +262,7 @@ def _searched(
         if stage.last:
             break
         start = next_start(stage, study.evaluator, best, kept, tune)
-    return stage.problem, best, study
+    return stage.problem, start, best, study
 
 
 def _epoch_watcher(context: Context, progress: Progress) -> Callable[[int, float, float], None]:

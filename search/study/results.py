@@ -30,6 +30,7 @@ from search import files
 from search.data.base import Split
 from search.output.export import Exported
 from search.output.run_result import (
+    BaselineFigures,
     BudgetFigures,
     GranularityFigures,
     LayerFigures,
@@ -41,6 +42,7 @@ from search.output.run_result import (
     SearchFigures,
     SkippedLayer,
 )
+from search.study.baselines import Beside
 from search.study.problem import PruningProblem
 from search.study.stages import chain
 from search.study.study import Study
@@ -81,6 +83,7 @@ def result_of(
         exports: What was exported.
     """
     settings, strategy = problem.settings, best.strategy
+    splits = {"search": problem.data.search, "test": problem.data.test}
     figures = _networks(problem, networks, best)
     return RunResult(
         data=problem.data.name,
@@ -93,6 +96,7 @@ def result_of(
         search=_search(problem, best, study),
         strategy=dict(zip(strategy.names, strategy.ratios, strict=True)),
         shapes=tuple(layer_figures(problem, strategy)),
+        images={name: len(part) for name, part in splits.items() if part is not None},
         masked=masked_figures(problem, networks[delivered], strategy),
         skipped=tuple(SkippedLayer(layer.name, layer.reason) for layer in problem.graph.skipped),
         exports=tuple(exports),
@@ -195,6 +199,22 @@ def budget_figures(problem: PruningProblem, removed: Sequence[int]) -> tuple[Bud
             format=formats.get(budget.cost.name),
         )
         for budget in problem.space.budgets
+    )
+
+
+def baseline_figures(problem: PruningProblem, beside: Sequence[Beside]) -> tuple[BaselineFigures, ...]:
+    """What the baselines came to, before fine-tuning; on the split of the final figures, too."""
+    split = problem.data.search if problem.data.test is None else problem.data.test
+    return tuple(
+        BaselineFigures(
+            agent=other.name,
+            evaluations=other.evaluations,
+            reward=other.best.reward,
+            search_accuracy=other.best.score,
+            accuracy=_score(problem, other.evaluator.network(other.best).network, split),
+            costs=dict(other.best.costs),
+        )
+        for other in beside
     )
 
 

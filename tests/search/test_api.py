@@ -60,7 +60,11 @@ def loader(count: int, seed: int, channels: int = 1) -> DataLoader[tuple[Tensor,
 
 def quick(agent: str = "random") -> Settings:
     return Settings(
-        agent=default_agent(agent), episodes=4, export=("safetensors",), latency=LatencySettings(repeats=0)
+        agent=default_agent(agent),
+        episodes=4,
+        baselines=(),
+        export=("safetensors",),
+        latency=LatencySettings(repeats=0),
     )
 
 
