@@ -141,7 +141,7 @@ def baseline_rows(result: RunResult) -> tuple[tuple[str, ...], list[tuple[str, .
         (b.agent, b.evaluations, b.search_accuracy, b.accuracy, b.costs[cost]) for b in result.baselines
     ]
     splits = dict.fromkeys(("search", pruned.split))
-    titles = [f"{result.metric}, {split_name(split)}" for split in splits]
+    titles = [split_name(split) for split in splits]
     rows = [
         (
             name,
@@ -152,7 +152,7 @@ def baseline_rows(result: RunResult) -> tuple[tuple[str, ...], list[tuple[str, .
         for name, count, *scores, value in found
     ]
     name = cost_name(cost, result.granularity.masked)
-    return ("before fine-tuning", "evaluations", *titles, name), rows
+    return (f"{result.metric} before fine-tuning", "evaluations", *titles, name), rows
 
 
 def spread_line(result: RunResult) -> str:
