@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from agents.base import Agent
 from amc_env.costs.base import BudgetSettings, budget_on
-from amc_env.errors import UserError, reported_together
+from amc_env.errors import UserError, did_you_mean, reported_together
 from amc_env.validation import Count, Listed, Share, check_arguments, settings
 from search.data.base import Data
 from search.models.checkpoint import read_checkpoint
@@ -316,7 +316,7 @@ def default_of(section: str, name: str, *overrides: str) -> Any:
     names = sorted(Path(file.name).stem for file in resources.files("conf").joinpath(section).iterdir())
     if name not in names:
         raise UserError(
-            f"{{field}}={name!r} is unknown; there are {', '.join(names)}", code="unknown", field=section
+            f"{{field}}={name!r} is unknown{did_you_mean(name, names)}", code="unknown", field=section
         )
     with hydra.initialize_config_module("conf", version_base="1.3"):
         cfg = hydra.compose("search", overrides=[f"{section}={name}", *overrides])

@@ -17,6 +17,8 @@ from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -87,7 +89,7 @@ class Progress:
     """
 
     def __init__(
-        self, episodes: int = 0, epochs: int = 0, console: Console | None = None, every_s: float = 10.0
+        self, episodes: int = 0, epochs: int = 0, console: Console | None = None, every_s: float = 30.0
     ) -> None:
         self.console = console or Console(stderr=True)
         self._stages: dict[str, Stage] = {}
@@ -97,6 +99,7 @@ class Progress:
             TextColumn("{task.description:<9}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
+            _Pace(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -160,7 +163,7 @@ class Progress:
             self.console.print(stage.line(), soft_wrap=True, highlight=False, markup=False)
 
     def _view(self) -> Group:
-        stages = self._stages.values()
+        stages = [stage for stage in self._stages.values() if stage.text or stage.rest]
         if self.console.width >= 110:
             lines = [Text(f"{s.name:<9} {s.text}  {s.rest}".rstrip(), no_wrap=True) for s in stages]
         else:
@@ -176,6 +179,16 @@ class Progress:
             if isinstance(handler, logging.StreamHandler) and handler.stream in streams:
                 self._handlers.append((handler, handler.stream))
                 handler.setStream(sys.stdout if handler.stream is streams[0] else sys.stderr)
+
+
+class _Pace(ProgressColumn):
+    """Steps a second, or seconds a step where that is more than one."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
 
 
 @contextmanager
