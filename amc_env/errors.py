@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import Any
 
 
@@ -74,6 +75,15 @@ def reported_together() -> Iterator[Callable[[Callable[[], Any]], Any]]:
     yield attempt
     if refused:
         raise UserError.join(refused)
+
+
+def did_you_mean(given: str, there: Sequence[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, and all."""
+    near = get_close_matches(given, there, n=1)
+    return (
+        f": did you mean {near[0]}?" * bool(near)
+        + f"{' There' if near else '; there'} are {', '.join(there)}"
+    )
 
 
 def out_of_range(field: str, value: object, allowed: str) -> UserError:

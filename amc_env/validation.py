@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar, dataclass_transform, get_type_hints
 from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from amc_env.errors import UserError
+from amc_env.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 _CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=True, strict=True, allow_inf_nan=False)
@@ -157,4 +157,4 @@ def _path(place: tuple[int | str, ...], names: list[str]) -> str:
 
 
 def _unknown(name: str, names: list[str]) -> UserError:
-    return UserError(f"unknown key {{field}}; there are {', '.join(names)}", code="unknown_key", field=name)
+    return UserError(f"unknown key {{field}}{did_you_mean(name, names)}", code="unknown_key", field=name)

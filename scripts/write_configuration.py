@@ -3,11 +3,12 @@
 import re
 from pathlib import Path
 
+from search.config.help import Row, read
+
 ROOT = Path(__file__).resolve().parents[1]
 CONF, PAGE = ROOT / "conf", ROOT / "docs" / "configuration.md"
 COMMANDS = ("search", "apply", "sensitivity", "latency")
 OF_OTHERS = ("preset", "experiment")  # groups whose options set what belongs to other groups
-ENTRY = re.compile(r"(?P<indent> *)(?P<key>\w+):(?: +(?P<value>[^# ].*?))?(?: +# *(?P<note>.*))?")
 INTRODUCTION = """# Configuration
 
 Written from `conf/` by `scripts/write_configuration.py`; do not edit this page.
@@ -19,27 +20,6 @@ Choose an option with `group=option` and change a setting with `group.setting=va
 `amc-search --cfg job` prints the resolved configuration. Where an option has the same setting as
 one above it in its table, with the same default, it is listed once.
 """
-
-Row = tuple[str, str, str]
-"""Dotted name, default, meaning."""
-
-
-def read(path: Path, prefix: str = "") -> tuple[str, list[Row]]:
-    """Reads one file: the comment at its top, and its settings with their comments."""
-    lines = path.read_text(encoding="utf-8").partition("\nhydra:")[0].splitlines()
-    first = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
-    about = " ".join(line.lstrip("# ") for line in lines[:first] if not line.startswith("# @package"))
-    rows: list[Row] = []
-    parents: list[str] = []
-    for line in lines[first:]:
-        if line.lstrip().startswith("#") and rows:  # a comment that continues on its own line
-            rows[-1] = (*rows[-1][:2], f"{rows[-1][2]} {line.strip(' #')}")
-        entry = ENTRY.fullmatch(line)
-        if entry is None or entry["key"] in ("_target_", "defaults"):
-            continue
-        parents[len(entry["indent"]) // 2 :] = [entry["key"]]
-        rows.append((prefix + ".".join(parents), entry["value"] or "", entry["note"] or ""))
-    return about, [row for row in rows if any(row[1:])]
 
 
 def table(rows: list[Row]) -> str:

@@ -7,16 +7,20 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+
+if TYPE_CHECKING:  # matplotlib takes a third of a second to import
+    from matplotlib.figure import Figure
 
 import amc_env  # noqa: F401 -- registers the environment
 from agents.base import Agent
@@ -28,7 +32,8 @@ from amc_env.graph.copying import module_copy, stored_activations
 from amc_env.graph.preparing import prepared, unwrapped
 from amc_env.graph.surgery import Keeps
 from amc_env.inputs import call, described, take
-from amc_env.pruning.granularity import Channel
+from amc_env.pruning.criteria import Criterion
+from amc_env.pruning.granularity import Channel, Granularity
 from amc_env.tasks import OwnTask, Task, task_named
 from amc_env.tasks.base import Batches
 from amc_env.validation import plain
@@ -37,14 +42,17 @@ from search.data.base import Data
 from search.data.loaders import as_loader, from_loaders, seeded
 from search.data.reading import Reader, Signature, batches_from
 from search.output.formatting import percent, split_name
-from search.output.progress import final_table
+from search.output.progress import final_table, shown_log
+from search.output.run_files import copy_outcome
 from search.output.run_result import FrontRow, RunResult
 from search.output.tracking import CsvTracker
 from search.settings import (
+    SAFE_LR,
     FinetuneSettings,
     Settings,
     channel_multiple,
 )
+from search.study.apply import Given, GivenStrategy
 from search.study.evaluation import make_evaluator
 from search.study.identity import describe
 from search.study.pipeline import Context, env_handle, run
@@ -52,8 +60,6 @@ from search.study.problem import PruningProblem
 from search.study.study import Study
 
 log = logging.getLogger(__name__)
-_SAFE_LR = 0.01
-"""Taken for the original learning rate where that is not known."""
 Asked = float | Mapping[str, float] | BudgetSettings | Sequence[BudgetSettings]
 """Budgets: the share of the MACs that may remain, shares by cost, or settings."""
 
@@ -91,8 +97,38 @@ class Compressed:
         metric = "" if self.result.metric == "accuracy" else f"{self.result.metric} "
         return f"Compressed({metric}{scores}, {percent(share, 1)} of the MACs, folder={str(self.folder)!r})"
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from search.output.report import result_html
+
+        return result_html(self.result, self.folder)
+
+    def plot(self) -> Figure:
+        """Draw the channels that every layer keeps, before the original's; of masked weights, the weights.
+
+        Returns:
+            A matplotlib figure, which a notebook shows and ``figure.savefig("kept.png")`` saves.
+        """
+        from search.output.plots import layers_figure
+
+        return layers_figure(self.result)
+
+    def save(self, folder: str | Path) -> Path:
+        """Copy what is needed to use the network: exports, strategy.json, result.json, report.html and its pictures.
+
+        ``load_pruned(module, folder)`` restores the network from there, ``compress(..., strategy=folder)`` applies its
+        strategy again.
+
+        Args:
+            folder: Made where it is missing; files of the same names are replaced.
+
+        Returns:
+            The folder.
+        """
+        return copy_outcome(self.folder, self.result, Path(folder))
+
     def table(self) -> str:
-        """Original, pruned and fine-tuned network side by side, as `compress` prints it."""
+        """Layers, and original, pruned and fine-tuned network side by side, as `compress` prints them."""
         console = Console(file=StringIO(), width=160)
         final_table(self.result, self.folder, console=console)
         assert isinstance(console.file, StringIO)
@@ -115,6 +151,9 @@ def compress(
     seed: int | None = None,
     device: str | None = None,
     keep: Sequence[str] | None = None,
+    granularity: str | Granularity | None = None,
+    criterion: str | Criterion | None = None,
+    strategy: GivenStrategy | None = None,
     task: str | Task | None = None,
     score: Callable[[nn.Module, Batches], float] | None = None,
     loss: Callable[[Any, Any], Tensor] | None = None,
@@ -146,47 +185,51 @@ def compress(
         episodes: Episodes of the search, or evaluations of an agent that does not step.
         finetune: Epochs of fine-tuning, 0 for none, or all of its settings.
         original_lr: Peak learning rate of SGD that the network was trained with; fine-tuning takes a tenth of it by
-            default. Without it and without settings, 0.01 is taken, which is safe for networks that were trained by
-            Adam too.
+            default. Without it 0.01 is taken, which is safe for networks that were trained by Adam, too.
         folder: The run folder; the same call with the same folder resumes an interrupted run. By default
             one is made under ``outputs``.
         seed: Of everything that is drawn.
         device: Where networks run.
         keep: Layers that are not pruned: patterns of names, like ``["stem.*"]``, or names of classes, like ``["Linear"]``.
+        granularity: What is removed: ``channel``, or ``fine_grained``, ``nm``, ``vector``, ``kernel``, which set weights to
+            zero; with the settings of its file in conf/granularity, or an object.
+        criterion: What ranks channels or weights: ``l1``, ``l2``, ``bn_scale``, ``apoz``, ``fpgm``, ``lasso``, ``taylor``,
+            ``obd``, ``random``, or an object.
+        strategy: A strategy that was found elsewhere, to be applied in place of a search: a strategy.json or its run folder,
+            the ``info["strategy"]`` of an environment, the pruning ratio of each decision by name, or the counts removed.
+            Without ``budget`` none is asked for; without ``settings`` the rest is as without a strategy.
         task: What the network is for: ``classification``, ``multi_label``, ``regression``, ``segmentation``, or a
             `amc_env.tasks.Task`. By default classification, which targets that are no class numbers refuse.
         score: In place of a task, with ``loss``: takes a network in eval mode and batches of (inputs, targets), and gives
             its score in [0, 1], higher is better.
         loss: Takes outputs and targets of a batch, and gives the mean loss of its examples.
         settings: Everything else (repair, criterion, channel multiple, export, the conditions of latency). An argument
-            that is given wins over the same field; one that is not leaves it alone. Without settings, half of the
+            that is given wins over the same field; one that is not leaves it alone. By default half of the
             MACs, the agent ``surrogate``, 300 episodes, 10 epochs of fine-tuning and seed 0 are used, and layers keep
-            multiples of 2 channels, under a latency budget of its ``vector_width``.
-        verbose: Print the table of the result at the end.
+            multiples of 2 channels; without settings, under a latency budget of its ``vector_width``.
+        verbose: Print what can be reached, the progress, and the result. Warnings are logged in any case.
 
     Raises:
         UserError: Whatever is wrong with network, data or settings, in one message, before anything expensive.
     """
-    if budget is not None and budgets is not None:
-        raise UserError(
-            "{field} and budgets are both given: leave one out; another cost than MACs is given by settings",
-            code="together",
-            field="budget",
-        )
-    if settings is None:
-        budget, agent = 0.5 if budget is None else budget, agent or "surrogate"
     given: dict[str, Any] = {"episodes": episodes, "original_lr": original_lr, "seed": seed, "device": device}
-    given |= {"keep": keep, "task": _task(task, score, loss), "ratios": budgets}
-    base = _settings(settings, budget, agent, finetune, given)
-    if settings is None and original_lr is None and base.finetune.epochs:
-        log.info("original_lr is not given: fine-tuning starts from %g", base.finetune.lr_fraction * _SAFE_LR)
-    network = _network(module)
-    data = _data(network, train_loader, val_loader, test_loader, base)
-    place = _folder(folder)
-    finished = run(network, data, base.in_folder(place), _context(place, type(network).__name__, base))
-    from search.output.report import write_report  # matplotlib takes a third of a second to import
+    given |= {"keep": keep, "task": _task(task, score, loss)}
+    given |= {"budget": budget, "ratios": budgets, "agent": agent, "strategy": strategy, "finetune": finetune}
+    given |= {"granularity": granularity, "criterion": criterion}
+    base = _settings(settings, given)
+    with shown_log() if verbose else nullcontext():
+        if settings is None and original_lr is None and base.finetune.epochs:
+            log.info(
+                "original_lr is not given: fine-tuning starts from %g", base.finetune.lr_fraction * SAFE_LR
+            )
+        network = _network(module)
+        data = _data(network, train_loader, val_loader, test_loader, base)
+        place = _folder(folder)
+        context = _context(place, type(network).__name__, base, quiet=not verbose)
+        finished = run(network, data, base.in_folder(place), context)
+        from search.output.report import write_report  # matplotlib takes a third of a second to import
 
-    report, result = write_report(place), finished.result
+        report, result = write_report(place), finished.result
     if verbose:
         final_table(result, place, report)
     models = {ratio: model.cpu() for ratio, model in finished.models.items()}
@@ -317,7 +360,7 @@ def _task(
     return OwnTask(score, loss)
 
 
-def _agent(given: str | Agent | type) -> Any:
+def _agent(given: str | Agent | type | None) -> Any:
     """The agent that is named or given, or that runs an algorithm of Stable-Baselines3.
 
     Raises:
@@ -340,36 +383,51 @@ def _agent(given: str | Agent | type) -> Any:
             except UserError as error:
                 raise error.inside("agent") from error
         given = given.__name__.lower()
-    if not isinstance(given, str):
-        return given
-    from search.config.compose import default_agent  # Hydra is needed for names alone
-
-    return default_agent(given)
+    return _named("agent", given)
 
 
-def _settings(
-    settings: Settings | None,
-    budget: Asked | None,
-    agent: str | Agent | type | None,
-    finetune: FinetuneSettings | int | None,
-    more: Mapping[str, Any],
-) -> Settings:
+def _named(section: str, value: Any, *overrides: str) -> Any:
+    """What an option of conf makes; an object as it is."""
+    if not isinstance(value, str):
+        return value
+    from search.config.compose import default_of  # Hydra is needed for names alone
+
+    return default_of(section, value, *overrides)
+
+
+def _settings(settings: Settings | None, arguments: Mapping[str, Any]) -> Settings:
     """The settings of a run, from the arguments of `compress`.
 
     Raises:
         UserError: With all that is wrong.
     """
     with reported_together() as attempt:
-        given = {
-            "budgets": None if budget is None else attempt(lambda: _budgets(budget)),
-            "agent": None if agent is None else attempt(lambda: _agent(agent)),
-            "finetune": attempt(lambda: _finetune(finetune)),
-            **more,
-        }
+        given = dict(arguments)
+        budget, strategy = given.pop("budget"), given.pop("strategy")
+        if budget is not None and given["ratios"] is not None:
+            attempt(_both_budgets)
+        given["budgets"] = budgets = None if budget is None else attempt(lambda: _budgets(budget))
+        if strategy is None:
+            given["agent"] = attempt(lambda: _agent(given["agent"]))
+        else:
+            given["agent"] = attempt(lambda: _strategy(strategy, given["agent"]))
+            given["budgets"] = (budgets or ()) if settings is None else budgets
+        multiple = f"channel_multiple={channel_multiple(budgets or ())}"
+        given["granularity"] = attempt(lambda: _named("granularity", given["granularity"], multiple))
+        given["criterion"] = attempt(lambda: _named("criterion", given["criterion"]))
+        given["finetune"] = attempt(lambda: _finetune(given["finetune"]))
         wanted = {name: value for name, value in given.items() if value is not None}
         made = attempt(lambda: _made(settings, wanted))
     assert isinstance(made, Settings)
     return made
+
+
+def _both_budgets() -> None:
+    raise UserError(
+        "{field} and budgets are both given: leave one out; another cost than MACs is given by settings",
+        code="conflict",
+        field="budget",
+    )
 
 
 def _made(settings: Settings | None, wanted: Mapping[str, Any]) -> Settings:
@@ -377,6 +435,16 @@ def _made(settings: Settings | None, wanted: Mapping[str, Any]) -> Settings:
         return _defaults(wanted) if settings is None else replace(settings, **wanted)
     except UserError as error:
         raise error.renamed(lambda field: re.sub(r"^(ratios|search\.budgets)", "budgets", field)) from error
+
+
+def _strategy(strategy: GivenStrategy, agent: object) -> Given:
+    if agent is not None:
+        raise UserError(
+            "{field} and strategy are both given: leave one out, as a strategy is applied without a search",
+            code="conflict",
+            field="agent",
+        )
+    return Given.of(strategy)
 
 
 def _finetune(finetune: FinetuneSettings | int | None) -> FinetuneSettings | None:
@@ -389,8 +457,7 @@ def _finetune(finetune: FinetuneSettings | int | None) -> FinetuneSettings | Non
 
 def _defaults(given: Mapping[str, Any]) -> Settings:
     """Settings where none are given, with these fields."""
-    found = {"episodes": 300, "granularity": Channel(channel_multiple(given.get("budgets", ()))), **given}
-    return Settings(**{"original_lr": _SAFE_LR, **found})
+    return Settings(**{"granularity": Channel(channel_multiple(given.get("budgets", ()))), **given})
 
 
 def _budgets(budget: Asked) -> tuple[BudgetSettings, ...]:
@@ -412,7 +479,7 @@ def _budgets(budget: Asked) -> tuple[BudgetSettings, ...]:
         raise error.inside("budget") from error
 
 
-def _context(folder: Path, model: str, settings: Settings) -> Context:
+def _context(folder: Path, model: str, settings: Settings, *, quiet: bool) -> Context:
     tracker = cache(lambda: CsvTracker(folder))  # opened when the journal has found that the folder is ours
     return Context(
         folder=folder,
@@ -421,6 +488,7 @@ def _context(folder: Path, model: str, settings: Settings) -> Context:
         command="search.compress",
         configuration=json.dumps(describe(settings), indent=2),
         begin=tracker,
+        quiet=quiet,
     )
 
 

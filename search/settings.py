@@ -11,8 +11,9 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field
 
 from agents.base import Agent
-from agents.baselines import Random, Uniform
+from agents.baselines import Uniform
 from agents.sensitivity import RATIOS, Ratios
+from agents.surrogate import Surrogate
 from amc_env.costs.base import BudgetSettings
 from amc_env.costs.latency import RuntimeName
 from amc_env.costs.latency.cost import LatencyBudget as LatencyBudget  # exported: users name it here
@@ -47,7 +48,10 @@ SHORT_TERM = "short_term"
 _SHORT_TERM_STEPS = 50
 BUDGETS = "search.budgets"
 """What configurations call `Settings.ratios`."""
+SAFE_LR = 0.01
+"""Taken for the original learning rate where that is not known."""
 RepairName = Literal["none", "least_squares", "batch_norm", "both", "sequential"]
+Baseline = Literal["uniform", "random"]
 REPAIRS: tuple[str, ...] = get_args(RepairName)
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -265,6 +269,8 @@ class Settings:
     Attributes:
         agent: Who decides.
         episodes: Episodes, or evaluations of agents that do not step.
+        baselines: Scored beside the agent for comparison, after the search: ``uniform``, and ``random`` at as many
+            evaluations. None: uniform, and random as well where an evaluation takes less than 1e9 MACs.
         budgets: Limits that must hold; none for an accuracy-guaranteed search.
         stages: Shares of the first budget's cost, falling: one search each, from the network that the one before
             left, pruned and fine-tuned. Empty: one search.
@@ -278,12 +284,13 @@ class Settings:
         seed: Of the agent, of calibration positions and of fine-tuning.
         device: Where networks run, as torch names it.
         export: Formats of the small network.
-        original_lr: The original training's learning rate.
+        original_lr: The original training's learning rate. The default is safe for networks that were trained by Adam, too.
         task: What the network is for: how its output is read, its loss and its score.
     """
 
-    agent: Agent = field(default_factory=Random)
-    episodes: Count = 1
+    agent: Agent = field(default_factory=Surrogate)
+    episodes: Count = 300
+    baselines: Listed[Baseline] | None = None
     budgets: Listed[BudgetSettings] = (BudgetSettings("macs"),)
     stages: Listed[Share] = ()
     ratios: Listed[Fraction] = ()
@@ -302,7 +309,7 @@ class Settings:
     scoring: ScoringSettings = field(default_factory=ScoringSettings)
     latency: LatencySettings = field(default_factory=LatencySettings)
     export: Listed[str] = ("safetensors", "pt2")
-    original_lr: Positive = 0.1
+    original_lr: Positive = SAFE_LR
     seed: Seed = 0
     device: str = "cpu"
     task: Task = field(default_factory=Classification)

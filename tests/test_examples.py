@@ -1,10 +1,13 @@
-"""Every example runs as a script and prints what it found."""
+"""Every example runs as a script and prints what it found; so does the notebook."""
 
+import json
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+NOTEBOOK = Path(__file__).parents[1] / "examples" / "pruning_lab.ipynb"
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 
@@ -18,3 +21,19 @@ def test_an_example_runs(
     runpy.run_path(str(path), run_name="__main__")
     assert "{" in capsys.readouterr().out  # the strategy
     assert len(path.read_text().splitlines()) <= 70
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its code cells in order, in one namespace, with small numbers after the first."""
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    namespace: dict[str, Any] = {"__name__": "pruning_lab"}
+    for source in sources:
+        exec(compile(source, NOTEBOOK.name, "exec"), namespace)
+        namespace |= {"TRAINING": 5, "EPISODES": 4, "FINALISTS": 1, "EPOCHS": 1, "STEPS": 1}
+    assert namespace["small"].result.budget.met
+    assert len(namespace["small"].result.baselines) == 2
+    assert not any(cell.get("outputs") for cell in cells)

@@ -111,6 +111,18 @@ class Evaluator:
         other._weights = dict(self._weights)
         return other
 
+    def beside(self, weights: BaseWeights, memory: Memory) -> Evaluator:
+        """An evaluator that scores in the same way and shares the calibration, with its own memory and counts.
+
+        Args:
+            weights: What strategies are pruned from.
+            memory: Trials that are known already.
+        """
+        other = copy(self)
+        other.start, other._weights, other._memory = weights.name, {weights.name: weights}, memory
+        other.hits = other.evaluations = 0
+        return other
+
     def builder(self, start: str) -> Builder:
         """What builds candidates from these weights."""
         return self._known(start).candidates

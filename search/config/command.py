@@ -12,20 +12,22 @@ import time
 from collections.abc import Callable
 from functools import wraps
 from importlib import resources
+from importlib.metadata import version
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.experimental.callback import Callback
-from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from amc_env.errors import UserError
+from amc_env.errors import UserError, did_you_mean
 from search import files, interrupts
+from search.config import help
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +40,17 @@ class IncompleteError(Exception):
     """A run that ended without a part of what was asked for; the message is one line."""
 
 
+OmegaConf.register_new_resolver("options", lambda: help.options(), replace=True)
+OmegaConf.register_new_resolver("settings", help.settings, replace=True)
+"""Of the help's templates in conf/."""
+
+
 _NOISE = re.compile(r" Config search path:.*| full_key: \S*| object_type=\S*| See https://hydra\.cc.*")
 """What Hydra and OmegaConf add for people who look into their code."""
+
+
+_UNKNOWN = re.compile(r"Could not find '([\w/]+)/([^/']+)'")
+"""How Hydra refuses an option that there is not."""
 
 
 _REPORTED = (UserError, IncompleteError, HydraException, OmegaConfBaseException)
@@ -87,9 +98,8 @@ def _check_sections(cfg: DictConfig) -> None:
     for section in set(known) - set(given):
         raise UserError("{field} is needed; see --help", code="missing", field=section)
     for section in set(given) - set(known):
-        raise UserError(
-            f"unknown key {{field}}; there are {', '.join(known)}", code="unknown_key", field=section
-        )
+        there = did_you_mean(section, known)
+        raise UserError(f"unknown key {{field}}{there}", code="unknown_key", field=section)
 
 
 def run_command(command: Callable[[], object]) -> int:
@@ -99,6 +109,9 @@ def run_command(command: Callable[[], object]) -> int:
         The exit code: 0, 1 where a part of what was asked for failed, 2 for a mistake of the user's, 130 after Ctrl-C,
         143 after SIGTERM.
     """
+    if sys.argv[1:] == ["--version"]:
+        print(f"amc-netadapt {version('amc-netadapt')}")  # noqa: T201
+        return 0
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed with a traceback
     began = time.time()
     _sweeps.clear()
@@ -208,8 +221,10 @@ def _line(error: BaseException) -> str:
         if isinstance(known, ConfigKeyError | ConfigAttributeError) and isinstance(
             known.parent_node, DictConfig
         ):
-            there = ", ".join(str(key) for key in known.parent_node)
-            return f"unknown key {known.full_key}; there are {there}"
+            there = [str(key) for key in known.parent_node if key not in ("hydra", "_target_")]
+            return f"unknown key {known.full_key}{did_you_mean(str(known.key), there)}"
+    if isinstance(error, MissingConfigException) and (chosen := _UNKNOWN.search(str(error))):
+        return f"{chosen[1]}={chosen[2]} is unknown{did_you_mean(chosen[2], error.options or ())}"
     text = " ".join(str(e) for e in (error, cause) if e is not None)
     text = _NOISE.sub("", " ".join(text.split()))
     if not isinstance(error, OverrideParseException):

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from agents.base import Agent
 from amc_env.costs.base import BudgetSettings, budget_on
-from amc_env.errors import UserError, reported_together
+from amc_env.errors import UserError, did_you_mean, reported_together
 from amc_env.validation import Count, Fraction, Listed, Share, check_arguments, settings
 from search.data.base import Data
 from search.models.checkpoint import read_checkpoint
@@ -222,6 +222,7 @@ def settings_of(
         more = scalars(cfg, "keep", "enforce_budget", "fill_budget", "export", "seed", "device")
         more |= {"episodes": search.episodes, "original_lr": original_lr}
         more |= {"stages": search.stages, "ratios": search.budgets}
+        more |= _plain(cfg, "baselines") if "baselines" in cfg else {}
         result = attempt(lambda: Settings(**fine, **more))
     assert isinstance(result, Settings)
     return result
@@ -293,17 +294,25 @@ def expected(section: str, kind: type[Built], thing: Any) -> Built:
     return thing
 
 
-def default_agent(name: str) -> Agent:
-    """An agent with the settings of its file in conf/agent.
+def default_of(section: str, name: str, *overrides: str) -> Any:
+    """What an option's file in conf makes, like ``("criterion", "l1")``.
+
+    Args:
+        section: The group.
+        name: The option.
+        overrides: Of settings, as on the command line.
 
     Raises:
-        UserError: There is no agent of that name.
+        UserError: There is no option of that name.
     """
-    names = sorted(Path(file.name).stem for file in resources.files("conf").joinpath("agent").iterdir())
+    names = sorted(Path(file.name).stem for file in resources.files("conf").joinpath(section).iterdir())
     if name not in names:
-        raise UserError(f"unknown agent {name!r}; there are {', '.join(names)}")
+        raise UserError(
+            f"{{field}}={name!r} is unknown{did_you_mean(name, names)}", code="unknown", field=section
+        )
     with hydra.initialize_config_module("conf", version_base="1.3"):
-        return settings_of(hydra.compose("search", overrides=[f"agent={name}"])).agent
+        cfg = hydra.compose("search", overrides=[f"{section}={name}", *overrides])
+    return built(resolved(cfg), section)
 
 
 def _plain(node: DictConfig, *names: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,16 +86,28 @@ def as_loader(name: str, given: Any, batch_size: int, *, shuffle: bool = False) 
         shuffle: whether such a DataLoader shuffles.
 
     Raises:
-        UserError: an iterator, which can be read once only.
+        UserError: an iterator, which can be read once only, or what is neither loader, dataset nor pair.
     """
     if isinstance(given, Iterator):
         raise one_pass(name)
-    pair = isinstance(given, tuple | list) and len(given) == 2
-    if pair and all(isinstance(part, Tensor | np.ndarray) for part in given):
+    arrays = isinstance(given, tuple | list) and given and isinstance(given[0], Tensor | np.ndarray)
+    if arrays and len(given) == 2 and isinstance(given[1], Tensor | np.ndarray):
         given = TensorDataset(*map(torch.as_tensor, given))
+    elif arrays or isinstance(given, Tensor | np.ndarray | Mapping) or not _gives_batches(given):
+        what = f"{type(given).__name__} of {len(given)} entries" if arrays else type(given).__name__
+        raise UserError(
+            f"{{field}} is a {what}: give a DataLoader or list of batches (inputs, targets), a dataset, or one pair "
+            "(inputs, targets) of tensors; inputs of a network with several go together, ((x1, x2), targets)",
+            code="wrong_type",
+            field=name,
+        )
     if isinstance(given, Dataset) and not isinstance(given, IterableDataset):
         return DataLoader(given, batch_size, shuffle=shuffle)
     return given
+
+
+def _gives_batches(given: Any) -> bool:
+    return given is None or isinstance(given, Iterable | Dataset) or hasattr(given, "__getitem__")
 
 
 @contextmanager

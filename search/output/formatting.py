@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from amc_env.costs.base import COSTS, quantity, size
@@ -20,6 +20,8 @@ SPLITS = {
 FORMATS = {"eie": "EIE", "csr": "CSR"}
 """Of stored weights; n:m goes by its numbers."""
 DASH = "–"
+LAYER_TITLES = ("layer", "inputs", "outputs", "weights", "MACs left")
+"""Of the columns of `layer_rows`."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,61 @@ def _cost_titles(result: RunResult) -> dict[str, str]:
         "latency_spread": "latency, spread",
     }
     return counts | others | measured
+
+
+def baseline_rows(result: RunResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
+    """Titles and rows of the agent beside its baselines, before fine-tuning; None where there are none."""
+    if not result.baselines:
+        return None
+    search, pruned, budget = result.search, result.pruned, result.budget
+    cost = budget.cost if budget else "macs"
+    own = (search.agent, search.evaluations, search.search_accuracy, pruned.accuracy)
+    found = [(*own, pruned.costs[cost])]
+    found += [
+        (b.agent, b.evaluations, b.search_accuracy, b.accuracy, b.costs[cost]) for b in result.baselines
+    ]
+    splits = dict.fromkeys(("search", pruned.split))
+    titles = [split_name(split) for split in splits]
+    rows = [
+        (
+            name,
+            f"{count:,}",
+            *map(percent, scores[: len(splits)]),
+            percent(value / result.base.costs[cost], 1),
+        )
+        for name, count, *scores, value in found
+    ]
+    name = cost_name(cost, result.granularity.masked)
+    return (f"{result.metric} before fine-tuning", "evaluations", *titles, name), rows
+
+
+def spread_line(result: RunResult) -> str:
+    """What one image and chance amount to in the accuracies of `baseline_rows`; '' of other scores."""
+    scores = {"search": result.search.search_accuracy, result.pruned.split: result.pruned.accuracy}
+    known = {split: score for split, score in scores.items() if split in result.images}
+    if result.metric != "accuracy" or not known:
+        return ""
+    parts = [
+        f"{100 / (n := result.images[split]):.2g} points of the {split_name(split)} (standard error "
+        f"{100 * math.sqrt(max(score * (1 - score), 1 / n) / n):.1f})"
+        for split, score in known.items()
+    ]
+    return f"one image is {' and '.join(parts)}; smaller differences between policies may be chance"
+
+
+def layer_rows(result: RunResult) -> list[tuple[str, ...]]:
+    """Every layer as (name, input channels, output channels, weights, MACs left): 'old → new' where they differ."""
+    rows = []
+    for layer in result.shapes:
+        channels = (_change(pair, lambda count: f"{count:,}") for pair in (layer.inputs, layer.outputs))
+        before, after = layer.macs
+        left = percent(after / before, 0) if before else DASH
+        rows.append((layer.name, *channels, _change(layer.weights, quantity), left))
+    return rows
+
+
+def _change(pair: tuple[int, int], text: Callable[[int], str]) -> str:
+    return " → ".join(text(value) for value in dict.fromkeys(pair))
 
 
 def format_name(granularity: GranularityFigures, name: str) -> str:

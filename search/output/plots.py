@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from agents.sensitivity import Curve
 from amc_env.costs.latency import Timing
 from search import files
 from search.output.formatting import cost_name
+from search.output.run_result import RunResult
 
 BLUE, ORANGE, VERMILION, GREY, INK = "#0072B2", "#E69F00", "#D55E00", "#D0D3D6", "#30343A"
 _LINES = (BLUE, VERMILION, "#009E73", ORANGE, "#CC79A7", "#56B4E9", INK)
@@ -137,11 +139,23 @@ def plot_front(
 
 
 def plot_channels(widths: Sequence[Width], path: Path, unit: str = "channels") -> Path:
+    """Save `channels_figure` as a PNG."""
+    return _save(channels_figure(widths, unit), path)
+
+
+def layers_figure(result: RunResult) -> Figure:
+    """`channels_figure` of the output channels of all layers, or of their weights where those are masked."""
+    masked = result.granularity.masked
+    pairs = [(layer.name, layer.weights if masked else layer.outputs) for layer in result.shapes]
+    widths = [Width(name, after, before) for name, (before, after) in pairs]
+    return channels_figure(widths, "weights" if masked else "channels")
+
+
+def channels_figure(widths: Sequence[Width], unit: str = "channels") -> Figure:
     """AMC's picture: per decision, in forward order, the channels kept before the original's, and their share below.
 
     Args:
         widths: one per decision, front to back.
-        path: PNG to write.
         unit: what is counted: channels, or weights where those are masked.
     """
     count = len(widths)
@@ -174,7 +188,7 @@ def plot_channels(widths: Sequence[Width], path: Path, unit: str = "channels") -
         axes.tick_params(axis="x", length=0)
     figure.align_ylabels()
     below.set_xlim(-0.7, count - 0.3)
-    return _save(figure, path)
+    return _styled(figure)
 
 
 def plot_reward(
@@ -397,7 +411,7 @@ def _depth_bar(figure: Figure, axes: Axes, count: int) -> None:
 
 
 def _figure(width: float = 5.8, height: float = 3.5) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    figure = Shown(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
@@ -416,7 +430,24 @@ def _shorten(name: str) -> str:
     return name if len(name) <= 26 else "…" + name[-25:]
 
 
+class Shown(Figure):
+    """A figure that a notebook shows as it is, without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        picture = BytesIO()
+        self.savefig(picture, format="png")
+        return picture.getvalue()
+
+
 def _save(figure: Figure, path: Path) -> Path:
+    _styled(figure)
+    with files.replacing(path) as unfinished:
+        figure.savefig(unfinished)
+    return path
+
+
+def _styled(figure: Figure) -> Figure:
+    """The figure with the project's axes."""
     for axes in figure.axes:
         if axes.get_label() == "<colorbar>":
             continue
@@ -425,6 +456,4 @@ def _save(figure: Figure, path: Path) -> Path:
         axes.tick_params(colors=INK, labelsize=None)
         axes.grid(axis="y", color="#E6E8EA", lw=0.7)
         axes.set_axisbelow(True)
-    with files.replacing(path) as unfinished:
-        figure.savefig(unfinished)
-    return path
+    return figure

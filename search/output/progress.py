@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +17,8 @@ from rich.live import Live
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -26,19 +29,25 @@ from rich.table import Table
 from rich.text import Text
 
 from search.output.formatting import (
+    LAYER_TITLES,
+    baseline_rows,
     budget_lines,
     comparison,
     duration,
     front_table,
     history_line,
     latency_note,
+    layer_rows,
     pattern_line,
     percent,
+    spread_line,
     storage_rows,
 )
 from search.output.run_result import RunResult
 
 _FILE_WIDTH = 160
+_LAYERS_SHOWN = 30
+_PACKAGES = ("amc_env", "agents", "search")
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ class Progress:
     """
 
     def __init__(
-        self, episodes: int = 0, epochs: int = 0, console: Console | None = None, every_s: float = 10.0
+        self, episodes: int = 0, epochs: int = 0, console: Console | None = None, every_s: float = 30.0
     ) -> None:
         self.console = console or Console(stderr=True)
         self._stages: dict[str, Stage] = {}
@@ -91,6 +100,7 @@ class Progress:
             TextColumn("{task.description:<9}"),
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
+            _Pace(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -154,7 +164,7 @@ class Progress:
             self.console.print(stage.line(), soft_wrap=True, highlight=False, markup=False)
 
     def _view(self) -> Group:
-        stages = self._stages.values()
+        stages = [stage for stage in self._stages.values() if stage.text or stage.rest]
         if self.console.width >= 110:
             lines = [Text(f"{s.name:<9} {s.text}  {s.rest}".rstrip(), no_wrap=True) for s in stages]
         else:
@@ -170,6 +180,35 @@ class Progress:
             if isinstance(handler, logging.StreamHandler) and handler.stream in streams:
                 self._handlers.append((handler, handler.stream))
                 handler.setStream(sys.stdout if handler.stream is streams[0] else sys.stderr)
+
+
+class _Pace(ProgressColumn):
+    """Steps a second, or seconds a step where that is more than one."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each")
+
+
+@contextmanager
+def shown_log() -> Iterator[None]:
+    """Print this project's log on standard output, where the program has set up no logging of its own."""
+    root, ours = logging.getLogger(), [logging.getLogger(name) for name in _PACKAGES]
+    if root.handlers:
+        yield
+        return
+    handler, levels = logging.StreamHandler(sys.stdout), [logger.level for logger in ours]
+    root.addHandler(handler)
+    for logger in ours:
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        for logger, level in zip(ours, levels, strict=True):
+            logger.setLevel(level)
 
 
 class Stage:
@@ -233,7 +272,7 @@ def final_table(
     report: Path | None = None,
     console: Console | None = None,
 ) -> None:
-    """Print the outcome of a run: original / pruned / fine-tuned, the budget, and where to look further.
+    """Print the outcome of a run: layers, original / pruned / fine-tuned, the budget, and where to look further.
 
     Args:
         result: the figures of the run.
@@ -242,6 +281,7 @@ def final_table(
         console: where to print; standard output by default.
     """
     console = console or _standard_output()
+    _print_layers(result, console)
     compared = comparison(result)
     rows = [
         (title, *(f"{cell.text} ({cell.relative})" if cell.relative else cell.text for cell in cells))
@@ -250,6 +290,7 @@ def final_table(
     print_table(("", *compared.stages), rows, console=console)
     if front := front_table(result):
         print_table(front[0], front[1:], console=console)
+    _print_baselines(result, console)
     for line, met in budget_lines(result.budgets, result.base.costs, result.granularity.masked):
         console.print(Text(f"budget: {line}", style="" if met else "bold red"), soft_wrap=True)
     if result.granularity.masked:
@@ -261,6 +302,25 @@ def final_table(
     for name, path in (("run folder", folder), ("report", report)):
         if path is not None:
             console.print(Text(f"{name}: {path}"), soft_wrap=True)
+
+
+def _print_baselines(result: RunResult, console: Console) -> None:
+    """Print the agent beside its baselines, and what chance amounts to."""
+    compared = baseline_rows(result)
+    if compared:
+        print_table(*compared, console=console)
+        if line := spread_line(result):
+            console.print(Text(line), soft_wrap=True)
+
+
+def _print_layers(result: RunResult, console: Console) -> None:
+    """Print what became of every layer; of a deep network the first ones."""
+    rows = layer_rows(result)
+    if not rows:
+        return
+    print_table(LAYER_TITLES, rows[:_LAYERS_SHOWN], console=console)
+    if len(rows) > _LAYERS_SHOWN:
+        console.print(f"and {len(rows) - _LAYERS_SHOWN} more layers: report.html lists them", highlight=False)
 
 
 def print_table(

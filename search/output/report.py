@@ -5,7 +5,7 @@ The page is self-contained: pictures are data URIs, the style is inline, nothing
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from amc_env.evaluation.precision import FLOAT32
 from search import files
 from search.output.formatting import (
+    LAYER_TITLES,
     budget_lines,
     comparison,
     cost_name,
@@ -21,6 +22,7 @@ from search.output.formatting import (
     format_name,
     history_line,
     latency_note,
+    layer_rows,
     pattern_line,
     percent,
     split_name,
@@ -45,6 +47,31 @@ def write_report(folder: str | Path) -> Path:
         UserError: if there is no readable result.json, as in a run that has not ended.
     """
     run = RunFiles.read(Path(folder))
+    page = _rendered("report.html.j2", _view(run))
+    path = run.folder / "report.html"
+    files.write(path, page)
+    return path
+
+
+def result_html(result: RunResult, folder: Path) -> str:
+    """The figures of a run as a piece of HTML, for a notebook.
+
+    Args:
+        result: the figures.
+        folder: the run folder.
+    """
+    view = {
+        "headline": headline(result),
+        "table": comparison(result),
+        "budgets": budget_lines(result.budgets, result.base.costs, result.granularity.masked),
+        "layers": layer_rows(result),
+        "layer_titles": LAYER_TITLES,
+        "folder": folder,
+    }
+    return _rendered("result.html.j2", view)
+
+
+def _rendered(template: str, view: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -52,10 +79,7 @@ def write_report(folder: str | Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("report.html.j2").render(**_view(run))
-    path = run.folder / "report.html"
-    files.write(path, page)
-    return path
+    return environment.get_template(template).render(**view)
 
 
 def headline(result: RunResult) -> str:

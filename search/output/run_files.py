@@ -6,12 +6,16 @@ import csv
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 from amc_env.space import Decision
 from search import files
+from search.output.run_result import FILE as RESULT
 from search.output.run_result import RunResult
+from search.output.weights import CHANNELS_FILE
 
 METRICS = "metrics.csv"
 log = logging.getLogger(__name__)
@@ -97,6 +101,26 @@ class RunFiles:
         for evaluation in self.evaluations:
             firsts.setdefault(evaluation.start, evaluation)
         return [firsts[start] for start in starts if start in firsts]
+
+
+def copy_outcome(folder: Path, result: RunResult, target: Path) -> Path:
+    """Copy what is needed to use a run's network into another folder, without the journal and the logs.
+
+    Args:
+        folder: the run folder.
+        result: the run's figures.
+        target: made where it is missing; files of the same names are replaced.
+
+    Returns:
+        ``target``.
+    """
+    exported = [folder / export.path.name for export in result.exports if not export.error]
+    names = (CHANNELS_FILE, "strategy.json", RESULT, CONFIGURATION, "report.html")
+    plots = sorted((folder / "plots").glob("*.png"))
+    for path in (*exported, *(folder / name for name in names), *plots):
+        if path.exists():
+            files.write(target / path.relative_to(folder), partial(copyfile, path))
+    return target
 
 
 def _evaluation(line: Mapping[str, Any]) -> Evaluation:

@@ -216,6 +216,27 @@ class SearchFigures:
 
 
 @dataclass(frozen=True)
+class BaselineFigures:
+    """A baseline's best strategy, scored as the agent's were and not fine-tuned.
+
+    Attributes:
+        agent: its name.
+        evaluations: different strategies scored, the finalists once more.
+        reward: of the best.
+        search_accuracy: on the search split.
+        accuracy: on the split of the final figures.
+        costs: by name.
+    """
+
+    agent: str
+    evaluations: int
+    reward: float
+    search_accuracy: float
+    accuracy: float
+    costs: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class LayerRow:
     """A masked layer: its weights, and how many are not zero."""
 
@@ -257,6 +278,25 @@ class SkippedLayer:
 
 
 @dataclass(frozen=True)
+class LayerFigures:
+    """A convolution or linear layer, original and pruned: every figure is a pair.
+
+    Attributes:
+        name: of the module.
+        inputs: input channels or features.
+        outputs: output channels or features.
+        weights: all of them, and those that are left; of masked weights, those that are not zero.
+        macs: multiply-accumulates of its weights for one example.
+    """
+
+    name: str
+    inputs: tuple[int, int]
+    outputs: tuple[int, int]
+    weights: tuple[int, int]
+    macs: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class RunResult:
     """The content of result.json.
 
@@ -267,6 +307,9 @@ class RunResult:
         delivered_network: the one that is exported, 'pruned' or 'finetuned'; by default the last that there is.
         budgets: in the order they were given.
         strategy: decision -> share removed.
+        baselines: scored beside the agent.
+        images: examples of the search split and, where there is one, of the test split.
+        shapes: all layers, in forward order.
         masked: of masked weights only.
         skipped: layers that are not pruned.
         latency_batch: images that latency was measured with; likewise its runtime and threads.
@@ -286,6 +329,9 @@ class RunResult:
     budgets: tuple[BudgetFigures, ...]
     search: SearchFigures
     strategy: Mapping[str, float]
+    baselines: tuple[BaselineFigures, ...] = ()
+    images: Mapping[str, int] = field(default_factory=dict)
+    shapes: tuple[LayerFigures, ...] = ()
     masked: MaskedFigures | None = None
     skipped: tuple[SkippedLayer, ...] = ()
     exports: tuple[Exported, ...] = ()
@@ -346,6 +392,8 @@ class RunResult:
             "finetuned": finetuned and NetworkFigures.from_json(finetuned),
             "budgets": tuple(_read(BudgetFigures, entry) for entry in content["budgets"]),
             "search": _read(SearchFigures, content["search"]),
+            "baselines": tuple(_read(BaselineFigures, entry) for entry in content.get("baselines", ())),
+            "shapes": tuple(_read(LayerFigures, entry) for entry in content.get("shapes", ())),
             "skipped": tuple(_read(SkippedLayer, entry) for entry in content["skipped"]),
             "exports": tuple(
                 _read(Exported, entry | {"path": Path(entry["path"])}) for entry in content["exports"]

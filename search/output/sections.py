@@ -12,7 +12,17 @@ from typing import Any, ClassVar
 
 from amc_env.costs.base import size
 from search.output.export import FORMATS
-from search.output.formatting import cost_name, front_table, percent, split_name, storage_rows
+from search.output.formatting import (
+    LAYER_TITLES,
+    baseline_rows,
+    cost_name,
+    front_table,
+    layer_rows,
+    percent,
+    split_name,
+    spread_line,
+    storage_rows,
+)
 from search.output.plots import (
     Candidate,
     FrontPoint,
@@ -112,6 +122,25 @@ class Section:
 
     title: str
     blocks: Sequence[Block]
+
+
+def beside(run: RunFiles) -> Section | None:
+    """The agent beside its baselines, before fine-tuning."""
+    compared = baseline_rows(run.result)
+    if compared is None:
+        return None
+    note = "The same evaluator scored all of them. " + spread_line(run.result).capitalize()
+    return Section("Beside the baselines", (Table(*compared), Text(f"{note.strip().rstrip('.')}.", "soft")))
+
+
+def layers(run: RunFiles) -> Section | None:
+    """Every layer, original and pruned."""
+    rows = layer_rows(run.result)
+    if not rows:
+        return None
+    kept = [layer.macs[1] / layer.macs[0] if layer.macs[0] else 1.0 for layer in run.result.shapes]
+    table = Table(LAYER_TITLES, rows, kept)
+    return Section("Layers, original → pruned", (Folded(f"{len(rows)} layers", table, open=len(rows) <= 30),))
 
 
 def stored_size(run: RunFiles) -> Section | None:
@@ -323,8 +352,10 @@ def configuration(run: RunFiles) -> Section | None:
 
 SECTIONS: tuple[Callable[[RunFiles], Section | None], ...] = (
     front,
+    beside,
     stored_size,
     kept,
+    layers,
     the_search,
     tradeoff,
     fine_tuning,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +12,7 @@ from agents.base import Agent, SearchTask
 from amc_env import space as budget
 from amc_env.errors import UserError
 from amc_env.space import Grid, Removed, SearchSpace, Strategy
+from amc_env.validation import plain
 from search import files
 
 log = logging.getLogger(__name__)
@@ -47,13 +48,17 @@ def read_strategy(path: str) -> dict[str, Any]:
     return content
 
 
+GivenStrategy = str | Path | Strategy | Mapping[str, float] | Sequence[int]
+"""A strategy: its file or run folder, the object, the ratio of each decision by name, or the counts removed in order."""
+
+
 @dataclass(frozen=True)
 class Given(Agent):
-    """Proposes the one strategy of a file.
+    """Proposes the one strategy that is given.
 
     Attributes:
-        strategy: The file's path.
-        decisions: By name: how many units are removed, and of how many.
+        strategy: What messages call it: the file's path.
+        decisions: By name: how many units are removed, and of how many; or the share removed; or counts in order.
         content: The file's content.
     """
 
@@ -61,7 +66,7 @@ class Given(Agent):
     steps: ClassVar[bool] = False
 
     strategy: str = field(metadata={"identity": False})
-    decisions: Mapping[str, Any]
+    decisions: Mapping[str, Any] | Sequence[int]
     content: Mapping[str, Any] = field(metadata={"identity": False})
 
     @classmethod
@@ -76,6 +81,33 @@ class Given(Agent):
         """
         content = read_strategy(strategy)
         return cls(strategy, content["decisions"], content)
+
+    @classmethod
+    def of(cls, strategy: GivenStrategy) -> Given:
+        """The strategy of a file, or one that is at hand.
+
+        Raises:
+            UserError: As `read_strategy`, or it has another form.
+        """
+        if isinstance(strategy, str | Path):
+            return cls.read(str(strategy))
+        if isinstance(strategy, Strategy):
+            return cls("the one given", strategy.to_json()["decisions"], {})
+        if isinstance(strategy, Mapping) and isinstance(strategy.get("decisions"), Mapping):
+            return cls("the one given", dict(strategy["decisions"]), strategy)  # type: ignore[call-overload]
+        given = _plain_of(strategy)
+        if given is None:
+            raise UserError(
+                f"{{field}}={strategy!r} is no strategy: give the strategy.json of a run, its folder, the ratio of each "
+                "decision like {'conv1': 0.5}, or the counts removed in the order of the decisions",
+                code="wrong_type",
+                field="strategy",
+            )
+        return cls("the one given", given, {})
+
+    def planned(self, space: SearchSpace, episodes: int) -> int:
+        """One evaluation."""
+        return 1
 
     def check(self, space: SearchSpace, episodes: int) -> None:
         """Refuses a search space that the strategy does not fit, or whose budgets it does not meet.
@@ -112,9 +144,10 @@ class Given(Agent):
             UserError: It does not fit; with all reasons.
         """
         grids = space.grids
-        problems = list(_infeasible(self.decisions, grids))
+        decisions = _counted(self.decisions, grids)
+        problems = list(_infeasible(decisions, grids))
         try:
-            strategy = Strategy.from_json(self.content, grids)
+            strategy = Strategy.from_json({"decisions": decisions}, grids)
         except UserError as error:
             problems.insert(0, str(error))
         if problems:
@@ -125,6 +158,39 @@ class Given(Agent):
                 f"channel_multiple and max_ratio must be those that it was made with{with_it}"
             )
         return strategy.removed
+
+
+def _plain_of(strategy: object) -> Mapping[str, Any] | tuple[int, ...] | None:
+    """Ratios by name, or counts in order, as Python's own numbers; None where it is neither."""
+    if isinstance(strategy, Mapping):
+        ratios = {str(name): plain(ratio) for name, ratio in strategy.items()}
+        return ratios if all(isinstance(ratio, int | float) for ratio in ratios.values()) else None
+    counts = tuple(map(plain, strategy)) if isinstance(strategy, Iterable) else ()
+    return counts if counts and all(type(count) is int for count in counts) else None
+
+
+def _counted(decisions: Mapping[str, Any] | Sequence[int], grids: Sequence[Grid]) -> Mapping[str, Any]:
+    """The decisions as a file has them: a ratio becomes the nearest feasible count.
+
+    Raises:
+        UserError: Counts in order that are more or fewer than the decisions.
+    """
+    if not isinstance(decisions, Mapping):
+        if len(decisions) != len(grids):
+            raise UserError(
+                f"{{field}} has {len(decisions)} counts, and the network has {len(grids)} decisions: "
+                f"{', '.join(grid.name for grid in grids)}",
+                code="wrong_length",
+                field="strategy",
+            )
+        return {grid.name: {"removed": count} for grid, count in zip(grids, decisions, strict=True)}
+    known = {grid.name: grid for grid in grids}
+
+    def counted(name: str, entry: Any) -> Any:
+        is_ratio = isinstance(entry, float | int) and 0 <= entry < 1 and name in known
+        return {"removed": known[name].snap(entry)} if is_ratio else entry
+
+    return {name: counted(name, entry) for name, entry in decisions.items()}
 
 
 def _infeasible(decisions: Mapping[str, Any], grids: Sequence[Grid]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
 from torch import nn
 
 from agents.base import SearchTask
@@ -28,14 +29,15 @@ from search.output.export import Small, export_all
 from search.output.formatting import cost_name
 from search.output.progress import Progress, SearchStatus
 from search.output.run_files import CONFIGURATION
-from search.output.run_result import FrontRow, RunResult
+from search.output.run_result import BaselineFigures, FrontRow, RunResult
 from search.settings import Settings
+from search.study.baselines import compared
 from search.study.evaluation import layer_errors_of, make_evaluator, start_of
 from search.study.identity import MAY_GROW, identity
 from search.study.journal import Journal
 from search.study.kept_weights import KeptWeights
 from search.study.problem import PruningProblem, announce
-from search.study.results import delivered_of, result_of, strategy_json, write_json
+from search.study.results import baseline_figures, delivered_of, result_of, strategy_json, write_json
 from search.study.stages import Stage, adopted, first_start, next_start, round_start, stage_of
 from search.study.study import Study
 from search.study.tuning import Tuner, finetuned, penalty_of
@@ -57,6 +59,7 @@ class Context:
         command: The command that started the run.
         configuration: The resolved configuration as YAML or JSON text, which is kept in the folder.
         begin: Called once, when the folder is ours and nothing has been scored yet.
+        quiet: Whether progress is not shown.
     """
 
     folder: Path
@@ -65,6 +68,7 @@ class Context:
     command: str = ""
     configuration: str = ""
     begin: Callable[[], object] = lambda: None
+    quiet: bool = False
 
     def start(self) -> None:
         """Write down the configuration and open the trackers; to be called once the folder is locked."""
@@ -95,11 +99,13 @@ class Found:
 
     Attributes:
         problem: The run's problem with the search's budget.
+        start: The weights that its strategies were cut from at first.
         best: The strategy that is delivered.
         study: The search.
     """
 
     problem: PruningProblem
+    start: BaseWeights
     best: Trial
     study: Study
 
@@ -109,11 +115,13 @@ class Base:
     """What searches from the same weights share.
 
     Attributes:
+        start: The weights.
         evaluator: Scores strategies.
         layer_errors: As in `agents.base.SearchTask`.
         known: Trials of earlier searches.
     """
 
+    start: BaseWeights
     evaluator: Evaluator
     layer_errors: Callable[[], Sequence[NDArray[np.float64]] | None]
     known: tuple[Trial, ...] = ()
@@ -121,7 +129,8 @@ class Base:
     @classmethod
     def of(cls, problem: PruningProblem, start: BaseWeights, journal: Journal) -> Base:
         """For searches from these weights; what earlier runs in the folder have scored is read from the journal."""
-        return cls(make_evaluator(problem, journal, start), cache(partial(layer_errors_of, problem, start)))
+        errors = cache(partial(layer_errors_of, problem, start))
+        return cls(start, make_evaluator(problem, journal, start), errors)
 
 
 def search(stage: Stage, base: Base, context: Context, progress: Progress, kept: KeptWeights) -> Found:
@@ -149,7 +158,7 @@ def search(stage: Stage, base: Base, context: Context, progress: Progress, kept:
         save=lambda name, content: files.write(context.folder / name, content),
     )
     settings.agent.search(task)
-    return Found(problem, study.best(settings.rescored, settings.finalists.repair), study)
+    return Found(problem, base.start, study.best(settings.rescored, settings.finalists.repair), study)
 
 
 def env_handle(problem: PruningProblem, study: Study) -> EnvHandle:
@@ -261,14 +270,17 @@ def _run(problem: PruningProblem, context: Context, journal: Journal) -> Finishe
         KeptWeights(context.folder, journal).forget()
     searches = 1 if settings.agent.tunes else max(1, len(settings.searches))
     planned = settings.agent.planned(problem.space, settings.episodes) * searches
-    with Progress(episodes=planned, epochs=settings.all_epochs) as progress:
+    console = Console(stderr=True, quiet=context.quiet)
+    with Progress(episodes=planned, epochs=settings.all_epochs, console=console) as progress:
         tune = Tuner(problem, _epoch_watcher(context, progress), context.folder)
         found = _searched(problem, context, progress, journal, tune)
         folders = [*(front_folder(context.folder, one.problem) for one in found[:-1]), context.folder]
-        networks, trained = [], tune.done
         for one, folder in zip(found, folders, strict=True):
             files.make_folder(folder)
             write_json(folder / "strategy.json", strategy_json(one.problem, one.best))
+        beside = _beside(found[-1], context, progress)
+        networks, trained = [], tune.done
+        for one in found:
             tune.next_network(trained)
             networks.append(_networks(one, progress, tune))
     delivered = [
@@ -276,7 +288,7 @@ def _run(problem: PruningProblem, context: Context, journal: Journal) -> Finishe
         for one, candidates, folder in zip(found, networks, folders, strict=True)
     ]
     last = delivered[-1]
-    result = replace(last.result, command=context.command, resumed=journal.replayed > 0)
+    result = replace(last.result, baselines=beside, command=context.command, resumed=journal.replayed > 0)
     models = {}
     if settings.ratios:
         models = {ratio: one.model for ratio, one in zip(settings.ratios, delivered, strict=True)}
@@ -286,6 +298,13 @@ def _run(problem: PruningProblem, context: Context, journal: Journal) -> Finishe
     result.write(context.folder)
     tune.forget()
     return Finished(last.model, last.keeps, result, models)
+
+
+def _beside(found: Found, context: Context, progress: Progress) -> tuple[BaselineFigures, ...]:
+    """What the baselines come to under the tightest budget."""
+    problem, study = found.problem, found.study
+    with closing(study.evaluator):
+        return baseline_figures(problem, compared(problem, found.start, study, context.folder, progress))
 
 
 def _networks(found: Found, progress: Progress, tune: Tuner) -> dict[str, Pruned]:
@@ -359,7 +378,7 @@ def _in_rounds(
         evaluator = base.evaluator.within(problem.space)
         evaluator.add(round_start(problem, best.start, best.removed, kept))
         study = last.study.until(best, evaluator)
-        found.append(Found(problem, replace(best, met=True), study))
+        found.append(Found(problem, base.start, replace(best, met=True), study))
     return [*found, last]
 
 

@@ -28,11 +28,12 @@ from amc_env.pruning.candidate import Candidates, MaskedCandidates
 from amc_env.pruning.criteria import ElementCriterion, Sample, rank
 from amc_env.pruning.criteria.base import rank_after
 from amc_env.pruning.granularity import Masked, left_alone, traced
-from amc_env.space import Budget, Cost, Grid, SearchSpace, figure
+from amc_env.space import Budget, Cost, Grid, SearchSpace
 from amc_env.tasks import Segmentation, Task
 from search.data.base import Data, Split
 from search.data.reading import Reader, Signature
 from search.output.export import check_formats
+from search.output.formatting import amount, cost_name, percent
 from search.settings import Settings
 from search.study.latency_table import How, Subject, build, counted, read_table
 from search.training.short_term import check_loader
@@ -246,8 +247,20 @@ def announce(problem: PruningProblem) -> None:
         more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
         log.info("  %s%s: %s", ", ".join(names[:_NAMES_SHOWN]), more, reason)  # report.html lists them all
     for cost in space.costs:
-        unpruned = cost([0] * len(space.grids))
-        log.info("%s: %s, least reachable %.1f%%", cost.name, figure(unpruned), 100 * space.least_ratio(cost))
+        log.info("%s", _reach(space, cost, bool(problem.masked)))
+
+
+def _reach(space: SearchSpace, cost: Cost, masked: bool) -> str:
+    """A cost of the original, the least that can be reached, and the budget of it."""
+
+    def share(value: float) -> str:
+        return f"{amount(cost.name, value)} ({percent(value / unpruned, 1)})"
+
+    unpruned = cost([0] * len(space.grids))
+    limits = [share(budget.limit) for budget in space.budgets if budget.cost.name == cost.name]
+    asked = f", budget {limits[0]}" if limits else ""
+    name = cost_name(cost.name, masked)
+    return f"{name}: {amount(cost.name, unpruned)}, least reachable {share(cost(space.most))}{asked}"
 
 
 def check_device(device: str) -> None:

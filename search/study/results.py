@@ -7,19 +7,22 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from amc_env.costs.counts import kept_channels
 from amc_env.costs.latency import Timing, measure, processor, warn_where_busy
 from amc_env.costs.storage import Storage, StorageBudget, follows_pattern, params_beside_weights
 from amc_env.errors import UserError
 from amc_env.evaluation.pruner import ORIGINAL
 from amc_env.evaluation.scorer import score
+from amc_env.graph.layers import Layer
 from amc_env.inputs import Inputs, to_device
 from amc_env.pruning.granularity import NM, Channel, FineGrained, Granularity, Kernel, Masked, Vector
 from amc_env.space import Strategy, Trial
@@ -27,8 +30,10 @@ from search import files
 from search.data.base import Split
 from search.output.export import Exported
 from search.output.run_result import (
+    BaselineFigures,
     BudgetFigures,
     GranularityFigures,
+    LayerFigures,
     LayerRow,
     MaskedFigures,
     NetworkFigures,
@@ -37,6 +42,7 @@ from search.output.run_result import (
     SearchFigures,
     SkippedLayer,
 )
+from search.study.baselines import Beside
 from search.study.problem import PruningProblem
 from search.study.stages import chain
 from search.study.study import Study
@@ -77,6 +83,7 @@ def result_of(
         exports: What was exported.
     """
     settings, strategy = problem.settings, best.strategy
+    splits = {"search": problem.data.search, "test": problem.data.test}
     figures = _networks(problem, networks, best)
     return RunResult(
         data=problem.data.name,
@@ -88,6 +95,8 @@ def result_of(
         budgets=budget_figures(problem, strategy.removed),
         search=_search(problem, best, study),
         strategy=dict(zip(strategy.names, strategy.ratios, strict=True)),
+        shapes=tuple(layer_figures(problem, strategy)),
+        images={name: len(part) for name, part in splits.items() if part is not None},
         masked=masked_figures(problem, networks[delivered], strategy),
         skipped=tuple(SkippedLayer(layer.name, layer.reason) for layer in problem.graph.skipped),
         exports=tuple(exports),
@@ -190,6 +199,46 @@ def budget_figures(problem: PruningProblem, removed: Sequence[int]) -> tuple[Bud
             format=formats.get(budget.cost.name),
         )
         for budget in problem.space.budgets
+    )
+
+
+def baseline_figures(problem: PruningProblem, beside: Sequence[Beside]) -> tuple[BaselineFigures, ...]:
+    """What the baselines came to, before fine-tuning; on the split of the final figures, too."""
+    split = problem.data.search if problem.data.test is None else problem.data.test
+    return tuple(
+        BaselineFigures(
+            agent=other.name,
+            evaluations=other.evaluations,
+            reward=other.best.reward,
+            search_accuracy=other.best.score,
+            accuracy=_score(problem, other.evaluator.network(other.best).network, split),
+            costs=dict(other.best.costs),
+        )
+        for other in beside
+    )
+
+
+def layer_figures(problem: PruningProblem, strategy: Strategy) -> Iterator[LayerFigures]:
+    """Every layer before and after a strategy, in forward order."""
+    if problem.masked:
+        for layer in problem.graph.layers:
+            decision = strategy.decisions.get(layer.name)
+            left = layer.weights * decision.kept // decision.total if decision else layer.weights
+            channels = (layer.in_channels, layer.in_channels), (layer.out_channels, layer.out_channels)
+            yield _layer(layer, *channels, left)
+        return
+    sizes, per_unit = kept_channels(problem.graph)
+    left_over = sizes - per_unit @ np.array(strategy.removed)
+    for layer, before, after in zip(problem.graph.layers, sizes.tolist(), left_over.tolist(), strict=True):
+        inputs, outputs = zip(before, after, strict=True)
+        per_output = 1 if layer.depthwise else inputs[1] // layer.groups
+        yield _layer(layer, inputs, outputs, outputs[1] * per_output * layer.area)
+
+
+def _layer(layer: Layer, inputs: tuple[int, int], outputs: tuple[int, int], left: int) -> LayerFigures:
+    places = 0 if layer.costless else layer.positions
+    return LayerFigures(
+        layer.name, inputs, outputs, (layer.weights, left), (layer.weights * places, left * places)
     )
 
 

@@ -48,7 +48,12 @@ class Study:
     @property
     def evaluations(self) -> int:
         """Different evaluations asked for, those read back from a journal included."""
-        return self._before + len(self._ranked) + self._finalists
+        return self.scored + self._finalists
+
+    @property
+    def scored(self) -> int:
+        """Different strategies that the agent had scored."""
+        return self._before + len(self._ranked)
 
     @property
     def trials(self) -> list[Trial]:
@@ -58,7 +63,7 @@ class Study:
     @property
     def cache_hits(self) -> int:
         """Episodes that ended in a strategy that was scored before."""
-        return self.episodes - self._before - len(self._ranked)
+        return self.episodes - self.scored
 
     def score(self, proposals: Sequence[Removed]) -> list[Trial]:
         """Score whole strategies, in order: one episode each."""

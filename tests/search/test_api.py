@@ -24,7 +24,7 @@ from amc_env.errors import UserError
 from amc_env.pruning.granularity import NM, Channel, FineGrained
 from search import Compressed, compress, load_pruned, make_env, make_vec_env
 from search.api import _agent
-from search.config.compose import default_agent
+from search.config.compose import default_of
 from search.data.base import Data
 from search.data.loaders import from_loaders
 from search.settings import (
@@ -61,7 +61,11 @@ def loader(count: int, seed: int, channels: int = 1) -> DataLoader[tuple[Tensor,
 
 def quick(agent: str = "random") -> Settings:
     return Settings(
-        agent=default_agent(agent), episodes=4, export=("safetensors",), latency=LatencySettings(repeats=0)
+        agent=default_of("agent", agent),
+        episodes=4,
+        baselines=(),
+        export=("safetensors",),
+        latency=LatencySettings(repeats=0),
     )
 
 
@@ -364,7 +368,7 @@ def test_fine_tuning_that_makes_it_worse_is_not_delivered_unless_asked(
     wrong = DataLoader(TensorDataset(images, (labels + 1) % 3), batch_size=16)
     tuning = FinetuneSettings(epochs=3, lr_fraction=1.0, keep=keep, clip=1e6)
     settings = replace(quick(), finetune=tuning, budgets=(BudgetSettings("macs", 0.9),))
-    small = compress(model, wrong, batches, folder=tmp_path, settings=settings)
+    small = compress(model, wrong, batches, folder=tmp_path, settings=settings, original_lr=0.1)
     assert small.result.finetuned is not None
     assert small.result.finetuned.accuracy < small.result.pruned.accuracy - 0.2
     delivered = "finetuned" if keep == "last" else "pruned"
@@ -402,8 +406,57 @@ def test_the_result_is_short_in_print_and_has_a_table(
     assert len(repr(small)) < 200
     assert "original" in small.table()
     assert "MACs" in small.table()
+    assert "stem" in small.table()
+    assert "<table>" in small._repr_html_()
+    assert small.plot()._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]
     compress(own(), loader(64, 1), loader(32, 2), **arguments, verbose=False)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_saved_outcome_is_loaded_and_its_strategy_applied_again(tmp_path: Path) -> None:
+    small = compressed(tmp_path / "run")
+    saved = small.save(tmp_path / "saved")
+    assert not (saved / "evaluations.jsonl").exists()
+    x = torch.randn(5, 1, 6, 6)
+    with torch.no_grad():
+        assert torch.equal(load_pruned(own(), saved)(x), small.model(x))
+    left = {layer.name: layer.outputs[1] for layer in small.result.shapes}
+    assert left == {
+        name: getattr(small.model, name).weight.shape[0] for name in ("stem", "left", "right", "head")
+    }
+    for strategy in (saved, dict(small.strategy)):
+        again = compressed(tmp_path / str(type(strategy)), strategy=strategy)
+        assert again.result.pruned == small.result.pruned
+        assert again.result.search.evaluations == 2  # scored, and scored again with the repair of finalists
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "field"),
+    [
+        ({"strategy": 3}, "wrong_type", "strategy"),
+        ({"strategy": [0, 1]}, "wrong_length", "strategy"),
+        ({"strategy": {"stem": 0.5}, "agent": "random"}, "conflict", "agent"),
+        ({"criterion": "best"}, "unknown", "criterion"),
+        ({"granularity": "atoms"}, "unknown", "granularity"),
+        ({"criterion": "apoz", "granularity": "nm"}, "invalid", ""),
+    ],
+    ids=str,
+)
+def test_wrong_choices_are_refused(tmp_path: Path, arguments: dict[str, Any], code: str, field: str) -> None:
+    with refused(code, field):
+        compressed(tmp_path, **arguments)
+
+
+def test_granularity_and_criterion_go_by_name(tmp_path: Path) -> None:
+    small = compressed(tmp_path, granularity="nm", criterion="l1", budget={"params": 0.8})
+    assert (small.result.granularity.n, small.result.granularity.m) == (2, 4)
+    assert [a > b for layer in small.result.shapes for a, b in [layer.weights]].count(True) > 0
+
+
+def test_settings_alone_run_the_documented_default() -> None:
+    settings = Settings()
+    assert (settings.agent.name, settings.episodes, settings.finetune.epochs) == ("surrogate", 300, 10)
+    assert (settings.budgets, settings.seed) == ((BudgetSettings("macs", 0.5),), 0)
 
 
 class Untraceable(nn.Module):

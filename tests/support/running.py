@@ -11,6 +11,7 @@ QUICK = (
     "search.episodes=8",
     "agent.warmup_episodes=3",
     "finalists.count=2",
+    "baselines=[]",
     "finetune.epochs=1",
     "latency.repeats=2",
     "export=[]",

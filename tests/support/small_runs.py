@@ -34,12 +34,14 @@ TUNING = FinetuneSettings(epochs=2, batch_size=16)
 SETTINGS = Settings(
     agent=Random(),
     episodes=4,
+    baselines=(),
     budgets=(BudgetSettings("params", 0.6),),
     repair=RepairSettings("batch_norm", images=16, norm_images=16),
     finalists=FinalistSettings(count=0),
     finetune=TUNING,
     latency=LatencySettings(repeats=0),
     export=(),
+    original_lr=0.1,
 )
 
 

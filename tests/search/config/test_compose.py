@@ -182,15 +182,15 @@ def test_only_refusals_are_the_user_s_mistakes() -> None:
 
 @pytest.mark.parametrize("name", ["ddpg", "random", "sensitivity", "uniform"])
 def test_default_agents(name: str) -> None:
-    assert wiring.default_agent(name).name == name
+    assert wiring.default_of("agent", name).name == name
 
 
 def test_a_default_agent_may_be_said_by_its_difference_to_another() -> None:
-    assert wiring.default_agent("ddpg_near_uniform") == replace(
-        wiring.default_agent("ddpg"), warmup="near_uniform", warmup_episodes=20, sigma=0.05
+    assert wiring.default_of("agent", "ddpg_near_uniform") == replace(
+        wiring.default_of("agent", "ddpg"), warmup="near_uniform", warmup_episodes=20, sigma=0.05
     )
 
 
 def test_an_unknown_default_agent_is_refused_with_those_there_are() -> None:
     with pytest.raises(UserError, match="cmaes, ddpg, ddpg_near_uniform, evolution, netadapt"):
-        wiring.default_agent("sarsa")
+        wiring.default_of("agent", "sarsa")

@@ -6,8 +6,10 @@ from typing import Any
 
 from search.output.export import Exported
 from search.output.run_result import (
+    BaselineFigures,
     BudgetFigures,
     GranularityFigures,
+    LayerFigures,
     LayerRow,
     MaskedFigures,
     NetworkFigures,
@@ -53,6 +55,9 @@ def result(**changes: Any) -> RunResult:
         budgets=(budget(),),
         search=search(),
         strategy={name: gone / total for name, gone, total in zip(NAMES, REMOVED, TOTALS, strict=True)},
+        baselines=(BaselineFigures("uniform", 2, -0.3, 0.7, 0.69, {"macs": 20.2e6, "params": 2e5}),),
+        images={"search": 5000, "test": 10000},
+        shapes=(LayerFigures(NAMES[0], (16, 16), (16, 12), (2304, 1728), (2_359_296, 1_769_472)),),
         skipped=(
             SkippedLayer("conv1", "residual stream with a padded shortcut"),
             SkippedLayer("layer1.0.conv2", "residual stream with a padded shortcut"),
@@ -80,6 +85,7 @@ def masked_result(**changes: Any) -> RunResult:
         base=network(0.9173, 40.55e6, **dense),
         pruned=network(0.8421, 20.23e6, **dense),
         finetuned=network(0.9052, 20.23e6, **dense),
+        shapes=(),
         masked=MaskedFigures(layers, {"dense_fp32": 4000, "csr": 2000, "dense_4bit": 800, "eie": 600}),
     )
     return replace(made, **changes)
