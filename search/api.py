@@ -213,15 +213,13 @@ def compress(
         UserError: Whatever is wrong with network, data or settings, in one message, before anything expensive.
     """
     given: dict[str, Any] = {"episodes": episodes, "original_lr": original_lr, "seed": seed, "device": device}
-    given |= {"keep": keep, "task": _task(task, score, loss)}
+    given |= {"keep": keep, "task": _task(task, score, loss), "granularity": granularity, "criterion": criterion}
     given |= {"budget": budget, "ratios": budgets, "agent": agent, "strategy": strategy, "finetune": finetune}
-    given |= {"granularity": granularity, "criterion": criterion}
     base = _settings(settings, given)
     with shown_log() if verbose else nullcontext():
         if settings is None and original_lr is None and base.finetune.epochs:
-            log.info(
-                "original_lr is not given: fine-tuning starts from %g", base.finetune.lr_fraction * SAFE_LR
-            )
+            rate = base.finetune.lr_fraction * SAFE_LR
+            log.info("original_lr is not given: fine-tuning starts from %g", rate)
         network = _network(module)
         data = _data(network, train_loader, val_loader, test_loader, base)
         place = _folder(folder)

@@ -16,7 +16,6 @@ import hydra
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from agents.base import Agent
 from amc_env.costs.base import BudgetSettings, budget_on
 from amc_env.errors import UserError, did_you_mean, reported_together
 from amc_env.validation import Count, Fraction, Listed, Share, check_arguments, settings

@@ -491,13 +491,13 @@ def test_the_callers_random_states_are_kept(tmp_path: Path) -> None:
     torch.manual_seed(5)
     random.seed(5)
     np.random.seed(5)
-    agent = replace(default_agent("ddpg"), warmup_episodes=2)  # type: ignore[type-var]
+    agent = replace(default_of("agent", "ddpg"), warmup_episodes=2)  # type: ignore[type-var]
     compressed(tmp_path, agent=agent, episodes=3)
     assert (torch.rand(1).item(), random.random(), np.random.random()) == wanted
 
 
 def test_an_algorithm_of_stable_baselines_stands_for_its_agent() -> None:
-    assert _agent(SAC) == default_agent("sac")
+    assert _agent(SAC) == default_of("agent", "sac")
     assert _agent(A2C).made_by is A2C
     with refused("wrong_type", "agent"):
         _agent(A2C("MlpPolicy", "Pendulum-v1", device="cpu"))
