@@ -213,7 +213,12 @@ def compress(
         UserError: Whatever is wrong with network, data or settings, in one message, before anything expensive.
     """
     given: dict[str, Any] = {"episodes": episodes, "original_lr": original_lr, "seed": seed, "device": device}
-    given |= {"keep": keep, "task": _task(task, score, loss), "granularity": granularity, "criterion": criterion}
+    given |= {
+        "keep": keep,
+        "task": _task(task, score, loss),
+        "granularity": granularity,
+        "criterion": criterion,
+    }
     given |= {"budget": budget, "ratios": budgets, "agent": agent, "strategy": strategy, "finetune": finetune}
     base = _settings(settings, given)
     with shown_log() if verbose else nullcontext():
