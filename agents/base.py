@@ -21,7 +21,7 @@ from amc_env.space import Removed, SearchSpace, Trial
 
 
 def _stays(removed: Removed) -> None:
-    raise UserError("this search cuts every strategy from the original's weights")
+    raise UserError("this search cuts every strategy from the original's weights", code="unsupported")
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,9 @@ class Uniform(Agent):
         """
         if self.ratio is None and not task.space.budgets:
             raise UserError(
-                "agent=uniform with budget=none has no ratio to use; set agent.ratio, like agent.ratio=0.5"
+                "agent=uniform with budget=none has no ratio to use; set agent.ratio, like agent.ratio=0.5",
+                code="missing",
+                field="agent.ratio",
             )
         task.score([task.space.project([self.ratio or 0.0] * len(task.space.names))])
 

@@ -60,7 +60,9 @@ class NetAdapt(Agent):
         """
         if not space.budgets:
             raise UserError(
-                "agent=netadapt adapts a network to a budget, and there is none; set one, like budget=flops"
+                "agent=netadapt adapts a network to a budget, and there is none; set one, like budget=flops",
+                code="missing",
+                field="budget",
             )
 
     def planned(self, space: SearchSpace, episodes: int) -> int:

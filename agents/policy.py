@@ -231,7 +231,9 @@ class Policy(Agent):
             UserError: There is none.
         """
         if self.budgets and not space.budgets:
-            raise UserError("{field} needs a budget; set one, like budget=flops", field="agent.budgets")
+            raise UserError(
+                "{field} needs a budget; set one, like budget=flops", field="agent.budgets", code="missing"
+            )
 
     def planned(self, space: SearchSpace, episodes: int) -> int:
         """One evaluation where nothing is learnt."""

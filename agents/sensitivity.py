@@ -184,12 +184,16 @@ class Sensitivity(Agent):
         """
         if self.source == "least_squares" and not space.budgets:
             raise UserError(
-                "agent.source=least_squares needs a budget; set one, like budget=flops", field="agent.source"
+                "agent.source=least_squares needs a budget; set one, like budget=flops",
+                field="agent.source",
+                code="missing",
             )
         if self.threshold is None and not space.budgets:
             raise UserError(
                 "agent=sensitivity with budget=none has no threshold to prune to; set agent.threshold, "
-                "like agent.threshold=0.01"
+                "like agent.threshold=0.01",
+                code="missing",
+                field="agent.threshold",
             )
 
     def search(self, task: SearchTask) -> None:
@@ -217,6 +221,7 @@ class Sensitivity(Agent):
             raise UserError(
                 "agent.source=least_squares is not known for masked weights: use agent.source=accuracy",
                 field="agent.source",
+                code="unsupported",
             )
         return least_error(task.space, errors)
 
@@ -241,5 +246,7 @@ class Sensitivity(Agent):
                 return plans
         raise UserError(
             f"agent=sensitivity needs search.episodes={needed} at least for one ratio of each of "
-            f"{len(space.names)} decisions, the original and the strategy picked; it is {episodes}"
+            f"{len(space.names)} decisions, the original and the strategy picked; it is {episodes}",
+            code="out_of_range",
+            field="search.episodes",
         )

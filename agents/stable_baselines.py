@@ -282,6 +282,7 @@ class StableBaselines(Agent):
             raise UserError(
                 f"{{field}}={self.options} are refused by {kind.__name__}: {' '.join(str(error).split())}",
                 field="agent.options",
+                code="wrong_type",
             ) from error
         learner.set_logger(Logger(folder=None, output_formats=[]))  # the default makes a folder
         return learner

@@ -126,7 +126,9 @@ def check_rounds(episodes: int, n_envs: int) -> None:
         near = " or ".join(str(count) for count in (below, below + n_envs) if count)
         raise UserError(
             f"search.episodes={episodes} is no multiple of agent.n_envs={n_envs}, the episodes at once; "
-            f"set search.episodes={near}, or agent.n_envs=1"
+            f"set search.episodes={near}, or agent.n_envs=1",
+            code="out_of_range",
+            field="search.episodes",
         )
 
 

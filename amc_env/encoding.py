@@ -90,7 +90,8 @@ def _described_layer(graph: LayerGraph, decision: str) -> Layer:
     groups = {group.name: group for group in graph.groups}
     if decision not in groups or not groups[decision].consumers:
         raise UserError(
-            f"decision {decision!r} is no channel group that a layer reads; there are {sorted(groups)}"
+            f"decision {decision!r} is no channel group that a layer reads; there are {sorted(groups)}",
+            code="does_not_fit",
         )
     return min((layers[name] for name in groups[decision].consumers), key=lambda layer: layer.index)
 
@@ -142,7 +143,9 @@ class Encoder:
         """
         names = tuple(description.name for description in descriptions)
         if names != tuple(space.names):
-            raise UserError(f"descriptions of {names} do not fit the decisions {tuple(space.names)}")
+            raise UserError(
+                f"descriptions of {names} do not fit the decisions {tuple(space.names)}", code="does_not_fit"
+            )
         self._macs = _macs_of(space)
         self._totals = tuple(space.totals)
         count = len(names)
@@ -178,5 +181,6 @@ def _macs_of(space: SearchSpace) -> Callable[[Sequence[int]], float]:
         if cost.name == "macs":
             return cost
     raise UserError(
-        f"the state needs the cost 'macs', the search space has {[cost.name for cost in space.costs]}"
+        f"the state needs the cost 'macs', the search space has {[cost.name for cost in space.costs]}",
+        code="missing",
     )

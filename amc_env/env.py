@@ -187,7 +187,11 @@ class PruningVectorEnv(VectorEnv[Observation, Action, npt.NDArray[Any]]):
         """
         handle = _given(handle)
         if num_envs < 1:
-            raise UserError(f"num_envs={num_envs} must be at least 1: the episodes side by side")
+            raise UserError(
+                f"num_envs={num_envs} must be at least 1: the episodes side by side",
+                code="out_of_range",
+                field="num_envs",
+            )
         _check_reward(handle)
         self.handle, self.num_envs = handle, num_envs
         self.single_observation_space, self.single_action_space = _spaces(handle)
@@ -321,7 +325,9 @@ class _Episode:
         """Adds what is known of the scored strategy to the last step's ``info`` and returns its reward."""
         reward = float(self._handle.reward(trial.score, trial.costs, trial.met))
         if np.isnan(reward):
-            raise UserError(f"the reward of score {trial.score} and costs {trial.costs} is NaN")
+            raise UserError(
+                f"the reward of score {trial.score} and costs {trial.costs} is NaN", code="nan_reward"
+            )
         info.update(accuracy=trial.score, met=trial.met, strategy=strategy, trial=trial)
         info.update(executed_ratio=strategy.ratios[-1], macs=trial.costs["macs"])
         return reward
@@ -332,7 +338,9 @@ def _check_reward(handle: EnvHandle) -> None:
         raise UserError(
             f"reward {getattr(handle.reward, 'name', handle.reward)!r} judges strategies that miss the "
             "budget, and the bound on the action never lets one miss it; set enforce_budget=False, or "
-            "use reward=error"
+            "use reward=error",
+            code="conflict",
+            field="reward",
         )
 
 

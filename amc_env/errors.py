@@ -26,7 +26,7 @@ class UserError(ValueError):
         parts: The single mistakes, where several are reported at once; else the error itself.
     """
 
-    def __init__(self, message: str, *, code: str = "invalid", field: str = "") -> None:
+    def __init__(self, message: str, *, code: str, field: str = "") -> None:
         super().__init__(message.replace("{field}", field))
         self._message = message
         self.code = code

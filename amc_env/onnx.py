@@ -46,7 +46,9 @@ def require_packages(wanted: str, way_out: str) -> None:
     """
     missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
-        raise UserError(f"{wanted} needs {', '.join(missing)}: {INSTALL}, or {way_out}")
+        raise UserError(
+            f"{wanted} needs {', '.join(missing)}: {INSTALL}, or {way_out}", code="missing_package"
+        )
 
 
 def input_names(example: Inputs) -> list[str]:

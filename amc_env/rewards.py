@@ -55,7 +55,9 @@ class Reward(ABC):
         if not 0.0 <= accuracy <= 1.0:  # NaN compares false and lands here too
             raise UserError(
                 f"reward {self.name!r} was given accuracy {accuracy}; it must be a number in [0, 1]. "
-                "Check weights and data for NaN, and that the evaluator returns a share, no percentage"
+                "Check weights and data for NaN, and that the evaluator returns a share, no percentage",
+                code="out_of_range",
+                field="reward",
             )
         return self.value(1.0 - accuracy, costs, met)
 
@@ -85,7 +87,9 @@ class _ErrorLogCost(Reward):
         if self.cost not in costs:
             raise UserError(
                 f"reward {self.name!r} needs the cost {self.cost!r}, the search computes {sorted(costs)}; "
-                "use reward=error or add that cost"
+                "use reward=error or add that cost",
+                code="missing",
+                field="reward",
             )
         return -error * math.log(max(costs[self.cost], 1.0))
 
@@ -127,6 +131,8 @@ def reward(name: str) -> Reward:
     if name not in REWARDS:
         raise UserError(
             f"unknown reward {name!r}; there are {sorted(REWARDS)}, "
-            "and a reward of your own is named by `_target_`"
+            "and a reward of your own is named by `_target_`",
+            code="unknown_name",
+            field="reward",
         )
     return REWARDS[name]()

@@ -90,7 +90,8 @@ class Grid:
             allowed = [self.count(i) for i in range(min(self.size, 12))]
             more = ", ..." if self.size > 12 else ""
             raise UserError(
-                f"{self.name}: {removed} removed of {self.total} is not feasible; allowed: {allowed}{more}"
+                f"{self.name}: {removed} removed of {self.total} is not feasible; allowed: {allowed}{more}",
+                code="does_not_fit",
             )
         return index
 
@@ -166,7 +167,11 @@ class Strategy:
         """
         given = obj.get("decisions") if isinstance(obj, Mapping) else None
         if not isinstance(given, Mapping):
-            raise UserError("the strategy has no object 'decisions' of {name: {removed, total}}")
+            raise UserError(
+                "the strategy has no object 'decisions' of {name: {removed, total}}",
+                code="wrong_type",
+                field="strategy",
+            )
         names = {grid.name for grid in grids}
         problems = [f"unknown decision {name!r}" for name in given if name not in names]
         removed: list[int] = []
@@ -185,7 +190,11 @@ class Strategy:
             else:
                 removed.append(entry["removed"])
         if problems:
-            raise UserError("the strategy does not fit the network: " + "; ".join(problems))
+            raise UserError(
+                "the strategy does not fit the network: " + "; ".join(problems),
+                code="does_not_fit",
+                field="strategy",
+            )
         return cls(tuple(g.name for g in grids), tuple(g.total for g in grids), tuple(removed))
 
 
@@ -269,18 +278,24 @@ class Budget:
         if (ratio is None) == (limit is None):
             raise UserError(
                 f"a budget on {cost.name} takes budget.ratio or budget.limit, one of the two; "
-                f"got ratio={ratio}, limit={limit}"
+                f"got ratio={ratio}, limit={limit}",
+                code="conflict",
+                field="budget",
             )
         unpruned = cost([0] * decisions)
         if ratio is not None:
             if not 0.0 < ratio <= 1.0:
                 raise UserError(
-                    f"budget.ratio={ratio} is outside (0, 1]: the share of {cost.name} that may remain"
+                    f"budget.ratio={ratio} is outside (0, 1]: the share of {cost.name} that may remain",
+                    code="out_of_range",
+                    field="budget.ratio",
                 )
             return cls(cost, ratio * unpruned, ratio)
         assert limit is not None
         if not limit > 0.0:
-            raise UserError(f"budget.limit={limit} must be above 0 {cost.unit}")
+            raise UserError(
+                f"budget.limit={limit} must be above 0 {cost.unit}", code="out_of_range", field="budget.limit"
+            )
         return cls(cost, limit, limit / unpruned)
 
 
@@ -298,7 +313,10 @@ class SearchSpace:
 
     def __init__(self, grids: Sequence[Grid], costs: Sequence[Cost], budgets: Sequence[Budget] = ()):
         if not grids:
-            raise UserError("there is nothing to decide: no channel group can be pruned with these settings")
+            raise UserError(
+                "there is nothing to decide: no channel group can be pruned with these settings",
+                code="nothing_to_prune",
+            )
         self.grids = tuple(grids)
         self.costs = tuple(costs)
         self.budgets = tuple(budgets)
@@ -315,7 +333,7 @@ class SearchSpace:
             if not b.met(self.most)
         ]
         if unreachable:
-            raise UserError("; ".join(unreachable))
+            raise UserError("; ".join(unreachable), code="out_of_reach", field="budget")
 
     def least_ratio(self, cost: Cost) -> float:
         """The least share of the original cost that the decisions can reach."""

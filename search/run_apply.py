@@ -38,7 +38,9 @@ def main_job(cfg: DictConfig) -> float:
     if len(given) != 1:
         raise UserError(
             f"{' and '.join(given) + ' are both' if given else 'nothing is'} given: set strategy=FILE, the strategy.json "
-            "of a run, or ratio=0.5, the share removed of every decision; one of the two"
+            "of a run, or ratio=0.5, the share removed of every decision; one of the two",
+            code="missing",
+            field="strategy",
         )
     (name,) = given
     return run_job(cfg, "amc-apply", {"agent": partial(_agent, cfg, name)})

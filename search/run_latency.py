@@ -106,7 +106,10 @@ def overrides_of(arguments: Sequence[str]) -> list[str]:
     if place is not None:
         overrides[place] = f"do={overrides[place]}"
     elif overrides and "=" not in overrides[0] and not overrides[0].startswith("-"):
-        raise UserError(f"amc-latency {overrides[0]}: there are {', '.join(TASKS)}, and settings like seed=1")
+        raise UserError(
+            f"amc-latency {overrides[0]}: there are {', '.join(TASKS)}, and settings like seed=1",
+            code="unknown_name",
+        )
     return overrides
 
 

@@ -249,6 +249,7 @@ class LatencyStudySettings:
                 f"granularity={self.granularity.name} sets weights to zero, which makes no network faster in dense "
                 "runtimes: use granularity=channel",
                 field="granularity",
+                code="does_not_fit",
             )
         if self.latency.repeats < 1:
             raise out_of_range("latency.repeats", self.latency.repeats, "at least 1")
@@ -259,6 +260,7 @@ class LatencyStudySettings:
             raise UserError(
                 f"{{field}}={self.table} is for amc-latency build and amc-latency check; show measures alone",
                 field="table",
+                code="conflict",
             )
 
 
@@ -318,7 +320,9 @@ class Settings:
         if self.enforce_budget and getattr(self.reward, "needs_bound_off", False):
             raise UserError(
                 "this reward judges strategies that miss the budget, which the bound on the action lets none "
-                "do: set enforce_budget=false, or take reward=error"
+                "do: set enforce_budget=false, or take reward=error",
+                code="conflict",
+                field="reward",
             )
         check_fits(self.criterion, self.granularity.name)
         self._check_budgets()
@@ -326,7 +330,9 @@ class Settings:
         self._check_training()
         if isinstance(self.agent, Uniform) and self.agent.ratio is None and not self.budgets:
             raise UserError(
-                "agent=uniform needs a budget, or a ratio of its own: set agent.ratio, like agent.ratio=0.5"
+                "agent=uniform needs a budget, or a ratio of its own: set agent.ratio, like agent.ratio=0.5",
+                code="missing",
+                field="agent.ratio",
             )
 
     def _check_budgets(self) -> None:
@@ -334,13 +340,19 @@ class Settings:
         costs = [budget.cost for budget in self.budgets]
         twice = sorted({cost for cost in costs if costs.count(cost) > 1})
         if twice:
-            raise UserError(f"there are two budgets of {', '.join(twice)}: leave one out, of budget and also")
+            raise UserError(
+                f"there are two budgets of {', '.join(twice)}: leave one out, of budget and also",
+                code="conflict",
+                field="budgets",
+            )
         adapts, rounds = getattr(self.agent, "tunes", False), self.schedule.rounds
         if (rounds > 1 or adapts) and any(getattr(budget, "format", "") == "eie" for budget in self.budgets):
             what = f"agent={self.agent.name}" if adapts else f"schedule.rounds={rounds}"
             raise UserError(
                 f"{what} ranks again each round, and EIE's padding depends on where zeros lie, so the limit could be missed: "
-                f"use budget.format=csr, or {'another agent' if adapts else 'schedule=one_shot'}"
+                f"use budget.format=csr, or {'another agent' if adapts else 'schedule=one_shot'}",
+                code="conflict",
+                field="budget.format",
             )
 
     def _check_ratios(self) -> None:
@@ -354,19 +366,19 @@ class Settings:
             raise UserError(
                 f"{{field}}={list(self.ratios)} are shares of one budget's cost: set one budget, like budget=flops, and "
                 "nothing in also",
-                code="together",
+                code="conflict",
                 field=BUDGETS,
             )
         budget, default = self.budgets[0], BudgetSettings("macs").ratio
         if budget.limit or budget.ratio not in (default, *self.ratios):
             given = f"budget.limit={budget.limit:g}" if budget.limit else f"budget.ratio={budget.ratio:g}"
             raise UserError(
-                f"{{field}} takes the place of {given}: leave one out", code="together", field=BUDGETS
+                f"{{field}} takes the place of {given}: leave one out", code="conflict", field=BUDGETS
             )
         if self.stages:
             raise UserError(
                 f"{{field}} are separate networks and search.stages={list(self.stages)} are steps to one: leave one out",
-                code="together",
+                code="conflict",
                 field=BUDGETS,
             )
 
@@ -382,18 +394,28 @@ class Settings:
         if getattr(self.agent, "tunes", False) and (self.stages or rounds > 1):
             raise UserError(
                 f"agent={self.agent.name} goes in rounds of its own, fine-tuned each: leave search.stages=[] and "
-                "schedule=one_shot"
+                "schedule=one_shot",
+                code="conflict",
+                field="agent",
             )
         if self.finetune.from_scratch and rounds > 1:
             raise UserError(
-                f"finetune.from_scratch=true forgets what schedule.rounds={rounds} trained: use schedule=one_shot"
+                f"finetune.from_scratch=true forgets what schedule.rounds={rounds} trained: use schedule=one_shot",
+                code="conflict",
+                field="finetune.from_scratch",
             )
         if self.stages and any(budget.limit for budget in self.budgets):
-            raise UserError("search.stages are shares of the original cost: leave budget.limit=null")
+            raise UserError(
+                "search.stages are shares of the original cost: leave budget.limit=null",
+                code="conflict",
+                field="search.stages",
+            )
         if self.stages and (len(self.budgets) != 1 or not epochs):
             raise UserError(
                 f"search.stages={list(self.stages)} are shares of one budget's cost, fine-tuned between: set one "
-                "budget (budget=params) and finetune.epochs above 0"
+                "budget (budget=params) and finetune.epochs above 0",
+                code="conflict",
+                field="search.stages",
             )
 
     def at(self, ratio: float) -> Settings:

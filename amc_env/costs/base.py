@@ -93,7 +93,7 @@ class BudgetSettings:
         if self.cost not in allowed:
             raise out_of_range("cost", self.cost, hint)
         if self.ratio is None and self.limit is None:
-            raise UserError("{field} or limit is needed; both are null", field="ratio")
+            raise UserError("{field} or limit is needed; both are null", field="ratio", code="missing")
 
     @property
     def channel_multiple(self) -> int | None:
@@ -158,7 +158,7 @@ class NetworkCost(ABC):
         raise UserError(
             f"budget={cls.name} does not change with granularity={granularity.name}: use granularity={needed}, or "
             "another budget, like budget=params",
-            code="granularity",
+            code="does_not_fit",
             field="budget.cost",
         )
 

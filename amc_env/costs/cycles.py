@@ -123,5 +123,6 @@ def _check(**parallel: int) -> None:
     wrong = [f"budget.{name}={value}" for name, value in parallel.items() if value < 1]
     if wrong:
         raise UserError(
-            f"{', '.join(wrong)} must be whole numbers of at least 1, like 16, 16 and 8 of a B4096"
+            f"{', '.join(wrong)} must be whole numbers of at least 1, like 16, 16 and 8 of a B4096",
+            code="out_of_range",
         )

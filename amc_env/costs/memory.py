@@ -224,5 +224,7 @@ def _live(nodes: Sequence[fx.Node], run: _Recorder) -> NDArray[np.bool_]:
 def _uncounted(reason: str) -> UserError:
     return UserError(
         f"the activations of this network cannot be counted: {reason}; take a budget that needs no count of them, such "
-        "as budget=flops or budget=params"
+        "as budget=flops or budget=params",
+        code="unsupported",
+        field="budget",
     )

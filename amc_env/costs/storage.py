@@ -175,10 +175,15 @@ def follows_pattern(weight: Tensor, n: int, m: int) -> bool:
         UserError: n:m is no pattern, or the input channels do not divide into blocks.
     """
     if not 1 <= n <= m:
-        raise UserError(f"{n}:{m} is no pattern: 1 <= n <= m is needed, like 2:4")
+        raise UserError(
+            f"{n}:{m} is no pattern: 1 <= n <= m is needed, like 2:4",
+            code="out_of_range",
+            field="granularity",
+        )
     if weight.shape[1] % m:
         raise UserError(
-            f"{weight.shape[1]} input channels (per group) are not divisible by m={m}: such a layer is not pruned"
+            f"{weight.shape[1]} input channels (per group) are not divisible by m={m}: such a layer is not pruned",
+            code="does_not_fit",
         )
     blocks = weight.movedim(1, -1).reshape(len(weight), -1, m)
     return bool((blocks != 0).sum(-1).max() <= n)
@@ -247,7 +252,11 @@ class Storage(NetworkCost):
         formats: tuple[Format, ...] = Eie(pointer_bits), Csr(value_bits, index_bits), Nm(value_bits)
         names = {known.name: known for known in formats}
         if format not in names:
-            raise UserError(f"budget.format={format} must be one of {', '.join(names)}")
+            raise UserError(
+                f"budget.format={format} must be one of {', '.join(names)}",
+                code="unknown_name",
+                field="budget.format",
+            )
         self._format = names[format]
         self._grids = tuple(grids)
         if format == "nm":
@@ -324,5 +333,7 @@ def _check_blocks(grids: Sequence[Grid], places: Mapping[str, Tensor]) -> None:
         if not blocked:
             raise UserError(
                 f"budget.format=nm stores n of every m input channels, but {grid.name} is not pruned so: take "
-                "granularity=nm, or budget.format=eie or csr"
+                "granularity=nm, or budget.format=eie or csr",
+                code="does_not_fit",
+                field="budget.format",
             )

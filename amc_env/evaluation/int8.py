@@ -99,7 +99,11 @@ class Int8Folder(Folder):
         if not reason:
             reason = self._quantize(take(self._inputs, slice(4)))
         if reason:
-            raise UserError(f"evaluator.precision={INT8} does not work here ({reason}); use {FLOAT32}")
+            raise UserError(
+                f"evaluator.precision={INT8} does not work here ({reason}); use {FLOAT32}",
+                code="unsupported",
+                field="evaluator.precision",
+            )
 
     def _quantize(self, example: Inputs) -> str:
         """Replace the convolutions; the reason why that cannot be done, else an empty string."""

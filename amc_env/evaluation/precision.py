@@ -31,12 +31,16 @@ def check_precision(precision: str, device: str) -> None:
     if precision == TF32 and torch.device(device).type != "cuda":
         raise UserError(
             f"evaluator.precision=tf32 is arithmetic of NVIDIA's graphics processors, and the device is {device}; use "
-            "bfloat16 or float32"
+            "bfloat16 or float32",
+            code="no_device",
+            field="evaluator.precision",
         )
     if precision == INT8 and torch.device(device).type != "cpu":
         raise UserError(
             f"evaluator.precision=int8 is computed by processors, and the device is {device}; use bfloat16, tf32 or "
-            "float32, or device=cpu"
+            "float32, or device=cpu",
+            code="no_device",
+            field="evaluator.precision",
         )
 
 

@@ -107,7 +107,11 @@ class Pruner:
 
     def _repair(self, weights: BaseWeights, name: str) -> Repair:
         if name not in weights.repairs:
-            raise UserError(f"unknown repair {name!r}; there are {', '.join(weights.repairs)}")
+            raise UserError(
+                f"unknown repair {name!r}; there are {', '.join(weights.repairs)}",
+                code="unknown_name",
+                field="repair.name",
+            )
         if weights is not self._weights:
             self._weights, self._repairs = weights, {}
         if name not in self._repairs:

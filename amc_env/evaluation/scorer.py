@@ -134,7 +134,8 @@ class Scorer:
         if not finite(inputs):
             raise UserError(
                 "the search images hold values that are infinite or not numbers (NaN): look for them in the data, and "
-                "for zeros in the standard deviations that it is normalised by"
+                "for zeros in the standard deviations that it is normalised by",
+                code="not_finite",
             )
         self.task = task or Classification()
         if precision in (BFLOAT16, INT8) and not isinstance(self.task, TalliedTask):
@@ -259,5 +260,7 @@ def _checked(folder: Folder, model: nn.Module, inputs: Inputs, precision: str) -
         if precision == FLOAT32:
             raise
         raise UserError(
-            f"evaluator.precision={precision} does not work for this network ({first_line(error)}); use float32"
+            f"evaluator.precision={precision} does not work for this network ({first_line(error)}); use float32",
+            code="unsupported",
+            field="evaluator.precision",
         ) from error

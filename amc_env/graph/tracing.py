@@ -63,7 +63,8 @@ def trace(model: nn.Module, example: Inputs, *, residual: bool = False) -> Layer
     if not groups:
         reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:8])
         raise UserError(
-            f"no channel of this network can be pruned ({reasons or 'no convolution or linear layer was run'})"
+            f"no channel of this network can be pruned ({reasons or 'no convolution or linear layer was run'})",
+            code="nothing_to_prune",
         )
     groups.sort(key=lambda group: (order[group.consumers[0]], order[group.producers[0]]))
     channelwise, other = _rest(copied, layers, groups)
@@ -83,7 +84,10 @@ def trace_layers(model: nn.Module, example: Inputs) -> LayerGraph:
     """
     layers = _layers(model, example)
     if not layers:
-        raise UserError("the network has no convolution or linear layer that is run: nothing can be pruned")
+        raise UserError(
+            "the network has no convolution or linear layer that is run: nothing can be pruned",
+            code="nothing_to_prune",
+        )
     channelwise, other = _rest(model, layers, ())
     labels = labelled_run(module_copy(model).eval(), take(example, slice(1)))
     attention = sum(product.macs for product in labels.products)
@@ -112,7 +116,7 @@ def _layers(model: nn.Module, example: Inputs) -> dict[str, Layer]:
     except Exception as error:  # a user's network may raise anything
         given = described(take(example, slice(1)))
         raise UserError(
-            f"the network does not run on inputs of shape {given}: {first_line(error)}"
+            f"the network does not run on inputs of shape {given}: {first_line(error)}", code="does_not_run"
         ) from error
     finally:
         for handle in handles:
@@ -280,7 +284,7 @@ def _proved(
         search([group for group in groups if group.name not in bad])
     good = [group for group in groups if group.name not in bad]
     if bad and good and (reason := _refuted_together(stirred, inputs, good)) is not None:
-        raise UserError(f"the network cannot be cut in several places at once: {reason}")
+        raise UserError(f"the network cannot be cut in several places at once: {reason}", code="unsupported")
     skipped = [Skipped(name, bad[g.name]) for g in groups if g.name in bad for name in g.producers]
     kept = {name for group in good for name in group.producers}
     return good, [s for s in skipped if s.name not in kept]

@@ -130,7 +130,11 @@ class GroupLasso(Regularization):
             UserError: ``graph`` is missing, or another network's: once channels are cut, the shapes are others.
         """
         if graph is None:
-            raise UserError("regularization=group_lasso needs the layer graph of the network that is trained")
+            raise UserError(
+                "regularization=group_lasso needs the layer graph of the network that is trained",
+                code="missing",
+                field="regularization",
+            )
         channels = _Channels(model, graph)
         return lambda network: self.weight * channels.lasso(network)
 
@@ -207,7 +211,9 @@ def _length(module: nn.Conv2d | nn.Linear, side: str) -> int:
 def _other_shape(name: str) -> UserError:
     return UserError(
         f"regularization=group_lasso: {name} has another shape than in the layer graph, whose network was cut "
-        "since or is another one: trace the network that is trained"
+        "since or is another one: trace the network that is trained",
+        code="does_not_fit",
+        field="regularization",
     )
 
 
@@ -229,7 +235,11 @@ def _scales(network: nn.Module) -> list[Tensor]:
 
 def _some(found: list[Tensor], name: str, what: str) -> None:
     if not found:
-        raise UserError(f"regularization={name}: the network has no {what}; use regularization=none")
+        raise UserError(
+            f"regularization={name}: the network has no {what}; use regularization=none",
+            code="unsupported",
+            field="regularization",
+        )
 
 
 def _total(parts: list[Tensor]) -> Tensor:

@@ -40,7 +40,8 @@ class Tally(ABC):
         """
         if self._broken:
             raise UserError(
-                "the network's outputs are not numbers (NaN): look for NaN in its weights and in the data"
+                "the network's outputs are not numbers (NaN): look for NaN in its weights and in the data",
+                code="not_finite",
             )
         return self._score()
 

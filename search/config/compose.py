@@ -307,7 +307,7 @@ def default_of(section: str, name: str, *overrides: str) -> Any:
     names = sorted(Path(file.name).stem for file in resources.files("conf").joinpath(section).iterdir())
     if name not in names:
         raise UserError(
-            f"{{field}}={name!r} is unknown{did_you_mean(name, names)}", code="unknown", field=section
+            f"{{field}}={name!r} is unknown{did_you_mean(name, names)}", code="unknown_name", field=section
         )
     with hydra.initialize_config_module("conf", version_base="1.3"):
         cfg = hydra.compose("search", overrides=[f"{section}={name}", *overrides])

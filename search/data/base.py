@@ -75,7 +75,8 @@ class Data:
         inputs = self.train.inputs
         if not isinstance(inputs, Tensor) or inputs.ndim != 4:
             raise UserError(
-                f"{self.name} gives inputs {described(inputs)}, and images [N, C, H, W] are needed here"
+                f"{self.name} gives inputs {described(inputs)}, and images [N, C, H, W] are needed here",
+                code="wrong_shape",
             )
         channels, height, width = inputs.shape[1:]
         return channels, height, width
@@ -105,7 +106,9 @@ def split_off(name: str, split: Split, search_images: int, seed: int) -> tuple[S
     if not 1 <= search_images < len(split):
         raise UserError(
             f"search.images={search_images}: {name} has {len(split)} training images, "
-            f"from 1 to {len(split) - 1} can be split off for the search"
+            f"from 1 to {len(split) - 1} can be split off for the search",
+            code="out_of_range",
+            field="search.images",
         )
     order = stratified(_classes(split.targets), seed)
     chosen, rest = order[:search_images].sort().values, order[search_images:].sort().values
@@ -119,7 +122,11 @@ def check_scaling(mean: Sequence[float], std: Sequence[float]) -> None:
         UserError: not three numbers each, or a deviation that is not above 0.
     """
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-        raise UserError(f"data.mean={list(mean)}, data.std={list(std)}: needs 3 numbers each, std above 0")
+        raise UserError(
+            f"data.mean={list(mean)}, data.std={list(std)}: needs 3 numbers each, std above 0",
+            code="out_of_range",
+            field="data.mean",
+        )
 
 
 def _classes(targets: Inputs) -> Tensor:

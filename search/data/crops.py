@@ -38,7 +38,11 @@ def training_loader(
     if batch_size < 1:
         raise out_of_range("batch_size", batch_size, "at least 1")
     if not len(rows):
-        raise UserError(f"all {len(images)} training images are split off: none is left to fine-tune on")
+        raise UserError(
+            f"all {len(images)} training images are split off: none is left to fine-tune on",
+            code="empty",
+            field="search.images",
+        )
 
     def collate(batch: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
         pixels, labels = default_collate(batch)

@@ -43,7 +43,11 @@ def from_loaders(
             the outputs, examples of different shapes.
     """
     if calibration_images < 1:
-        raise UserError(f"calibration_images={calibration_images}: at least 1 is needed")
+        raise UserError(
+            f"calibration_images={calibration_images}: at least 1 is needed",
+            code="out_of_range",
+            field="calibration_images",
+        )
     reader = reader or Reader()
     train = _gather("train_loader", train_loader, reader, limit=calibration_images)
     search = _gather("val_loader", val_loader, reader)

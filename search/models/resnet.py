@@ -31,9 +31,17 @@ def resnet(
     """A CIFAR ResNet; `depth` is 6n + 2. See ResNet for `shortcut`."""
     name = f"plain{depth}" if shortcut == "none" else f"resnet{depth}"
     if depth < 8 or (depth - 2) % 6:
-        raise UserError(f"model.depth={depth}: a CIFAR ResNet has 6n + 2 layers (20, 32, 44, 56, 110)")
+        raise UserError(
+            f"model.depth={depth}: a CIFAR ResNet has 6n + 2 layers (20, 32, 44, 56, 110)",
+            code="out_of_range",
+            field="model.depth",
+        )
     if shortcut not in SHORTCUTS:
-        raise UserError(f"model.shortcut={shortcut}: one of {', '.join(SHORTCUTS)} is needed")
+        raise UserError(
+            f"model.shortcut={shortcut}: one of {', '.join(SHORTCUTS)} is needed",
+            code="unknown_name",
+            field="model.shortcut",
+        )
     return ModelSource(name, partial(build_resnet, depth, shortcut), original_lr, weights, url, key=key)
 
 

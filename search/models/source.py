@@ -184,7 +184,7 @@ def unknown_name(library: str, name: str | None, known: list[str]) -> UserError:
     there = ", ".join([*close, f"and {len(known) - len(close)} more"])
     return UserError(
         f"{{field}}={name} is no classifier of {library}; there are {there}",
-        code="unknown_model",
+        code="unknown_name",
         field="model.name",
     )
 
@@ -236,6 +236,7 @@ def _download(url: str) -> dict[str, Tensor]:
         raise UserError(
             f"{{field}}={url}: needed is an address without blanks, its file named NAME-SHA256PREFIX.th",
             field="model.url",
+            code="wrong_type",
         )
     with files.reading(url, "give a local copy with model.weights=FILE"):
         content = torch.hub.load_state_dict_from_url(

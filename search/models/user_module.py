@@ -51,7 +51,9 @@ def module_model(
             field="model.factory",
         )
     if weights == RANDOM:
-        raise UserError("{field}=random: the factory decides on the first weights", field="model.weights")
+        raise UserError(
+            "{field}=random: the factory decides on the first weights", field="model.weights", code="conflict"
+        )
     function = _function(factory)
     build = partial(_build, factory, function, dict(arguments or {}))
     return ModelSource(factory, build, original_lr, weights, key=key, pretrained=build, needs_shape=False)

@@ -93,7 +93,8 @@ class Small:
         """Refuses an example without rows."""
         if any(tensor.dim() < 1 or tensor.numel() == 0 for tensor in tensors_of(self.example)):
             raise UserError(
-                f"the example batch has shape {described(self.example)}: it must be [N, ...] with N >= 1"
+                f"the example batch has shape {described(self.example)}: it must be [N, ...] with N >= 1",
+                code="wrong_shape",
             )
 
 
@@ -242,10 +243,14 @@ def _formats(names: Sequence[str]) -> list[Format]:
     wanted = [names] if isinstance(names, str) else list(names)
     if unknown := [one for one in wanted if one not in FORMATS]:
         raise UserError(
-            f"unknown export format {', '.join(map(repr, unknown))}: allowed are {', '.join(FORMATS)}"
+            f"unknown export format {', '.join(map(repr, unknown))}: allowed are {', '.join(FORMATS)}",
+            code="unknown_name",
+            field="export",
         )
     if isinstance(names, str):
-        raise UserError(f"export formats are a list, got {names!r}: write [{names}]")
+        raise UserError(
+            f"export formats are a list, got {names!r}: write [{names}]", code="wrong_type", field="export"
+        )
     return [FORMATS[name] for name in wanted]
 
 

@@ -254,7 +254,9 @@ class TensorboardTracker(NoTracker):
         except ImportError as error:
             raise UserError(
                 f"tracker=tensorboard needs TensorBoard, which cannot be imported here ({error}): "
-                'pip install "amc-netadapt[tensorboard]", or choose tracker=none or tracker=wandb'
+                'pip install "amc-netadapt[tensorboard]", or choose tracker=none or tracker=wandb',
+                code="missing_package",
+                field="tracker",
             ) from error
         events = Path(folder) / "tensorboard"
         shutil.rmtree(events, ignore_errors=True)

@@ -85,7 +85,9 @@ def load_pruned(module: nn.Module, folder: str | Path) -> nn.Module:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}: load_pruned wants the run folder that holds {CHANNELS_FILE}")
+        raise UserError(
+            f"no folder {folder}: load_pruned wants the run folder that holds {CHANNELS_FILE}", code="missing"
+        )
     weights = _existing(folder / WEIGHTS_FILE)
     module = plain(module)  # as the network was before it was pruned
     keeps = _read_channels(module, _existing(folder / CHANNELS_FILE))
@@ -93,7 +95,10 @@ def load_pruned(module: nn.Module, folder: str | Path) -> nn.Module:
         state = load_file(weights)
     resize(module, keeps)
     if problems := _misfits(module.state_dict(), state):
-        raise UserError(f"{weights} does not fit {type(module).__name__}: {_listed(problems)}; {_WAY_OUT}")
+        raise UserError(
+            f"{weights} does not fit {type(module).__name__}: {_listed(problems)}; {_WAY_OUT}",
+            code="does_not_fit",
+        )
     module.load_state_dict(state, strict=True)
     return module.eval()
 
@@ -133,7 +138,9 @@ def _read_channels(module: nn.Module, path: Path) -> Keeps:
         version, channels = record["format"], record["channels"]
         entries = [(name, entry, _sides(entry)) for name, entry in channels.items()]
     if version != CHANNELS_FORMAT:
-        raise UserError(f"{path} has format {version!r}: this version reads {CHANNELS_FORMAT}")
+        raise UserError(
+            f"{path} has format {version!r}: this version reads {CHANNELS_FORMAT}", code="wrong_format"
+        )
     modules = dict(module.named_modules())
     problems = [
         problem for name, entry, sides in entries for problem in _unfit(modules.get(name), name, entry, sides)
@@ -141,7 +148,8 @@ def _read_channels(module: nn.Module, path: Path) -> Keeps:
     if problems:
         made_for = f" (made for {record['model']})" if "model" in record else ""
         raise UserError(
-            f"{path}{made_for} does not fit {type(module).__name__}: {_listed(problems)}; {_WAY_OUT}"
+            f"{path}{made_for} does not fit {type(module).__name__}: {_listed(problems)}; {_WAY_OUT}",
+            code="does_not_fit",
         )
     return {name: sides for name, _, sides in entries}
 
@@ -178,7 +186,10 @@ def _unfit(
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise UserError(f"no file {path}: load_pruned wants {WEIGHTS_FILE} and {CHANNELS_FILE} of one export")
+        raise UserError(
+            f"no file {path}: load_pruned wants {WEIGHTS_FILE} and {CHANNELS_FILE} of one export",
+            code="missing",
+        )
     return path
 
 

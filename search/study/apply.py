@@ -124,7 +124,9 @@ class Given(Agent):
         if missed:
             raise UserError(
                 f"strategy={self.strategy} does not meet the budget: {'; '.join(missed)}; leave it out "
-                "(budget=none) or raise it"
+                "(budget=none) or raise it",
+                code="out_of_reach",
+                field="strategy",
             )
         if "start" in self.content:
             log.warning(
@@ -155,7 +157,9 @@ class Given(Agent):
             with_it = f" (granularity={made})" if made else ""
             raise UserError(
                 f"strategy={self.strategy}: {'; '.join(problems)}; network, granularity, "
-                f"channel_multiple and max_ratio must be those that it was made with{with_it}"
+                f"channel_multiple and max_ratio must be those that it was made with{with_it}",
+                code="does_not_fit",
+                field="strategy",
             )
         return strategy.removed
 

@@ -296,5 +296,6 @@ def _check(
     if problems:
         raise UserError(
             f"the run in {folder} was started with another configuration: {'; '.join(problems)}. Start it with "
-            "the old one, or give another hydra.run.dir"
+            "the old one, or give another hydra.run.dir",
+            code="other_configuration",
         )

@@ -71,7 +71,7 @@ class Subject:
         graph, grids = granularity.decisions(traced(model, example, granularity))
         if not grids:
             reasons = "; ".join(f"{w.name}: {w.reason}" for w in graph.skipped[:8])
-            raise UserError(f"nothing is left to cut: {reasons}")
+            raise UserError(f"nothing is left to cut: {reasons}", code="nothing_to_prune")
         orders = [torch.arange(group.total) for group in graph.groups]
         return cls(name, Candidates(model, graph, orders), grids, example, how)
 
@@ -156,13 +156,17 @@ def build(
 
 def _check_place(path: Path) -> None:
     if path.is_dir():
-        raise UserError(f"table={path} is a folder; a file is needed")
+        raise UserError(f"table={path} is a folder; a file is needed", code="unwritable", field="table")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise UserError(f"table={path} cannot be written ({first_line(error)}): name another file") from error
+        raise UserError(
+            f"table={path} cannot be written ({first_line(error)}): name another file",
+            code="unwritable",
+            field="table",
+        ) from error
 
 
 def read_table(path: Path, subject: Subject, *, elsewhere: bool = False) -> LatencyTable:

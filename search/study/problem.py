@@ -273,7 +273,9 @@ def check_device(device: str) -> None:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(
-            f"device={device} cannot be used here ({first_line(error)}); use device=cpu"
+            f"device={device} cannot be used here ({first_line(error)}); use device=cpu",
+            code="no_device",
+            field="device",
         ) from error
 
 

@@ -277,7 +277,8 @@ def _epoch(step: _Step, batches: Batches, schedule: LearningRate, epoch: int) ->
             _check_loss(float(total), epoch, done, schedule.peak)
     if done == 0:
         raise UserError(
-            f"the training data gave no batch in epoch {epoch + 1}: its loader must start again each time"
+            f"the training data gave no batch in epoch {epoch + 1}: its loader must start again each time",
+            code="empty",
         )
     _check_loss(float(total), epoch, done, schedule.peak)
     return float(total) / done
@@ -300,9 +301,11 @@ def _check_settings(epochs: int, lr: float, steps: int, weights: int, further: S
     if not 0 < lr < math.inf:
         problems.append(out_of_range("lr", lr, "a finite number above 0"))
     if steps == 0:
-        problems.append(UserError("the training data gives no batches: at least one is needed"))
+        problems.append(UserError("the training data gives no batches: at least one is needed", code="empty"))
     if weights == 0:
-        problems.append(UserError("no parameter of the network requires gradients: nothing to train"))
+        problems.append(
+            UserError("no parameter of the network requires gradients: nothing to train", code="cannot_train")
+        )
     if problems:
         raise UserError.join(problems)
 
@@ -323,7 +326,9 @@ def forget_weights(model: nn.Module, seed: int) -> None:
             elif own:
                 raise UserError(
                     f"finetune.from_scratch=true: {name or type(module).__name__} has parameters and no "
-                    "reset_parameters to initialise them"
+                    "reset_parameters to initialise them",
+                    code="unsupported",
+                    field="finetune.from_scratch",
                 )
 
 

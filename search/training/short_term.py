@@ -78,5 +78,7 @@ def check_loader(data: Data) -> None:
     if getattr(data.loader, "persistent_workers", False):
         raise UserError(
             "short_term.steps trains every candidate on the same images, and a train_loader with persistent_workers=True "
-            "augments them otherwise each time: make it with persistent_workers=False, or set short_term.steps=0"
+            "augments them otherwise each time: make it with persistent_workers=False, or set short_term.steps=0",
+            code="conflict",
+            field="short_term.steps",
         )

@@ -78,7 +78,7 @@ def test_settings_that_do_not_fit_are_refused(toy, tmp_path) -> None:
         Policy(budgets=(0.5, 0.2))
     with refused("missing", "policy"):
         Policy(learn=False)
-    with refused("invalid", "agent.budgets"):
+    with refused("missing", "agent.budgets"):
         Policy(budgets=(0.2, 0.5)).check(toy(ratio=None).space, 10)
 
 

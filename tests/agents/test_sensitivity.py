@@ -141,7 +141,7 @@ def test_the_least_squares_source_spends_one_evaluation(toy) -> None:
     (picked,) = search.scored
     assert picked[1] == 0
     assert search.space.met(picked)
-    with refused("invalid", "agent.source"):
+    with refused("unsupported", "agent.source"):
         agent.search(search.task(10))
-    with refused("invalid", "agent.source"):
+    with refused("missing", "agent.source"):
         agent.check(toy(ratio=None).space, 10)

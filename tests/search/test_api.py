@@ -276,7 +276,7 @@ def test_without_settings_channels_go_in_the_vectors_of_a_latency_budget(
 
     def problem(model: nn.Module, data: Data, settings: Settings, *more: object) -> None:
         seen.append(settings)
-        raise UserError("seen")
+        raise UserError("seen", code="test")
 
     monkeypatch.setattr("search.api.PruningProblem.build", problem)
     monkeypatch.setattr("search.api.run", problem)
@@ -436,9 +436,9 @@ def test_a_saved_outcome_is_loaded_and_its_strategy_applied_again(tmp_path: Path
         ({"strategy": 3}, "wrong_type", "strategy"),
         ({"strategy": [0, 1]}, "wrong_length", "strategy"),
         ({"strategy": {"stem": 0.5}, "agent": "random"}, "conflict", "agent"),
-        ({"criterion": "best"}, "unknown", "criterion"),
-        ({"granularity": "atoms"}, "unknown", "granularity"),
-        ({"criterion": "apoz", "granularity": "nm"}, "invalid", ""),
+        ({"criterion": "best"}, "unknown_name", "criterion"),
+        ({"granularity": "atoms"}, "unknown_name", "granularity"),
+        ({"criterion": "apoz", "granularity": "nm"}, "does_not_fit", "criterion"),
     ],
     ids=str,
 )
@@ -589,7 +589,7 @@ def test_an_argument_that_is_given_wins_and_one_that_is_not_leaves_the_setting(
 
     def run(model: nn.Module, data: Data, settings: Settings, *more: object) -> None:
         seen.append(settings)
-        raise UserError("far enough")
+        raise UserError("far enough", code="test")
 
     monkeypatch.setattr("search.api.run", run)
     wanted = Settings(NetAdapt(), episodes=50, budgets=(BudgetSettings("params", 0.7),), seed=3)

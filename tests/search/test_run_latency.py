@@ -150,7 +150,7 @@ def test_a_check_without_a_table_builds_one(
 
     def uncountable(*arguments: object) -> Activations:
         counts.append(arguments)
-        raise UserError("no trace")
+        raise UserError("no trace", code="test")
 
     monkeypatch.setattr(latency_table, "Activations", uncountable)
     ended = amc_latency("check", *QUICK, "check.networks=4")

@@ -18,7 +18,7 @@ from amc_env.inputs import call
 from amc_env.onnx import PACKAGES
 from amc_env.tasks import Regression, Segmentation
 from search import compress, make_env
-from search.config.compose import default_agent
+from search.config.compose import default_of
 from search.output.run_result import RunResult
 from search.settings import FinetuneSettings, LatencySettings, RepairSettings, Settings
 
@@ -72,7 +72,7 @@ def rows(form: str = "names", count: int = 48) -> list[Any]:
 
 def quick(**more: Any) -> Settings:
     chosen = {
-        "agent": default_agent("random"),
+        "agent": default_of("agent", "random"),
         "episodes": 3,
         "export": (),
         "latency": LatencySettings(repeats=0),

@@ -85,11 +85,15 @@ class Latency(NetworkCost):
         if missing:
             raise UserError(
                 f"the latency table has no times for {len(missing)} layers, like {'; '.join(missing[:3])}: it is another "
-                "network's or image size's; build one with amc-latency build"
+                "network's or image size's; build one with amc-latency build",
+                code="wrong_table",
+                field="budget.table",
             )
         if table.correction.per_element_ms > 0 and activations is None:
             raise UserError(
-                "the latency table corrects for activations, and this network's cannot be counted"
+                "the latency table corrects for activations, and this network's cannot be counted",
+                code="wrong_table",
+                field="budget.table",
             )
         self._calls = np.array([layer.calls for layer in graph.layers], dtype=np.float64)
         self._sizes, self._per_unit = kept_channels(graph)

@@ -84,7 +84,9 @@ class Compile:
         if shutil.which(compiler) is None:
             raise UserError(
                 f"latency.runtime=compile needs a C++ compiler, and there is no {compiler}: install it, name another in "
-                "the environment variable CXX, or use latency.runtime=eager"
+                "the environment variable CXX, or use latency.runtime=eager",
+                code="missing",
+                field="latency.runtime",
             )
 
     def prepare(self, model: nn.Module, example: Inputs) -> Call:
@@ -143,7 +145,9 @@ class Cuda:
         if not torch.cuda.is_available():
             raise UserError(
                 f"latency.runtime={self.name} needs a CUDA graphics processor, and torch finds none here: use "
-                "latency.runtime=eager"
+                "latency.runtime=eager",
+                code="no_device",
+                field="latency.runtime",
             )
 
     def prepare(self, model: nn.Module, example: Inputs) -> Call:
@@ -207,7 +211,11 @@ def runtime(name: str, threads: int) -> Runtime:
         each.name: each for each in (Eager(), Compile(), Onnx(threads), Cuda(), CudaGraph())
     }
     if name not in found:
-        raise UserError(f"unknown latency.runtime={name}: allowed are {', '.join(RUNTIMES)}")
+        raise UserError(
+            f"unknown latency.runtime={name}: allowed are {', '.join(RUNTIMES)}",
+            code="unknown_name",
+            field="latency.runtime",
+        )
     return found[name]
 
 
@@ -247,5 +255,7 @@ def _event() -> torch.cuda.Event:
 def _cannot(name: str, model: nn.Module, error: Exception) -> UserError:
     other = "eager" if name in ("compile", "onnx") else "cuda"
     return UserError(
-        f"latency.runtime={name} cannot run {type(model).__name__} ({first_line(error)}): use latency.runtime={other}"
+        f"latency.runtime={name} cannot run {type(model).__name__} ({first_line(error)}): use latency.runtime={other}",
+        code="unsupported",
+        field="latency.runtime",
     )

@@ -145,7 +145,9 @@ class Lookup:
                 for i in np.flatnonzero(~inside)[:4]
             )
             raise UserError(
-                f"the latency table does not reach {missed}: build one with the same granularity.max_ratio, or lower it"
+                f"the latency table does not reach {missed}: build one with the same granularity.max_ratio, or lower it",
+                code="wrong_table",
+                field="budget.table",
             )
         i, next_i, right = self._inputs.place(inputs)
         o, next_o, down = self._outputs.place(outputs)
@@ -264,7 +266,11 @@ class LatencyTable:
         subject = f"latency table {path}"
         content = read_json(path, subject, "amc-latency build makes one")
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise UserError(f'{path} is no latency table: a JSON object with "format": "{_FORMAT}" is needed')
+            raise UserError(
+                f'{path} is no latency table: a JSON object with "format": "{_FORMAT}" is needed',
+                code="wrong_table",
+                field="budget.table",
+            )
         with reading(subject):
             return cls._of(content)
 
@@ -300,5 +306,7 @@ class LatencyTable:
         if differences:
             raise UserError(
                 f"{what} was measured under other conditions ({'; '.join(differences)}): build one here with "
-                "amc-latency build, or say budget.elsewhere=true to predict that machine's latency"
+                "amc-latency build, or say budget.elsewhere=true to predict that machine's latency",
+                code="wrong_table",
+                field="budget.table",
             )

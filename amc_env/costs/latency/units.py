@@ -104,12 +104,15 @@ class Unit:
             }
             unit = cls(**{**obj, **pairs})
         except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise UserError(f"{obj!r} is no unit of a latency table ({error!r})") from error
+            raise UserError(
+                f"{obj!r} is no unit of a latency table ({error!r})", code="wrong_table"
+            ) from error
         name = unit.activation.removesuffix("_")
         if unit.kind not in ("conv", "linear") or (name and name not in _ACTIVATIONS):
             raise UserError(
                 f"a unit has kind={unit.kind!r} and activation={unit.activation!r}; allowed are conv, linear and "
-                f"{', '.join(_ACTIVATIONS)}, each with _ where it works in place"
+                f"{', '.join(_ACTIVATIONS)}, each with _ where it works in place",
+                code="wrong_table",
             )
         return unit
 

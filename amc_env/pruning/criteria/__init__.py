@@ -55,5 +55,7 @@ def check_fits(criterion: Criterion, granularity: str) -> None:
     fitting = [other.name for other in CRITERIA if granularity in other.granularities]
     raise UserError(
         f"criterion={criterion.name} does not fit granularity={granularity}: it fits "
-        f"{', '.join(criterion.granularities)}; for granularity={granularity} use one of {', '.join(fitting)}"
+        f"{', '.join(criterion.granularities)}; for granularity={granularity} use one of {', '.join(fitting)}",
+        code="does_not_fit",
+        field="criterion",
     )

@@ -64,7 +64,9 @@ class APoZ:
             raise UserError(
                 f"criterion=apoz: no activation of {', '.join(without)} that reaches the next layers is ever zero "
                 "(there is no ReLU before them, or pooling hides its zeros), so there is nothing to rank by; use "
-                "criterion=l1 or criterion=l2"
+                "criterion=l1 or criterion=l2",
+                code="unsupported",
+                field="criterion",
             )
         return tuple(scores)
 
@@ -138,7 +140,9 @@ class Lasso:
         if without:
             raise UserError(
                 f"criterion=lasso cannot rank the channels of {', '.join(without)}: the layers that read them run "
-                "several times or do not pad with zeros; use criterion=l1 or criterion=l2"
+                "several times or do not pad with zeros; use criterion=l1 or criterion=l2",
+                code="unsupported",
+                field="criterion",
             )
         return tuple(torch.stack(found).mean(0) for found in parts)
 

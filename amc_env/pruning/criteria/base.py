@@ -122,7 +122,9 @@ def calibration_sample(criterion: Criterion, sample: Sample) -> Sample:
     """
     if not count(sample.inputs):
         raise UserError(
-            f"criterion={criterion.name} needs calibration images of the training split; there are none"
+            f"criterion={criterion.name} needs calibration images of the training split; there are none",
+            code="missing",
+            field="criterion",
         )
     some = slice(criterion.images)
     return replace(sample, inputs=take(sample.inputs, some), targets=take(sample.targets, some))

@@ -77,7 +77,9 @@ def per_example_gradients(
         if len(x) != size:
             raise UserError(
                 f"{layer.name} sees {len(x)} inputs for {size} examples: gradients of single ones cannot be separated "
-                "apart there; use criterion=l1 or criterion=l2"
+                "apart there; use criterion=l1 or criterion=l2",
+                code="unsupported",
+                field="criterion",
             )
 
         def collect(gradient: Tensor) -> None:

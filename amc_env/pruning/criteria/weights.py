@@ -103,7 +103,9 @@ class BatchNormScale:
         if without:
             raise UserError(
                 f"criterion=bn_scale: no batch norm with a scale works on the channels of {', '.join(without)}; "
-                "use criterion=l1 or criterion=l2"
+                "use criterion=l1 or criterion=l2",
+                code="unsupported",
+                field="criterion",
             )
         return tuple(
             together(found, group.total, self.aggregate)

@@ -79,7 +79,7 @@ def broken() -> None:
 
 
 def refusing() -> None:
-    raise UserError("not that")
+    raise UserError("not that", code="test")
 
 
 def own(section: str, function: str, **settings: object) -> DictConfig:

@@ -126,7 +126,7 @@ def test_images_are_brought_to_a_size_and_others_refused(tmp_path: Path) -> None
     assert data.image_shape == (3, 5, 5)
     assert data.mean == (0.5, 0.5, 0.5)
     check_labels(data)
-    with refused("invalid", ""):
+    with refused("out_of_range", "data.mean"):
         images(str(tmp_path / "x"), size=5, std=(0.1, 0.0, 0.1))
 
 

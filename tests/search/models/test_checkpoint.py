@@ -150,5 +150,5 @@ def test_files_that_hold_nothing_are_refused(tmp_path: Path, name: str, content:
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9/a b-01234567.th", "nothing-01234567.th", ""])
 def test_an_address_that_is_none_is_refused(url: str) -> None:
-    with refused("invalid", "model.url"):
+    with refused("wrong_type", "model.url"):
         load_weights(Net(), None, url)

@@ -84,7 +84,7 @@ def test_a_head_for_other_classes_is_refused(
 def test_a_name_that_is_not_there_is_refused(name: str | None, optional: Optional) -> None:
     for library, make in (("timm", timm_model), ("torchvision", torchvision_model)):
         optional(library)
-        with refused("unknown_model", "model.name"):
+        with refused("unknown_name", "model.name"):
             make(name)
 
 
@@ -216,7 +216,7 @@ def test_a_function_that_makes_none_is_refused(small_data: Data) -> None:
     for missing in (None, "no_colon.build"):
         with refused("missing", "model.factory"):
             module_model(missing)
-    with refused("invalid", "model.weights"):
+    with refused("conflict", "model.weights"):
         module_model(f"{__name__}:small_network", "random")
 
 

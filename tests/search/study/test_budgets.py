@@ -138,7 +138,7 @@ def test_operations_that_cannot_be_counted_are_warned_of_once_and_points_are_cap
     small_data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def uncountable(*_: object) -> Activations:
-        raise UserError("no trace")
+        raise UserError("no trace", code="test")
 
     asked: dict[str, Any] = {}
 
@@ -164,7 +164,7 @@ def test_masks_have_no_latency(small_data: Data, tmp_path: Path) -> None:
     settings = replace(small("kernel", latency=QUICK), budgets=(LatencyBudget(),)).in_folder(tmp_path)
     with pytest.raises(UserError) as error:
         PruningProblem.build(network("concat"), small_data, settings)
-    assert (error.value.code, error.value.field) == ("granularity", "budget.cost")
+    assert (error.value.code, error.value.field) == ("does_not_fit", "budget.cost")
 
 
 def test_several_budgets_hold_at_once_with_netadapt_too(small_data: Data, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_a_stopped_run_ends_as_one_that_was_not(
         assert content(tmp_path / "stopped" / file) == content(tmp_path / "whole" / file), file
     assert again.result.front == whole.result.front
     assert all(same_state(again.models[ratio], whole.models[ratio]) for ratio in RATIOS)
-    with refused("invalid", ""):  # more episodes of the first search would change those after it
+    with refused("other_configuration", ""):  # more episodes of the first search would change those after it
         go(tmp_path / "whole", small_data, replace(settings, episodes=4))
 
 
@@ -158,7 +158,7 @@ def test_shares_out_of_range_are_refused() -> None:
     ],
 )
 def test_what_shares_replace_is_refused_beside_them(more: dict[str, Any]) -> None:
-    with refused("together", BUDGETS):
+    with refused("conflict", BUDGETS):
         Settings(**{"ratios": RATIOS} | more)
 
 

@@ -13,7 +13,7 @@ from small_runs import small
 
 from agents.baselines import Random, Uniform
 from search import compress
-from search.config.compose import default_agent
+from search.config.compose import default_of
 from search.data.base import Data
 from search.data.digits import digits
 from search.models.digits import digits_mlp
@@ -96,7 +96,7 @@ def test_settings_become_json() -> None:
     assert describe(describe) == "search.study.identity.describe"
     assert describe({"a": (np.float32(0.5), Path("b"))}) == {"a": [0.5, "b"]}
     assert "table" not in describe(LatencyBudget(table="phone.json"))
-    assert json.loads(json.dumps(describe(Settings(agent=default_agent("ddpg"))))) is not None
+    assert json.loads(json.dumps(describe(Settings(agent=default_of("agent", "ddpg"))))) is not None
 
 
 def test_a_run_is_continued_from_the_other_door(amc_search: Command, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from amc_env.costs.storage import StorageBudget, follows_pattern
 from amc_env.graph.tracing import trace_layers
 from amc_env.pruning.schedule import Schedule
 from search import load_pruned
-from search.config.compose import default_agent
+from search.config.compose import default_of
 from search.data.base import Data
 from search.models.digits import digits_mlp
 from search.models.resnet import ResNet
@@ -98,7 +98,7 @@ WHOLE = {"fine_grained": 0, "nm": 1, "vector": 3, "kernel": 3}
 
 
 def agent(name: str) -> Agent:
-    return default_agent(name) if name != "uniform" else Uniform()
+    return default_of("agent", name) if name != "uniform" else Uniform()
 
 
 @pytest.mark.parametrize(
