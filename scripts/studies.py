@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 Result = dict[str, Any]  # the content of a run's result.json
+_SEARCH = "search.run_search"
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Point:
 
     name: str
     overrides: tuple[str, ...] = ()
-    command: str = "search.run_search"
+    command: str = _SEARCH
 
     def folder(self, out: Path, seed: int) -> Path:
         """The run folder for a seed."""
@@ -63,7 +64,10 @@ def run(points: Iterable[Point], options: argparse.Namespace) -> dict[str, list[
     with ThreadPoolExecutor(options.jobs) as pool:
         for seed in options.seeds:
             for point in points:
-                overrides = [*options.common, *point.overrides, f"seed={seed}"]
+                alone = (
+                    ["baselines=[]"] if point.command == _SEARCH else []
+                )  # baselines are points of their own
+                overrides = [*alone, *options.common, *point.overrides, f"seed={seed}"]
                 pool.submit(_run, point.command, point.folder(options.out, seed), overrides, threads)
     found = {point.name: [point.folder(options.out, seed) for seed in options.seeds] for point in points}
     return {
