@@ -6,7 +6,6 @@ the paper leaves open are those of the authors' release.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import ClassVar, Literal
@@ -23,7 +22,13 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from agents.base import Agent, SearchTask
-from agents.exploration import WARMUPS, TruncatedNormalNoise, Warmup, uniform_ratios
+from agents.exploration import (
+    WARMUPS,
+    TruncatedNormalNoise,
+    Warmup,
+    uniform_ratios,
+    warn_within_warmup,
+)
 from agents.isolation import denormals_flushed, one_thread, random_states_kept
 from agents.replay import EpisodeReplayBuffer
 from agents.vector import GymnasiumVecEnv, check_rounds
@@ -38,8 +43,6 @@ from amc_env.validation import (
     Widths,
     settings,
 )
-
-log = logging.getLogger(__name__)
 
 Actions = npt.NDArray[np.float32]
 
@@ -306,13 +309,7 @@ class DDPGAgent(Agent):
             UserError: They are no multiple of ``n_envs``.
         """
         self.check(task.space, task.episodes)
-        if task.episodes <= self.warmup_whole:
-            log.warning(
-                "search.episodes=%d ends within the warm-up of %d (agent.warmup_episodes=%d): nothing is learnt",
-                task.episodes,
-                self.warmup_whole,
-                self.warmup_episodes,
-            )
+        warn_within_warmup(task.episodes, self.warmup_whole, self.warmup_episodes)
         steps = len(task.space.names)
         with random_states_kept():
             self.learner(task).learn(task.episodes * steps, log_interval=None)  # type: ignore[arg-type]

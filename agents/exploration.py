@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain, repeat
@@ -13,7 +14,25 @@ from torch.special import ndtr, ndtri
 
 from amc_env.space import Removed, SearchSpace
 
+log = logging.getLogger(__name__)
 Floats = npt.NDArray[np.float64]
+
+
+def warn_within_warmup(episodes: int, warmup: int, asked: int) -> None:
+    """Log a warning where all episodes of a search are warm-up.
+
+    Args:
+        episodes: Of the search.
+        warmup: Of the warm-up, in whole rounds of environments.
+        asked: The setting.
+    """
+    if episodes <= warmup:
+        log.warning(
+            "search.episodes=%d ends within the warm-up of %d (agent.warmup_episodes=%d): nothing is learnt",
+            episodes,
+            warmup,
+            asked,
+        )
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,13 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
 from agents.base import Agent, SearchTask
-from agents.exploration import WARMUPS, TruncatedNormalNoise, Warmup, uniform_ratios
+from agents.exploration import (
+    WARMUPS,
+    TruncatedNormalNoise,
+    Warmup,
+    uniform_ratios,
+    warn_within_warmup,
+)
 from agents.isolation import learning
 from agents.replay import EpisodeReplayBuffer
 from agents.vector import GymnasiumVecEnv, check_rounds
@@ -251,6 +257,8 @@ class StableBaselines(Agent):
             UserError: They are no multiple of ``n_envs``, or the algorithm refuses its options.
         """
         self.check(task.space, task.episodes)
+        if issubclass(self.made_by, OffPolicyAlgorithm):
+            warn_within_warmup(task.episodes, self._warmup_whole, self.warmup_episodes)
         total = task.episodes * len(task.space.names)
         with learning() as outside:
             learner = self._learner(task, outside)
