@@ -84,7 +84,8 @@ def finetune(
 ) -> None:
     """SGD in place, cosine schedule by step down to 0; the last epoch's weights are kept, in eval mode.
 
-    Layers that run in train mode only, as auxiliary heads do, are left out. On CUDA in mixed precision. The global random state is left as it was; dropout draws from `seed`.
+    Layers that run in train mode only, as auxiliary heads do, are left out. On CUDA in mixed precision.
+    The global random state is left as it was; dropout draws from `seed`.
     On the CPU the same seed, batches and thread count give the same weights to the bit.
 
     Args:
