@@ -407,9 +407,7 @@ CONSTRUCTS = {
     "two PReLUs with one parameter": between(
         lambda: tied("weight", act=nn.PReLU(WIDTH), after=nn.PReLU(WIDTH)), {"first": 8, "middle.one": 8}
     ),
-    "two layers with one weight": between(
-        lambda: tied("weight", act=conv(), after=conv()), {"first": 8}
-    ),
+    "two layers with one weight": between(lambda: tied("weight", act=conv(), after=conv()), {"first": 8}),
     "chunk and concatenation": between(
         lambda: Function(c2f, inner=conv(), one=conv(4, 4, 3), two=conv(4, 4, 3), join=conv(12, WIDTH)),
         {"first": 8, "middle.inner": 4, "middle.one": 4, "middle.join": 8},
