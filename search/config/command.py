@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from amc_env.errors import UserError, did_you_mean
+from amc_env.errors import UserError, did_you_mean, first_line
 from search import files, interrupts
 from search.config import help
 
@@ -59,6 +60,7 @@ _REPORTED = (UserError, IncompleteError, HydraException, OmegaConfBaseException)
 
 FAILURE = "failure.json"
 """In the folder of a sweep's job that failed: its error. Launchers run jobs in other processes, or on other machines."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _sweeps: list[Path] = []
 """Folders of the sweeps of this command."""
 
@@ -125,8 +127,8 @@ def run_command(command: Callable[[], object]) -> int:
     except BrokenPipeError:  # what read the output, like head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return INCOMPLETE
-    except (OSError, ValueError) as error:
-        refusal = _of_the_file_system(error)
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        refusal = _of_the_file_system(error) or _of_memory(error)
         if refusal is None:
             raise
         return _refused(refusal)
@@ -198,10 +200,24 @@ def _names() -> tuple[set[str], set[str]]:
 def _of_the_file_system(error: BaseException) -> UserError | None:
     """The refusal of a file or folder, where that is what Hydra failed by when it made the run folder and its log."""
     cause = error if isinstance(error, OSError) else error.__cause__
-    if not isinstance(cause, OSError) or cause.filename is None:
+    if not isinstance(cause, OSError) or (cause.filename is None and cause.errno not in _FULL):
+        return None
+    name = cause.filename or "a file of the run"  # writing to an open file fails without its name
+    return UserError(
+        f"{name} cannot be used ({cause.strerror}); give another hydra.run.dir", code="unwritable"
+    )
+
+
+def _of_memory(error: BaseException) -> UserError | None:
+    """The refusal of what needs more memory than there is, wherever that was."""
+    from amc_env.system import out_of_memory  # PyTorch
+
+    if not out_of_memory(error):
         return None
     return UserError(
-        f"{cause.filename} cannot be used ({cause.strerror}); give another hydra.run.dir", code="unwritable"
+        f"out of memory ({first_line(error)}): lower search.images, repair.images, evaluator.batch_size or "
+        "finetune.batch_size",
+        code="out_of_memory",
     )
 
 

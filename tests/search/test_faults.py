@@ -1,5 +1,6 @@
 """Damaged and unwritable files end in one line: every kind, by error code."""
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from image_parquets import IMAGES, grey
 from networks import network
 from pyarrow import parquet
@@ -64,6 +66,22 @@ def test_a_command_whose_file_is_taken_by_a_folder(amc_search: Command, tmp_path
         taken.write_text("a file")
     else:
         taken.mkdir(parents=True)
+    ended = amc_search(*SMALL, "hydra.run.dir=run")
+    assert (ended.code, len(ended.err.splitlines())) == (2, 1), ended.err
+    assert ended.err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), MemoryError("full"), torch.OutOfMemoryError("full")],
+)
+def test_a_full_disk_or_memory_ends_in_one_line(
+    amc_search: Command, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("hydra.core.utils._save_config", full)
     ended = amc_search(*SMALL, "hydra.run.dir=run")
     assert (ended.code, len(ended.err.splitlines())) == (2, 1), ended.err
     assert ended.err.startswith("error: ")
