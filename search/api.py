@@ -166,12 +166,7 @@ def compress(
     Raises:
         UserError: Whatever is wrong with network, data or settings, in one message, before anything expensive.
     """
-    if budget is not None and budgets is not None:
-        raise UserError(
-            "{field} and budgets are both given: leave one out; another cost than MACs is given by settings",
-            code="together",
-            field="budget",
-        )
+    _check_one_is_given(budget, budgets)
     if settings is None:
         budget, agent = 0.5 if budget is None else budget, agent or "surrogate"
     given: dict[str, Any] = {"episodes": episodes, "original_lr": original_lr, "seed": seed, "device": device}
@@ -314,6 +309,15 @@ def _task(
     if score is None or loss is None or task is not None:
         raise UserError("{field} and loss are given together, and without a task", code="task", field="score")
     return OwnTask(score, loss)
+
+
+def _check_one_is_given(budget: Asked | None, budgets: Sequence[float] | None) -> None:
+    if budget is not None and budgets is not None:
+        raise UserError(
+            "{field} and budgets are both given: leave one out; another cost than MACs is given by settings",
+            code="together",
+            field="budget",
+        )
 
 
 def _agent(name: str) -> Agent:
