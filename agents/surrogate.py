@@ -38,7 +38,8 @@ class Surrogate(Agent):
         initial: Random strategies on the budget that are scored first, after the uniform and the least-error one.
         pool: Candidates whose scores are predicted for every proposal.
         focus: How much more the best strategy weighs than the worst in the fit: exp(focus) times. Strategies of looser
-            budgets weigh as little as the worst.
+            budgets weigh as little as the worst, and are left out once this search has more scores than the model has
+            coefficients.
         batch: Strategies that are proposed together, each by a bootstrap sample of its own; above 1 they can be scored
             side by side.
     """
@@ -107,7 +108,8 @@ class Surrogate(Agent):
         usable = np.flatnonzero(np.isfinite(errors))
         sample = rng.choice(usable, len(usable))
         ranks = np.argsort(np.argsort(errors[sample])) / max(1, len(sample) - 1)
-        before = [trial for trial in task.known if np.isfinite(trial.reward)]
+        known = task.known if len(trials) < candidates.shape[1] else ()
+        before = [trial for trial in known if np.isfinite(trial.reward)]
         chosen = [*(trials[place] for place in sample), *before]
         features = _features(task.space, [trial.removed for trial in chosen])
         mean, scale = features.mean(axis=0), features.std(axis=0) + 1e-9

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -76,16 +77,16 @@ class _Worker:
     """What an actor does.
 
     Args:
-        make_scorer: Makes the scorer.
+        path: Where the run imports from.
+        stored: A reference to what makes the scorer.
         threads: As for `Pruner`.
         run_threads: Torch's threads of the run.
     """
 
-    def __init__(
-        self, make_scorer: Callable[[], Callable[[nn.Module], float]], threads: int | None, run_threads: int
-    ):
+    def __init__(self, path: Sequence[str], stored: list[Any], threads: int | None, run_threads: int):
+        sys.path += [entry for entry in path if entry not in sys.path]  # modules of the user's own
         torch.set_num_threads(run_threads)
-        self._pruner = Pruner(make_scorer(), threads)
+        self._pruner = Pruner(_ray().get(stored[0])(), threads)
         self._number = -1
         self._weights: dict[str, BaseWeights] = {}
 
@@ -208,7 +209,7 @@ class RayPruner(Pruner):
 
     def _actor(self) -> Any:
         kind = _ray().remote(_Worker).options(num_cpus=self._cpus, num_gpus=int(self._where.gpu))
-        return kind.remote(self._scorer, self._threads, torch.get_num_threads())
+        return kind.remote(sys.path, [self._scorer], self._threads, torch.get_num_threads())
 
     def _hand_out(self) -> None:
         """Give waiting candidates to actors that have room, those with the fewest first."""
@@ -234,6 +235,13 @@ class RayPruner(Pruner):
 
     def _replace(self, lost: Any, error: Exception) -> None:
         """Put a new actor in the place of one that was lost; its candidates come first."""
+        if getattr(error, "actor_init_failed", False):
+            raise UserError(
+                f"an actor of Ray could not start ({str(error).strip().splitlines()[-1]}): what the network is made of must "
+                "be importable there; or use {field}=local",
+                code="actor_failed",
+                field="evaluator",
+            ) from error
         references = [reference for reference, (_, actor) in self._running.items() if actor is lost]
         jobs = [self._running.pop(reference)[0] for reference in references]
         for job in jobs[:1]:  # the one that was being scored

@@ -600,3 +600,12 @@ def test_an_argument_that_is_given_wins_and_one_that_is_not_leaves_the_setting(
     assert (kept.agent, kept.episodes, kept.budgets, kept.seed) == (NetAdapt(), 50, wanted.budgets, 3)
     assert (changed.agent.name, changed.episodes, changed.seed) == ("random", 50, 3)
     assert [(budget.cost, budget.ratio) for budget in changed.budgets] == [("macs", 0.5)]
+
+
+def test_several_budgets_from_python_name_their_arguments(tmp_path: Path) -> None:
+    with refused("together", "budget"):
+        compressed(tmp_path, budget=0.5, budgets=[0.75, 0.5])
+    with refused("out_of_range", "budgets[0]"):
+        compressed(tmp_path, budgets=[1.5, 0.5])
+    with refused("out_of_range", "budgets"):
+        compressed(tmp_path, budgets=[0.5, 0.75])

@@ -96,16 +96,16 @@ def absorbs(layer: Layer, topology: Topology) -> bool:
 
 
 def put(model: nn.Module, layer: Layer, topology: Topology, weight: Tensor, intercept: Tensor | None) -> None:
-    """Writes a solution [out, in, ...] and its intercept [out] into a cut network."""
+    """Writes a copy of a solution [out, in, ...] and its intercept [out] into a cut network, which may be trained next."""
     module = model.get_submodule(layer.name)
     old = module.weight
     assert isinstance(old, nn.Parameter)
-    old.data = weight.reshape(old.shape).to(old.dtype)
+    old.data = weight.reshape(old.shape).to(old.dtype, copy=True)
     if intercept is None:
         return
     if layer.bias:
         assert isinstance(module.bias, nn.Parameter)
-        module.bias.data = intercept.to(old.dtype)
+        module.bias.data = intercept.to(old.dtype, copy=True)
     else:
         norm = model.get_submodule(topology.norm_after[layer.name])
         assert isinstance(norm.running_mean, Tensor)

@@ -36,6 +36,15 @@ def test_problems_of_several_sections_come_in_one_message() -> None:
         assert text in str(error.value)
 
 
+def test_several_budgets_are_shares_of_the_one_that_is_chosen() -> None:
+    settings = wiring.settings_of(config("search.budgets=[0.75,0.5]", "budget=params"))
+    assert (settings.ratios, settings.budgets) == ((0.75, 0.5), (BudgetSettings("params"),))
+    with refused("out_of_range", "search.budgets[1]"):
+        wiring.settings_of(config("search.budgets=[0.5,0]"))
+    with refused("together", "search.budgets"):
+        wiring.settings_of(config("search.budgets=[0.75,0.5]", "budget.ratio=0.3"))
+
+
 def test_types_and_unknown_keys_of_all_sections_come_in_one_error() -> None:
     cfg = config(
         "seed=x",

@@ -76,6 +76,22 @@ def test_redundant_channels_are_repaired_exactly(name: str, repair: str) -> None
         assert not torch.allclose(candidates.build((2,))(images()), model(images()), atol=1e-2)
 
 
+def test_training_a_repaired_network_does_not_change_the_next_one() -> None:
+    torch.manual_seed(0)
+    candidates = candidates_of(settled(CONSUMERS["1x1"]()), [torch.arange(4)])
+    fix = LeastSquares(candidates, Topology.of(candidates.original), images(60, seed=1))
+    found = []
+    for _ in range(2):
+        model = candidates.build((2,))
+        fix(model, (2,), candidates.keeps((2,)))
+        consumer = model.get_submodule("consumer")
+        found.append([parameter.detach().clone() for parameter in consumer.parameters()])
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 1.0
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("repair", REPAIRS)
 def test_redundant_inputs_of_a_grouped_convolution(repair: str) -> None:
     torch.manual_seed(0)
