@@ -80,10 +80,8 @@ def reported_together() -> Iterator[Callable[[Callable[[], Any]], Any]]:
 def did_you_mean(given: str, there: Sequence[str]) -> str:
     """The end of a message about an unknown name: the nearest known one, and all."""
     near = get_close_matches(given, there, n=1)
-    return (
-        f": did you mean {near[0]}?" * bool(near)
-        + f"{' There' if near else '; there'} are {', '.join(there)}"
-    )
+    start = f": did you mean {near[0]}? There" if near else "; there"
+    return f"{start} are {', '.join(there)}"
 
 
 def out_of_range(field: str, value: object, allowed: str) -> UserError:

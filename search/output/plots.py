@@ -293,12 +293,18 @@ def _scatter(axes: Axes, candidates: Sequence[Candidate]) -> None:
             axes.scatter(costs, accuracies, s=14, color=colour, alpha=0.55, lw=0, label=label)
 
 
-def plot_finetune(losses: Sequence[float], path: Path) -> Path:
-    """Training loss per fine-tuning epoch."""
-    figure = _figure(height=3.0)
-    axes = figure.subplots()
+def plot_finetune(
+    losses: Sequence[float], path: Path, scores: Sequence[float] = (), metric: str = "accuracy"
+) -> Path:
+    """Training loss per fine-tuning epoch and, where it is known, the score on the search split above it."""
+    figure = _figure(height=4.4 if scores else 3.0)
+    *above, axes = figure.subplots(2 if scores else 1, 1, sharex=True, squeeze=False).flat
     axes.plot(np.arange(1, len(losses) + 1), losses, "o-", ms=4, lw=1.8, color=BLUE)
     axes.set_ylabel("training loss")
+    for upper in above:
+        upper.plot(np.arange(1, len(scores) + 1), scores, "o-", ms=4, lw=1.8, color=VERMILION)
+        upper.set_ylabel(f"{metric}, search split")
+        upper.yaxis.set_major_formatter(_PERCENT)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _save(figure, path)

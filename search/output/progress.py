@@ -86,7 +86,7 @@ class Progress:
     Example:
         with Progress(episodes=400, epochs=10) as progress:
             progress.episode(status)
-            progress.epoch(1, loss=0.31)
+            progress.epoch(1, loss=0.31, score=0.9)
     """
 
     def __init__(
@@ -152,9 +152,10 @@ class Progress:
             f"{now}  {best}", f"{status.evaluations} scored, {status.cache_hits} cached", status.done
         )
 
-    def epoch(self, done: int, loss: float) -> None:
-        """Show a finished fine-tuning epoch."""
-        self.stage("fine-tune", self._totals["fine-tune"]).advance(f"loss {loss:.4f}", done=done)
+    def epoch(self, done: int, loss: float, score: float) -> None:
+        """Show a finished fine-tuning epoch, with the score on the search split."""
+        text = f"loss {loss:.4f}  score {percent(score)}"
+        self.stage("fine-tune", self._totals["fine-tune"]).advance(text, done=done)
 
     def _show(self, stage: Stage) -> None:
         if self._live is not None:

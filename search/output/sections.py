@@ -213,6 +213,11 @@ def the_search(run: RunFiles) -> Section | None:
         list(rewards.values()), run.folder / "plots" / "reward.png", search.warmup, _budget_note(run), stages
     )
     caption = "Reward of every episode and the best so far, from scores on the search split."
+    if any(evaluation.repair != search.repair for evaluation in run.evaluations):
+        caption += (
+            f" The best of them were scored again with repair={search.repair}: the best reward that is stated, "
+            f"{search.best_reward:.4f}, is from that score, so it may lie above or below the line."
+        )
     if search.stages and stages:
         caption += (
             " Each stage searches under its own budget, from the network that the one before left: rewards of "
@@ -276,12 +281,15 @@ def tradeoff(run: RunFiles) -> Section | None:
 
 
 def fine_tuning(run: RunFiles) -> Section | None:
-    """The loss of every epoch."""
+    """The loss and the score of every epoch."""
     losses, search = run.series("finetune/loss"), run.result.search
     if not losses:
         return None
-    path = plot_finetune(list(losses.values()), run.folder / "plots" / "finetune.png")
-    caption = "Training loss per epoch; the last epoch is the one kept."
+    scores = list(run.series("finetune/accuracy").values())
+    path = plot_finetune(
+        list(losses.values()), run.folder / "plots" / "finetune.png", scores, run.result.metric
+    )
+    caption = f"Training loss{f' and {run.result.metric}' * bool(scores)} per epoch; the last epoch is the one kept."
     if search.stages or search.rounds or search.start or run.result.front:
         caption += " All trainings of the run follow one another: the loss jumps where more is pruned."
     return Section("Fine-tuning", (Picture(caption, _data_uri(path)),))

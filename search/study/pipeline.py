@@ -388,9 +388,9 @@ def front_folder(folder: Path, problem: PruningProblem) -> Path:
     return folder / "budgets" / f"{ratio:g}"
 
 
-def _epoch_watcher(context: Context, progress: Progress) -> Callable[[int, float, float], None]:
-    def on_epoch(epoch: int, loss: float, lr: float) -> None:
-        progress.epoch(epoch, loss)
-        context.track({"finetune/loss": loss, "finetune/lr": lr}, epoch)
+def _epoch_watcher(context: Context, progress: Progress) -> Callable[[int, float, float, float], None]:
+    def on_epoch(epoch: int, loss: float, lr: float, score: float) -> None:
+        progress.epoch(epoch, loss, score)
+        context.track({"finetune/loss": loss, "finetune/lr": lr, "finetune/accuracy": score}, epoch)
 
     return on_epoch

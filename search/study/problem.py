@@ -22,6 +22,7 @@ from amc_env.costs.memory import Activations
 from amc_env.errors import UserError, first_line
 from amc_env.evaluation.on_ray import check_ray
 from amc_env.evaluation.precision import check_precision
+from amc_env.evaluation.scorer import score
 from amc_env.graph.layers import LayerGraph
 from amc_env.inputs import Inputs, call, take, to_device
 from amc_env.pruning.candidate import Candidates, MaskedCandidates
@@ -148,6 +149,17 @@ class PruningProblem:
     def inputs(self, split: Split, count: int | None = None) -> Inputs:
         """Network inputs of a split on the device, the first ``count`` of them."""
         return self.data.normalise(to_device(take(split.inputs, slice(count)), self.settings.device))
+
+    def score(self, network: nn.Module, split: Split) -> float:
+        """Score of a network on a split that may be larger than the memory: inputs are normalised batch by batch."""
+        device = self.settings.device
+
+        def prepare(batch: Inputs) -> Inputs:
+            return self.data.normalise(to_device(batch, device))
+
+        return score(
+            network, split.inputs, to_device(split.targets, device), self.settings.task, prepare=prepare
+        )
 
     def batch(self, size: int) -> Inputs:
         """``size`` network inputs of the search split on the device, repeated where it has fewer."""

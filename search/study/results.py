@@ -21,13 +21,10 @@ from amc_env.costs.latency import Timing, measure, processor, warn_where_busy
 from amc_env.costs.storage import Storage, StorageBudget, follows_pattern, params_beside_weights
 from amc_env.errors import UserError
 from amc_env.evaluation.pruner import ORIGINAL
-from amc_env.evaluation.scorer import score
 from amc_env.graph.layers import Layer
-from amc_env.inputs import Inputs, to_device
 from amc_env.pruning.granularity import NM, Channel, FineGrained, Granularity, Kernel, Masked, Vector
 from amc_env.space import Strategy, Trial
 from search import files
-from search.data.base import Split
 from search.output.export import Exported
 from search.output.run_result import (
     BaselineFigures,
@@ -115,7 +112,7 @@ def delivered_of(problem: PruningProblem, networks: Mapping[str, nn.Module]) -> 
     if problem.settings.finetune.keep == "last":
         return "finetuned"
     split = problem.data.search
-    before, after = (_score(problem, networks[stage], split) for stage in ("pruned", "finetuned"))
+    before, after = (problem.score(networks[stage], split) for stage in ("pruned", "finetuned"))
     # the standard error of a share of hits, which stands in for that of other scores
     error = math.sqrt(before * (1 - before) / len(split))
     if after >= before - error:
@@ -144,7 +141,7 @@ def _networks(
         rounded = {c: round(v, 4) if c == "latency" else round(v) for c, v in costs.items()}
         timing = latency.get(stage)
         figures[stage] = NetworkFigures(
-            accuracy=_score(problem, network, split),
+            accuracy=problem.score(network, split),
             split=name,
             costs=rounded | dense,
             latency_ms=timing.median_ms if timing else None,
@@ -175,17 +172,6 @@ def _latency(problem: PruningProblem, networks: Mapping[str, nn.Module]) -> dict
     return {stage: found[same] for stage, same in alike.items()}
 
 
-def _score(problem: PruningProblem, network: nn.Module, split: Split) -> float:
-    """On a split that may be larger than the memory: its inputs are normalised batch by batch."""
-    settings = problem.settings
-
-    def prepare(batch: Inputs) -> Inputs:
-        return problem.data.normalise(to_device(batch, settings.device))
-
-    targets = to_device(split.targets, settings.device)
-    return score(network, split.inputs, targets, settings.task, prepare=prepare)
-
-
 def budget_figures(problem: PruningProblem, removed: Sequence[int]) -> tuple[BudgetFigures, ...]:
     """Every budget of the run, and what a strategy needs of it."""
     formats = {b.cost: b.format for b in problem.settings.budgets if isinstance(b, StorageBudget)}
@@ -211,7 +197,7 @@ def baseline_figures(problem: PruningProblem, beside: Sequence[Beside]) -> tuple
             evaluations=other.evaluations,
             reward=other.best.reward,
             search_accuracy=other.best.score,
-            accuracy=_score(problem, other.evaluator.network(other.best).network, split),
+            accuracy=problem.score(other.evaluator.network(other.best).network, split),
             costs=dict(other.best.costs),
         )
         for other in beside

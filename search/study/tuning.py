@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from amc_env.errors import UserError, first_line
 from amc_env.evaluation.evaluator import Evaluator
 from amc_env.evaluation.pruner import Pruned
+from amc_env.graph.copying import module_copy
 from amc_env.pruning.candidate import widen
 from amc_env.pruning.granularity import traced
 from amc_env.pruning.regularization import GroupLasso, LossTerm
@@ -36,14 +37,14 @@ class Tuner:
 
     Args:
         problem: The run.
-        on_epoch: Called with (epoch of the whole run from 1, mean loss, learning rate).
+        on_epoch: Called with (epoch of the whole run from 1, mean loss, learning rate, score on the search split).
         folder: The run folder, where the state after each epoch is kept; None: it is not kept.
     """
 
     def __init__(
         self,
         problem: PruningProblem,
-        on_epoch: Callable[[int, float, float], None],
+        on_epoch: Callable[[int, float, float, float], None],
         folder: Path | None = None,
     ):
         self._problem = problem
@@ -71,7 +72,7 @@ class Tuner:
         before = self.done
 
         def on_epoch(epoch: int, loss: float, lr: float, seconds: float) -> None:
-            self._on_epoch(before + epoch, loss, lr)
+            self._on_epoch(before + epoch, loss, lr, self._score(network))
 
         file = self._file(network, epochs) if self._folder else None
         self._train(network, self._batches(), epochs, masks, regularized, on_epoch, file)
@@ -122,6 +123,11 @@ class Tuner:
         """Remove the state of trainings that are over."""
         if self._folder is not None:
             shutil.rmtree(self._folder / TRAINING_FOLDER, ignore_errors=True)
+
+    def _score(self, network: nn.Module) -> float:
+        """Its score on the search split; of a copy, so that nothing of the training changes."""
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            return self._problem.score(module_copy(network).eval(), self._problem.data.search)
 
     def _batches(self) -> Batches:
         settings, size = self._problem.settings, self._problem.settings.finetune.batch_size

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 from refusals import refused
 
-from amc_env.errors import UserError
+from amc_env.errors import UserError, did_you_mean
 from amc_env.validation import Count, Listed, Share, check_arguments, settings
 
 
@@ -86,3 +86,8 @@ def test_arguments_are_checked_without_a_call() -> None:
         check_arguments(plain, {"path": 3, "mean": [1, "b"]})
     with refused("unknown_key", "weight"):
         check_arguments(Small, {"weight": 3})
+
+
+def test_the_nearest_name_is_suggested() -> None:
+    assert did_you_mean("ratoi", ["cost", "ratio"]) == ": did you mean ratio? There are cost, ratio"
+    assert did_you_mean("foo", ["cost", "ratio"]) == "; there are cost, ratio"

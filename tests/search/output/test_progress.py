@@ -82,8 +82,8 @@ class TestPlain:
         console = plain()
         with Progress(episodes=1, epochs=2, console=console) as progress:
             progress.episode(status(1))
-            progress.epoch(1, loss=0.5)
-            progress.epoch(2, loss=0.25)
+            progress.epoch(1, loss=0.5, score=0.9)
+            progress.epoch(2, loss=0.25, score=0.9)
         lines = [line.split("  ")[0] for line in text_of(console).splitlines()]
         assert lines == ["search 0/1", "search 1/1", "fine-tune 0/2", "fine-tune 1/2", "fine-tune 2/2"]
 
@@ -101,7 +101,7 @@ class TestTerminal:
         with Progress(episodes=4, epochs=2, console=console) as progress:
             for episode in range(4):
                 progress.episode(status(episode + 1))
-            progress.epoch(1, loss=0.5)
+            progress.epoch(1, loss=0.5, score=0.9)
         text = text_of(console)
         for figure in (
             "4/4",

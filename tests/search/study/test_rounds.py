@@ -38,7 +38,7 @@ class Recorded(Tuner):
         self.epochs: list[int] = []
         self.masks: list[Mapping[str, Tensor]] = []
         self.states: list[dict[str, Tensor]] = []
-        super().__init__(problem, lambda epoch, loss, lr: self.epochs.append(epoch))
+        super().__init__(problem, lambda epoch, *_: self.epochs.append(epoch))
 
     def __call__(self, network: nn.Module, epochs: int, masks: Any = None, *, regularized: bool) -> nn.Module:
         super().__call__(network, epochs, masks, regularized=regularized)
