@@ -603,7 +603,7 @@ def test_an_argument_that_is_given_wins_and_one_that_is_not_leaves_the_setting(
 
 
 def test_several_budgets_from_python_name_their_arguments(tmp_path: Path) -> None:
-    with refused("together", "budget"):
+    with refused("conflict", "budget"):
         compressed(tmp_path, budget=0.5, budgets=[0.75, 0.5])
     with refused("out_of_range", "budgets[0]"):
         compressed(tmp_path, budgets=[1.5, 0.5])

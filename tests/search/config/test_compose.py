@@ -41,7 +41,7 @@ def test_several_budgets_are_shares_of_the_one_that_is_chosen() -> None:
     assert (settings.ratios, settings.budgets) == ((0.75, 0.5), (BudgetSettings("params"),))
     with refused("out_of_range", "search.budgets[1]"):
         wiring.settings_of(config("search.budgets=[0.5,0]"))
-    with refused("together", "search.budgets"):
+    with refused("conflict", "search.budgets"):
         wiring.settings_of(config("search.budgets=[0.75,0.5]", "budget.ratio=0.3"))
 
 
