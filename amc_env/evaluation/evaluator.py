@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Protocol
-
-from torch import nn
 
 from amc_env.errors import UserError
 from amc_env.evaluation.pruner import BaseWeights, Pruned, Pruner
@@ -48,25 +46,21 @@ class Evaluator:
     Args:
         weights: The weights that strategies are pruned from at first.
         space: Costs and budgets.
-        scorer: Score of a pruned network, in [0, 1].
+        pruner: Prunes, repairs and scores candidates.
         repair: Name of the repair that strategies are scored with by default.
         memory: Trials that are known already; a journal keeps them across runs.
         reward: Of a trial's score, costs and whether its budgets are met.
-        threads: Torch's threads while candidates are pruned, repaired and scored; None leaves them as they are.
-        pruner: Prunes, repairs and scores; by default in this process, with ``scorer`` and ``threads``.
     """
 
     def __init__(
         self,
         weights: BaseWeights,
         space: SearchSpace,
-        scorer: Callable[[nn.Module], float],
+        pruner: Pruner,
         repair: str,
         memory: Memory | None = None,
         *,
         reward: RewardFunction | None = None,
-        threads: int | None = None,
-        pruner: Pruner | None = None,
     ):
         self.space = space
         self.repair = repair
@@ -74,7 +68,7 @@ class Evaluator:
         self.hits = 0
         self.evaluations = 0
         self._reward = reward or Error()
-        self._pruner = pruner or Pruner(scorer, threads)
+        self._pruner = pruner
         self._weights = {weights.name: weights}
         self._memory: Memory = {} if memory is None else memory
 
@@ -150,8 +144,7 @@ class Evaluator:
         weights, repair = self._known(start or self.start), repair or self.repair
         keys = [Key(weights.name, repair, strategy.removed) for strategy in strategies]
         self._pruner.expect(weights, repair, [key.removed for key in keys if key not in self._memory])
-        for strategy in strategies:
-            key = Key(weights.name, repair, strategy.removed)
+        for strategy, key in zip(strategies, keys, strict=True):
             known = self._memory.get(key)
             if known is None:
                 trial = self._scored(weights, repair, strategy)

@@ -177,9 +177,7 @@ def make_evaluator(
     if scoring.actors:
         where = Actors(scoring.actors, scoring.address, settings.device.startswith("cuda"))
         pruner = RayPruner(scorer, make_scorer, where, scoring.threads)
-    return Evaluator(
-        start, problem.space, scorer, settings.scored_by, memory, reward=settings.reward, pruner=pruner
-    )
+    return Evaluator(start, problem.space, pruner, settings.scored_by, memory, reward=settings.reward)
 
 
 def near_chance(score: float, classes: int) -> bool:

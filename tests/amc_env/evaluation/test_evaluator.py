@@ -50,7 +50,8 @@ def evaluator(
         "sequential": lambda: Sequential(candidates, Topology.of(candidates.original), calibration),
     }
     scorer = Scorer(candidates.original, candidates.graph.topology, images(60), LABELS, batch_size=25)
-    return Evaluator(BaseWeights(ORIGINAL, candidates, makers), space, scorer, repair, memo)
+    weights = BaseWeights(ORIGINAL, candidates, makers)
+    return Evaluator(weights, space, Pruner(scorer), repair, memo)
 
 
 def some(judge: Evaluator, count: int = 3):
