@@ -61,7 +61,7 @@ def run(points: Iterable[Point], options: argparse.Namespace) -> dict[str, list[
     with ThreadPoolExecutor(options.jobs) as pool:
         for seed in options.seeds:
             for point in points:
-                overrides = [*options.common, *point.overrides, f"seed={seed}"]
+                overrides = ["baselines=[]", *options.common, *point.overrides, f"seed={seed}"]
                 pool.submit(_search, point.folder(options.out, seed), overrides, threads)
     found = {point.name: [point.folder(options.out, seed) for seed in options.seeds] for point in points}
     return {
