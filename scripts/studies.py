@@ -64,9 +64,8 @@ def run(points: Iterable[Point], options: argparse.Namespace) -> dict[str, list[
     with ThreadPoolExecutor(options.jobs) as pool:
         for seed in options.seeds:
             for point in points:
-                alone = (
-                    ["baselines=[]"] if point.command == _SEARCH else []
-                )  # baselines are points of their own
+                # baselines are points of their own
+                alone = ["baselines=[]"] if point.command == _SEARCH else []
                 overrides = [*alone, *options.common, *point.overrides, f"seed={seed}"]
                 pool.submit(_run, point.command, point.folder(options.out, seed), overrides, threads)
     found = {point.name: [point.folder(options.out, seed) for seed in options.seeds] for point in points}

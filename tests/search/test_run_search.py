@@ -609,7 +609,8 @@ def test_help_says_what_it_does_and_what_there_is(amc_search: Command) -> None:
     assert ended.code == 0
     for text in (
         "under a budget",
-        "agent: cmaes, ddpg, ddpg_near_uniform, evolution, netadapt, policy, ppo, random",
+        "AMC's DDPG",
+        "search.episodes=300",
         "budget.ratio",
         "--multirun",
         "digits_cnn",
