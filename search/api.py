@@ -213,10 +213,9 @@ def compress(
         UserError: Whatever is wrong with network, data or settings, in one message, before anything expensive.
     """
     given: dict[str, Any] = {"episodes": episodes, "original_lr": original_lr, "seed": seed, "device": device}
-    given |= {"keep": keep, "granularity": granularity, "criterion": criterion, "strategy": strategy}
-    given |= {"budget": budget, "ratios": budgets, "agent": agent, "finetune": finetune}
-    given["task"] = _task(task, score, loss)
-    base = _settings(settings, given)
+    given |= {"budget": budget, "ratios": budgets, "agent": agent, "finetune": finetune, "keep": keep}
+    given |= {"granularity": granularity, "criterion": criterion, "strategy": strategy}
+    base = _settings(settings, given | {"task": _task(task, score, loss)})
     with shown_log() if verbose else nullcontext():
         if settings is None and original_lr is None and base.finetune.epochs:
             rate = base.finetune.lr_fraction * SAFE_LR
