@@ -86,12 +86,26 @@ def as_loader(name: str, given: Any, batch_size: int, *, shuffle: bool = False) 
         shuffle: whether such a DataLoader shuffles.
 
     Raises:
-        UserError: an iterator, which can be read once only.
+        UserError: an iterator, which can be read once only; no loader at all; tensors of different lengths.
     """
     if isinstance(given, Iterator):
         raise one_pass(name)
+    if not hasattr(given, "__iter__") and not hasattr(given, "__getitem__"):
+        raise UserError(
+            f"{{field}} is of type {type(given).__name__}: give a DataLoader, a dataset, a list of batches, or a pair "
+            "(inputs, targets) of tensors",
+            code="wrong_type",
+            field=name,
+        )
     pair = isinstance(given, tuple | list) and len(given) == 2
     if pair and all(isinstance(part, Tensor | np.ndarray) for part in given):
+        sizes = [len(part) if part.ndim else 0 for part in given]
+        if sizes[0] != sizes[1]:
+            raise UserError(
+                f"{{field}} has {sizes[0]} inputs and {sizes[1]} targets: one target for each input is needed",
+                code="batch",
+                field=name,
+            )
         given = TensorDataset(*map(torch.as_tensor, given))
     if isinstance(given, Dataset) and not isinstance(given, IterableDataset):
         return DataLoader(given, batch_size, shuffle=shuffle)

@@ -169,6 +169,14 @@ def test_datasets_and_pairs_of_tensors_become_loaders(given: Any) -> None:
     assert torch.equal(batch[0], X)
 
 
+@pytest.mark.parametrize(
+    ("given", "code"), [(3, "wrong_type"), (None, "wrong_type"), ((X, Y[:3]), "batch"), ((X, Y[0]), "batch")]
+)
+def test_what_is_no_loader_is_refused(given: Any, code: str) -> None:
+    with refused(code, "val_loader"):
+        as_loader("val_loader", given, 8)
+
+
 def test_what_can_be_read_once_or_has_no_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with refused("one_pass", "val_loader"):
         as_loader("val_loader", iter([(X, Y)]), 8)
