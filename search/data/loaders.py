@@ -81,7 +81,7 @@ def as_loader(name: str, given: Any, batch_size: int, *, shuffle: bool = False) 
 
     Args:
         name: the argument's.
-        given: what was given in place of a loader.
+        given: what was given in place of a loader; None stays.
         batch_size: of such a DataLoader.
         shuffle: whether such a DataLoader shuffles.
 
@@ -90,7 +90,7 @@ def as_loader(name: str, given: Any, batch_size: int, *, shuffle: bool = False) 
     """
     if isinstance(given, Iterator):
         raise one_pass(name)
-    if not hasattr(given, "__iter__") and not hasattr(given, "__getitem__"):
+    if given is not None and not hasattr(given, "__iter__") and not hasattr(given, "__getitem__"):
         raise UserError(
             f"{{field}} is of type {type(given).__name__}: give a DataLoader, a dataset, a list of batches, or a pair "
             "(inputs, targets) of tensors",
