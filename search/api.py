@@ -156,6 +156,7 @@ def compress(
     Raises:
         UserError: Whatever is wrong with network, data or settings, in one message, before anything expensive.
     """
+    _check_types(settings=settings, folder=folder, score=score, loss=loss)
     if settings is None:
         budget, agent = 0.5 if budget is None else budget, agent or "surrogate"
     given: dict[str, Any] = {"episodes": episodes, "original_lr": original_lr, "seed": seed, "device": device}
@@ -173,6 +174,26 @@ def compress(
     if verbose:
         final_table(result, place, report)
     return Compressed(finished.model.cpu(), result.strategy, result, place, finished.keeps)
+
+
+def _check_types(settings: object, folder: object, score: object, loss: object) -> None:
+    """Refuses arguments of other types; None is always allowed.
+
+    Raises:
+        UserError: Such arguments, all together.
+    """
+    wrong = [
+        UserError(f"{{field}} must be {needed}, not {given!r}", code="wrong_type", field=name)
+        for name, given, right, needed in (
+            ("settings", settings, isinstance(settings, Settings), "a search.Settings"),
+            ("folder", folder, isinstance(folder, str | Path) and "\0" not in str(folder), "a path"),
+            ("score", score, callable(score), "a function"),
+            ("loss", loss, callable(loss), "a function"),
+        )
+        if given is not None and not right
+    ]
+    if wrong:
+        raise UserError.join(wrong)
 
 
 def make_env(

@@ -117,6 +117,9 @@ def _all(inputs: Any) -> list[Tensor]:
         (One(), {"p": X, "q": X, "labels": Y}, "batch"),
         (One(), {"x": [1, 2], "labels": [1, 2]}, "batch"),
         (One(), (X.to(torch.uint8), Y), "uint8"),
+        (One(), (X.to(torch.complex64), Y), "batch"),
+        (One(), (X.to_sparse(), Y), "batch"),
+        (One(), (X.to("meta"), Y), "batch"),
         (Option(), (X, IDS, Y), "batch"),  # is the second one the mask, or the target?
         (Two(), (X, X, X, X), "labels"),
         (One(), (X, X), "labels"),
