@@ -212,14 +212,14 @@ def compress(
     Raises:
         UserError: Whatever is wrong with network, data or settings, in one message, before anything expensive.
     """
+    _check_types(settings=settings, folder=folder, score=score, loss=loss)
     given: dict[str, Any] = {"episodes": episodes, "original_lr": original_lr, "seed": seed, "device": device}
     given |= {"budget": budget, "ratios": budgets, "agent": agent, "finetune": finetune, "keep": keep}
     given |= {"granularity": granularity, "criterion": criterion, "strategy": strategy}
     base = _settings(settings, given | {"task": _task(task, score, loss)})
     with shown_log() if verbose else nullcontext():
-        if settings is None and original_lr is None and base.finetune.epochs:
-            rate = base.finetune.lr_fraction * SAFE_LR
-            log.info("original_lr is not given: fine-tuning starts from %g", rate)
+        if settings is None and original_lr is None:
+            _say_rate(base)
         network = _network(module)
         data = _data(network, train_loader, val_loader, test_loader, base)
         place = _folder(folder)
@@ -232,6 +232,32 @@ def compress(
         final_table(result, place, report)
     models = {ratio: model.cpu() for ratio, model in finished.models.items()}
     return Compressed(finished.model.cpu(), result.strategy, result, place, finished.keeps, models)
+
+
+def _say_rate(settings: Settings) -> None:
+    if settings.finetune.epochs:
+        rate = settings.finetune.lr_fraction * SAFE_LR
+        log.info("original_lr is not given: fine-tuning starts from %g", rate)
+
+
+def _check_types(settings: object, folder: object, score: object, loss: object) -> None:
+    """Refuses arguments of other types; None is always allowed.
+
+    Raises:
+        UserError: Such arguments, all together.
+    """
+    wrong = [
+        UserError(f"{{field}} must be {needed}, not {given!r}", code="wrong_type", field=name)
+        for name, given, right, needed in (
+            ("settings", settings, isinstance(settings, Settings), "a search.Settings"),
+            ("folder", folder, isinstance(folder, str | Path) and "\0" not in str(folder), "a path"),
+            ("score", score, callable(score), "a function"),
+            ("loss", loss, callable(loss), "a function"),
+        )
+        if given is not None and not right
+    ]
+    if wrong:
+        raise UserError.join(wrong)
 
 
 def make_env(

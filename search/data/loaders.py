@@ -85,17 +85,21 @@ def as_loader(name: str, given: Any, batch_size: int, *, shuffle: bool = False) 
 
     Args:
         name: the argument's.
-        given: what was given in place of a loader.
+        given: what was given in place of a loader; None stays.
         batch_size: of such a DataLoader.
         shuffle: whether such a DataLoader shuffles.
 
     Raises:
-        UserError: an iterator, which can be read once only, or what is neither loader, dataset nor pair.
+        UserError: an iterator, which can be read once only; what is neither loader, dataset nor pair; tensors of different
+            lengths.
     """
+    if given is None:
+        return None
     if isinstance(given, Iterator):
         raise one_pass(name)
     arrays = isinstance(given, tuple | list) and given and isinstance(given[0], Tensor | np.ndarray)
     if arrays and len(given) == 2 and isinstance(given[1], Tensor | np.ndarray):
+        _check_lengths(name, given)
         given = TensorDataset(*map(torch.as_tensor, given))
     elif arrays or isinstance(given, Tensor | np.ndarray | Mapping) or not _gives_batches(given):
         what = f"{type(given).__name__} of {len(given)} entries" if arrays else type(given).__name__
@@ -108,6 +112,16 @@ def as_loader(name: str, given: Any, batch_size: int, *, shuffle: bool = False) 
     if isinstance(given, Dataset) and not isinstance(given, IterableDataset):
         return DataLoader(given, batch_size, shuffle=shuffle)
     return given
+
+
+def _check_lengths(name: str, pair: Sequence[Any]) -> None:
+    inputs, targets = (len(part) if part.ndim else 0 for part in pair)
+    if inputs != targets:
+        raise UserError(
+            f"{{field}} has {inputs} inputs and {targets} targets: one target for each input is needed",
+            code="batch",
+            field=name,
+        )
 
 
 def _gives_batches(given: Any) -> bool:

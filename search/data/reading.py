@@ -215,6 +215,11 @@ def _input(name: str, tensor: Tensor) -> Tensor:
             code="uint8",
             field=name,
         )
+    if tensor.is_complex() or tensor.layout is not torch.strided or tensor.is_meta or tensor.is_nested:
+        raise _wrong(
+            name,
+            f"inputs that are complex, sparse, nested or without values ({tensor.dtype}, {tensor.layout})",
+        )
     if tensor.ndim == 0:
         raise _wrong(name, f"single examples: {_COLLATE}")
     tensor = _plain(tensor.detach())

@@ -213,6 +213,12 @@ def test_arguments_of_a_wrong_type_come_in_one_error(
     assert {part.code for part in error.value.parts} <= {"wrong_type", "out_of_range"}
 
 
+def test_arguments_that_are_no_settings_path_or_function_come_in_one_error() -> None:
+    given = {"settings": {}, "folder": "a\0b", "score": 3, "loss": 4}
+    with refused("wrong_type", *given):
+        compress(own(), loader(64, 1), loader(32, 2), **given)  # type: ignore[arg-type]
+
+
 def test_scalars_of_numpy_and_torch_are_numbers(tmp_path: Path) -> None:
     small = compressed(
         tmp_path,

@@ -117,6 +117,9 @@ def _all(inputs: Any) -> list[Tensor]:
         (One(), {"p": X, "q": X, "labels": Y}, "batch"),
         (One(), {"x": [1, 2], "labels": [1, 2]}, "batch"),
         (One(), (X.to(torch.uint8), Y), "uint8"),
+        (One(), (X.to(torch.complex64), Y), "batch"),
+        (One(), (X.to_sparse(), Y), "batch"),
+        (One(), (X.to("meta"), Y), "batch"),
         (Option(), (X, IDS, Y), "batch"),  # is the second one the mask, or the target?
         (Two(), (X, X, X, X), "labels"),
         (One(), (X, X), "labels"),
@@ -167,6 +170,12 @@ def test_examples_of_different_sizes_are_refused() -> None:
 def test_datasets_and_pairs_of_tensors_become_loaders(given: Any) -> None:
     (batch,) = as_loader("val_loader", given, 8)
     assert torch.equal(batch[0], X)
+
+
+@pytest.mark.parametrize(("given", "code"), [(3, "wrong_type"), ((X, Y[:3]), "batch"), ((X, Y[0]), "batch")])
+def test_what_is_no_loader_is_refused(given: Any, code: str) -> None:
+    with refused(code, "val_loader"):
+        as_loader("val_loader", given, 8)
 
 
 def test_what_can_be_read_once_or_has_no_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
