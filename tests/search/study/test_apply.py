@@ -201,7 +201,7 @@ def test_sections_shared_with_amc_search_have_its_defaults() -> None:
     with initialize_config_module("conf", version_base="1.3"):
         own, search = compose("apply"), compose("search")
     assert set(own) - set(search) == {"strategy", "ratio"}
-    of_the_search = {"agent", "reward", "enforce_budget", "fill_budget", "also", "short_term"}
+    of_the_search = {"agent", "baselines", "reward", "enforce_budget", "fill_budget", "also", "short_term"}
     assert set(search) - set(own) == of_the_search
     for name in set(own) & set(search) - {"budget", "search", "finalists"}:
         assert own[name] == search[name], name
