@@ -35,9 +35,9 @@ of every decision removed. What remains is the classifier, the first inputs, one
 attention, and layers that are not pruned ([why](networks.md)). Networks with LayerNorm keep their
 width here: with `granularity.residual=true` more is within reach. `seconds` is the time to trace on
 one thread. Every network was cut to about half of each decision; its exports in the last column were
-loaded and compared with it. `symbolic trace` says whether torch.fx follows the network, which
-front-to-back repair needs. Networks of transformers are small: two layers of width 64 where their
-configuration allows.
+loaded and compared with it. `symbolic trace` says whether torch.fx follows the network: then
+batch norms are folded for scoring, and sequential repair corrects the error of shortcuts. Networks
+of transformers are small: two layers of width 64 where their configuration allows.
 """
 
 Made = tuple[nn.Module, Inputs]

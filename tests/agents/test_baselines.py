@@ -1,10 +1,8 @@
 """Uniform and random against what their budgets allow."""
 
-import pytest
 from refusals import refused
 
 from agents.baselines import Random, Uniform
-from amc_env.errors import UserError
 
 
 def share(search, removed) -> float:
@@ -24,7 +22,7 @@ def test_uniform_is_the_least_single_ratio_that_meets_the_budget(toy) -> None:
 def test_uniform_without_a_budget_takes_its_ratio_and_refuses_to_guess_one(toy) -> None:
     search = toy(ratio=None).run(Uniform(ratio=0.25), episodes=1)
     assert search.scored == [(8, 8, 8, 8)]
-    with pytest.raises(UserError, match=r"agent\.ratio"):
+    with refused("missing", "agent.ratio"):
         toy(ratio=None).run(Uniform(), episodes=1)
     with refused("out_of_range", "ratio"):
         Uniform(ratio=1.5)

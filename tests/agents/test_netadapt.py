@@ -14,7 +14,6 @@ from torch import nn
 from agents.base import SearchTask
 from agents.netadapt import NetAdapt, cut
 from amc_env.costs.counts import Macs, Params
-from amc_env.errors import UserError
 from amc_env.graph.layers import LayerGraph
 from amc_env.graph.tracing import trace
 from amc_env.pruning.granularity import Channel
@@ -222,5 +221,5 @@ def test_bad_settings_are_refused_together() -> None:
 
 def test_a_problem_without_a_budget_is_refused() -> None:
     space = SearchSpace([Grid("a", 8, 1, 4)], [Units()], [])
-    with pytest.raises(UserError, match="there is none; set one, like budget=flops"):
+    with refused("missing", "budget"):
         NetAdapt().check(space, 1)

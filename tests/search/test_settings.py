@@ -137,7 +137,7 @@ def test_costs_of_hardware_have_settings_of_their_own(name: str, kind: type[Budg
 
 
 def test_stages_are_shares_and_take_no_absolute_limit() -> None:
-    with pytest.raises(UserError, match=r"leave budget\.limit=null"):
+    with refused("conflict", "search.stages"):
         Settings(Random(), 1, budgets=(BudgetSettings("macs", limit=5.0),), stages=(0.7, 0.5))
 
 
@@ -148,5 +148,5 @@ def test_rounds_move_zeros_so_an_eie_limit_is_refused() -> None:
         "finetune": FinetuneSettings(epochs=4),
     }
     assert Settings(Random(), 1, budgets=(StorageBudget(format="csr"),), **options).schedule.rounds == 2
-    with pytest.raises(UserError, match=r"use budget\.format=csr, or schedule=one_shot"):
+    with refused("conflict", "budget.format"):
         Settings(Random(), 1, budgets=(StorageBudget(),), **options)

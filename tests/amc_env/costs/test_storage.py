@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from networks import NETWORKS, traced
+from refusals import refused
 from torch import Tensor
 
 from amc_env.costs.storage import Storage, eie_entries, params_beside_weights
-from amc_env.errors import UserError
 from amc_env.graph.layers import Layer
 from amc_env.space import Budget, Grid, SearchSpace
 from amc_env.testing import check_cost
@@ -166,7 +166,7 @@ def test_every_parameter_is_a_weight_or_beside_them(name: str) -> None:
 def test_refusals() -> None:
     places, total = random_places((8, 8), "element", 0)
     grid = Grid("a", total, 1, 10)
-    with pytest.raises(UserError, match="zip must be one of eie, csr, nm"):
+    with refused("unknown_name", "budget.format"):
         Storage([layer("a", 8, 8)], [grid], {"a": places}, 0, "zip")
-    with pytest.raises(UserError, match="a is not pruned so: take granularity=nm"):
+    with refused("does_not_fit", "budget.format"):
         Storage([layer("a", 8, 8)], [grid], {"a": places}, 0, "nm")

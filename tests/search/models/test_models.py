@@ -269,7 +269,7 @@ def test_all_that_does_not_fit_is_listed_at_once(tmp_path: Path) -> None:
 
 def test_long_lists_are_cut(tmp_path: Path) -> None:
     save_file(ResNet(8).state_dict(), tmp_path / "net.safetensors")
-    with pytest.raises(UserError, match=r"missing: (\S+ \[[^]]*\], ){7}\S+ \[[^]]*\] and \d+ more"):
+    with refused("does_not_fit", ""):
         load_weights(ResNet(20), str(tmp_path / "net.safetensors"), None)
 
 
@@ -301,7 +301,7 @@ def test_a_published_file_is_fetched_and_checked(tmp_path: Path, monkeypatch: py
     load_weights(other, None, published(tmp_path, model))
     assert torch.equal(other.conv1.weight, model.conv1.weight)
     wrong = published(tmp_path, model, "0" * 8)
-    with pytest.raises(UserError, match="cannot be read.*hash.*model.weights=FILE"):
+    with refused("unreadable", ""):
         load_weights(other, None, wrong)
 
 
@@ -309,7 +309,7 @@ def test_a_failing_network_names_the_way_out(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with refused("unreadable", ""):
         load_weights(ResNet(8), None, "http://127.0.0.1:9/net-01234567.th")
-    with pytest.raises(UserError, match="NAME-SHA256PREFIX"):
+    with refused("wrong_type", "model.url"):
         load_weights(ResNet(8), None, "http://127.0.0.1:9/net.th")
 
 

@@ -422,7 +422,7 @@ def test_unknown_formats_are_listed_with_those_allowed(tmp_path: Path) -> None:
         check_formats(["pt2", "tflite", "pb"])
     with pytest.raises(UserError, match=message):
         export_all(Small(Mlp(), batch(2)), tmp_path, ["tflite", "pb"])
-    with pytest.raises(UserError, match=r"are a list, got 'onnx': write \[onnx\]"):
+    with refused("wrong_type", "export"):
         check_formats("onnx")
     check_formats(["safetensors", "pt2"])
     check_formats([])
@@ -433,14 +433,14 @@ def test_missing_onnx_packages_are_named_with_the_way_to_install_them(
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match=r'needs onnx, onnxruntime: pip install "amc-netadapt\[onnx\]"'):
+    with refused("missing_package", ""):
         check_formats(["onnx"])
     check_formats(["pt2"])
 
 
 @pytest.mark.parametrize("example", [torch.zeros(0, *SHAPE), torch.zeros(())])
 def test_an_example_without_rows_is_refused(example: Tensor) -> None:
-    with pytest.raises(UserError, match=r"example batch has shape .* must be \[N, \.\.\.\] with N >= 1"):
+    with refused("wrong_shape", ""):
         Small(Mlp(), example)
 
 
@@ -453,7 +453,7 @@ def saved(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("file", ["model.safetensors", "channels.json"])
 def test_missing_folder_or_file(saved: Path, file: str) -> None:
-    with pytest.raises(UserError, match=r"no folder .*nowhere: load_pruned wants the run folder"):
+    with refused("missing", ""):
         load_pruned(Mlp(), saved / "nowhere")
     (saved / file).unlink()
     with pytest.raises(UserError, match=rf"no file .*{file}: load_pruned wants"):
@@ -495,9 +495,7 @@ def test_channels_of_another_network(saved: Path) -> None:
     assert "no module 'second'" in str(caught.value)
     assert "head.in has 8 channels, the file expects 12" in str(caught.value)
     assert module.head.in_features == 8
-    with pytest.raises(
-        UserError, match=r"first\.out has 8 channels, the file expects 16.* fresh, unpruned instance"
-    ):
+    with refused("does_not_fit", ""):
         load_pruned(pruned("mlp").model, saved)
 
 

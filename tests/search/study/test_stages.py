@@ -10,13 +10,13 @@ import torch
 from journals import content
 from masking import weight
 from networks import network, same_state
+from refusals import refused
 from run_folders import trials_of
 from running import Command
 from safetensors.torch import load_file
 from small_runs import Stopped, Tracked, go, small
 
 from agents.ddpg import DDPGAgent
-from amc_env.errors import UserError
 from amc_env.pruning.criteria import BatchNormScale
 from amc_env.pruning.regularization import L1, BNScale
 from amc_env.pruning.schedule import Schedule
@@ -225,7 +225,7 @@ def test_what_the_second_stage_depends_on_cannot_change(
     settings = small("fine_grained", **STAGED)
     go(tmp_path, small_data, settings)
     before = content(tmp_path / "evaluations.jsonl")
-    with pytest.raises(UserError, match="started with another configuration"):
+    with refused("other_configuration", ""):
         go(tmp_path, small_data, replace(settings, **change))
     assert content(tmp_path / "evaluations.jsonl") == before
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-import pytest
 import torch
 from networks import network, random_removed, same_state
 from refusals import refused
@@ -11,7 +10,6 @@ from small_runs import small
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from amc_env.errors import UserError
 from amc_env.evaluation.pruner import ORIGINAL
 from search.data.base import Data
 from search.settings import SHORT_TERM, ShortTermSettings
@@ -56,7 +54,7 @@ def test_a_candidate_does_not_depend_on_those_before_it(small_data: Data) -> Non
 
 def test_a_loader_whose_workers_keep_their_random_numbers_is_refused(small_data: Data) -> None:
     lasting = {"num_workers": 1, "persistent_workers": True}
-    with pytest.raises(UserError, match="persistent_workers=False, or set short_term.steps=0"):
+    with refused("conflict", "short_term.steps"):
         ready(small_data, **lasting)
     untuned = replace(small("channel"), short_term=ShortTermSettings(0))
     PruningProblem.build(

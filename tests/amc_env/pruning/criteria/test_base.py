@@ -3,9 +3,9 @@
 import pytest
 import torch
 from networks import traced
+from refusals import refused
 from torch import Tensor
 
-from amc_env.errors import UserError
 from amc_env.pruning.criteria.base import (
     Sample,
     calibration_sample,
@@ -91,7 +91,7 @@ def test_a_criterion_gets_as_many_images_as_it_wants() -> None:
     assert part.inputs.shape == (3, 4)
     assert part.targets.tolist() == [0, 1, 2]
     assert part.seed == 9
-    with pytest.raises(UserError, match="criterion=l2 needs calibration images of the training split"):
+    with refused("missing", "criterion"):
         calibration_sample(Three(), Sample(torch.empty(0, 4), torch.empty(0, dtype=torch.int64)))
 
 
