@@ -302,7 +302,9 @@ def plot_finetune(
     axes.plot(np.arange(1, len(losses) + 1), losses, "o-", ms=4, lw=1.8, color=BLUE)
     axes.set_ylabel("training loss")
     for upper in above:
-        upper.plot(np.arange(1, len(scores) + 1), scores, "o-", ms=4, lw=1.8, color=VERMILION)
+        upper.plot(np.arange(1, len(scores) + 1), scores, "o-", ms=4, lw=1.8, color=VERMILION, clip_on=False)
+        room = max(0.01, float(np.ptp(scores)) / 4)
+        upper.set_ylim(max(0.0, min(scores) - room), min(1.0, max(scores) + room))
         upper.set_ylabel(f"{metric}, search split")
         upper.yaxis.set_major_formatter(_PERCENT)
     axes.set_xlabel("epoch")
