@@ -291,13 +291,15 @@ def _proved(
 
 
 def _refuted_together(model: nn.Module, inputs: Inputs, groups: Sequence[ChannelGroup]) -> str | None:
-    """`_refuted` of all groups, and of two different halves of them.
+    """`_refuted` of all groups, and of two different halves of them on one input alone.
 
     A network may reshape channels by the width that others had. That shows where one is cut and the other is not.
     """
+    one = take(inputs, slice(1))
     halves = ([group for index, group in enumerate(groups) if index >> bit & 1] for bit in (0, 1))
-    tried = (_refuted(model, inputs, some) for some in (groups, *halves) if some)
-    return next((reason for reason in tried if reason is not None), None)
+    tried = ((inputs, groups), *((one, half) for half in halves if half))
+    reasons = (_refuted(model, given, some) for given, some in tried)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def _kinds(groups: Sequence[ChannelGroup]) -> list[list[ChannelGroup]]:
