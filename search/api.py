@@ -218,8 +218,7 @@ def compress(
     given |= {"granularity": granularity, "criterion": criterion, "strategy": strategy}
     base = _settings(settings, given | {"task": _task(task, score, loss)})
     with shown_log() if verbose else nullcontext():
-        if settings is None and original_lr is None:
-            _say_rate(base)
+        _say_rate(base, known=settings is not None or original_lr is not None)
         network = _network(module)
         data = _data(network, train_loader, val_loader, test_loader, base)
         place = _folder(folder)
@@ -234,8 +233,8 @@ def compress(
     return Compressed(finished.model.cpu(), result.strategy, result, place, finished.keeps, models)
 
 
-def _say_rate(settings: Settings) -> None:
-    if settings.finetune.epochs:
+def _say_rate(settings: Settings, *, known: bool) -> None:
+    if settings.finetune.epochs and not known:
         rate = settings.finetune.lr_fraction * SAFE_LR
         log.info("original_lr is not given: fine-tuning starts from %g", rate)
 

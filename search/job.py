@@ -72,12 +72,15 @@ def run_job(
         log.warning("stopped; all scores are kept, resume with: %s", go_on)
         raise
     final_table(finished.result, folder, report)
-    result = finished.result
+    _check_exports(finished.result)
+    return finished.result.search.search_accuracy
+
+
+def _check_exports(result: RunResult) -> None:
     failed = [f"{export.path.name}: {export.error}" for export in result.exports if export.error]
     failed += [f"{name} in {row.folder}" for row in result.front[:-1] for name in row.failed]
     if failed:
         raise IncompleteError(f"the run is complete but for exports that failed: {'; '.join(failed)}")
-    return finished.result.search.search_accuracy
 
 
 def _summary(result: RunResult) -> dict[str, float]:

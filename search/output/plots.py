@@ -130,11 +130,7 @@ def plot_front(
     ):
         shown = [(point.cost, point.scores[stage]) for point in points if stage in point.scores]
         axes.plot(*zip(*shown, strict=True), "o-", color=colour, ms=5, lw=1.8, label=stage)
-    axes.set_xlabel(f"{cost_name(cost, masked)}, share of the original")
-    axes.set_ylabel(f"{metric}, {split}")
-    axes.xaxis.set_major_formatter(_PERCENT)
-    axes.yaxis.set_major_formatter(_PERCENT)
-    _legend(axes)
+    _name_axes(axes, f"{cost_name(cost, masked)}, share of the original", f"{metric}, {split}")
     return _save(figure, path)
 
 
@@ -270,11 +266,7 @@ def plot_tradeoff(
         }
         axes.scatter([best.cost], [best.accuracy], label="chosen", **star)
     _widen(axes, _NARROWEST)
-    axes.set_xlabel(f"{cost_name(cost, masked)}, share of the original")
-    axes.set_ylabel(f"{metric}, {split}")
-    axes.xaxis.set_major_formatter(_PERCENT)
-    axes.yaxis.set_major_formatter(_PERCENT)
-    _legend(axes)
+    _name_axes(axes, f"{cost_name(cost, masked)}, share of the original", f"{metric}, {split}")
     return _save(figure, path)
 
 
@@ -422,6 +414,15 @@ def _figure(width: float = 5.8, height: float = 3.5) -> Figure:
     figure = Shown(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _name_axes(axes: Axes, cost: str, score: str) -> None:
+    """Names of a cost and a score, both shares, and the legend."""
+    axes.set_xlabel(cost)
+    axes.set_ylabel(score)
+    axes.xaxis.set_major_formatter(_PERCENT)
+    axes.yaxis.set_major_formatter(_PERCENT)
+    _legend(axes)
 
 
 def _legend(axes: Axes) -> None:
