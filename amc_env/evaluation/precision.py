@@ -20,6 +20,8 @@ Precision = Literal["float32", "tf32", "bfloat16", "int8"]
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 """float32; its matrix products and convolutions rounded to 10 bits of mantissa (NVIDIA, from Ampere on); everything in
 8 bits of mantissa; convolutions in whole numbers of 8 bits (processors)."""
+TrainingPrecision = Literal["float32", "bfloat16"]
+"""Of fine-tuning; in bfloat16 weights, losses and gradients of weights are kept in float32."""
 
 
 def check_precision(precision: str, device: str) -> None:

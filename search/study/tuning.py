@@ -166,6 +166,7 @@ class Tuner:
                 masks=masks or None,
                 file=file,
                 task=settings.task,
+                precision=chosen.precision,
             )
         except UserError as error:
             raise error.renamed(self._path) from error

@@ -44,6 +44,12 @@ def distillation_loss(
     )
 
 
+def in_float32(outputs: Any) -> Any:
+    """Outputs of mixed precision as losses need them; others stay as they are."""
+    halves = torch.float16, torch.bfloat16
+    return outputs.float() if isinstance(outputs, Tensor) and outputs.dtype in halves else outputs
+
+
 class Teacher:
     """A frozen copy of a network, in eval mode and in the memory layout that is fastest for it."""
 
@@ -60,7 +66,7 @@ class Teacher:
     def loss(self, inputs: Inputs, outputs: Any, targets: Any) -> Tensor:
         """The distillation loss of a student that gave `outputs` for `inputs`."""
         with torch.no_grad():
-            soft = self.task.read(call(self.network, in_format(inputs, self.layout)))
+            soft = in_float32(self.task.read(call(self.network, in_format(inputs, self.layout))))
         return distillation_loss(outputs, soft, targets, self.share, self.temperature, self.task)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from amc_env.errors import UserError, out_of_range
+from amc_env.evaluation.precision import TrainingPrecision
 from amc_env.graph.copying import forget_activations
 from amc_env.graph.memory_format import training_format
 from amc_env.inputs import Inputs, call, count, in_format, pieces
@@ -28,7 +29,7 @@ from amc_env.tasks import Classification, Task
 from search.data.base import Data
 from search.data.loaders import seeded
 from search.training.batches import AugmentedBatches, Batches
-from search.training.distillation import Teacher, distillation_problems
+from search.training.distillation import Teacher, distillation_problems, in_float32
 from search.training.train_mode import callers_of_train_only, set_training
 from search.training.training_file import TrainingFile
 
@@ -81,12 +82,13 @@ def finetune(
     masks: Mapping[str, Tensor] | None = None,
     file: TrainingFile | None = None,
     task: Task = _CLASSIFIER,
+    precision: TrainingPrecision | None = None,
 ) -> None:
     """SGD in place, cosine schedule by step down to 0; the last epoch's weights are kept, in eval mode.
 
-    Layers that run in train mode only, as auxiliary heads do, are left out. On CUDA in mixed precision. The global
-    random state is left as it was; dropout draws from `seed`. On the CPU the same seed, batches and thread count give
-    the same weights to the bit.
+    Layers that run in train mode only, as auxiliary heads do, are left out. The global random state is left as it was;
+    dropout draws from `seed`. On the CPU the same seed, batches, thread count and processor give the same weights to the
+    bit.
 
     Args:
         batches: on `device`, where the model is brought too.
@@ -104,6 +106,8 @@ def finetune(
             from before the first step to after the last, whatever momentum and weight decay would do.
         file: keeps the state after each epoch; a killed training continues from there, to the same bits.
         task: says what the loss is; by default that of a classifier.
+        precision: what the network computes in; weights and losses stay in float32. None: float16 on CUDA, elsewhere
+            float32.
 
     Raises:
         UserError: a setting out of range, nothing to train, or a loss that is no longer finite.
@@ -118,9 +122,12 @@ def finetune(
     in_eval = callers_of_train_only(model, in_format(batches.example, layout))
     zeros = _Zeros(model, masks or {})
     source = _source(teacher, batches.example, distillation, temperature, task)
-    scaler = torch.amp.GradScaler(enabled=torch.device(device).type == "cuda")
     clip = _largest_gradient(model) if clip is None else clip
-    step = _Step(model, optimizer, layout, torch.device(device), zeros, penalty, task, source, scaler, clip)
+    computed = _dtype(precision, torch.device(device))
+    scaler = torch.amp.GradScaler(enabled=computed is torch.float16)
+    step = _Step(
+        model, optimizer, layout, torch.device(device), zeros, penalty, task, source, scaler, clip, computed
+    )
     schedule = LearningRate(lr, epochs * steps, round(warmup_epochs * steps))
     with seeded(seed):
         for epoch in range(_resumed(file, step, batches), epochs):
@@ -139,6 +146,12 @@ def _source(
     network: nn.Module | None, example: Inputs, share: float, temperature: float, task: Task
 ) -> Teacher | None:
     return Teacher(network, example, share, temperature, task) if network and share else None
+
+
+def _dtype(precision: TrainingPrecision | None, device: torch.device) -> torch.dtype:
+    if precision is None:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
 def _largest_gradient(model: nn.Module) -> float:
@@ -187,7 +200,7 @@ class _Zeros:
 
 @dataclass(eq=False)
 class _Step:
-    """One step of SGD; in mixed precision on CUDA.
+    """One step of SGD.
 
     Where memory is used up, a batch goes through the network in two halves, in this and all later steps. The gradient
     is that of the batch; batch norms take the statistics of each half.
@@ -203,6 +216,7 @@ class _Step:
     teacher: Teacher | None
     scaler: torch.amp.GradScaler
     clip: float
+    dtype: torch.dtype
     halved: bool = False
 
     def __call__(self, inputs: Inputs, targets: Any, lr: float) -> Tensor:
@@ -239,7 +253,7 @@ class _Step:
 
     def _backward(self, inputs: Inputs, targets: Any, share: float) -> Tensor:
         """Adds the gradients of a batch's mean loss, or of this share of it."""
-        with torch.autocast(self.device.type, torch.float16, enabled=self.scaler.is_enabled()):
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
             loss = share * self._loss(inputs, targets)
         if self.penalty is not None:
             loss = loss + share * self.penalty(self.model)
@@ -247,7 +261,7 @@ class _Step:
         return loss.detach()
 
     def _loss(self, inputs: Inputs, targets: Any) -> Tensor:
-        outputs = self.task.read(call(self.model, in_format(inputs, self.layout)))
+        outputs = in_float32(self.task.read(call(self.model, in_format(inputs, self.layout))))
         if self.teacher is None:
             return self.task.loss(outputs, targets)
         return self.teacher.loss(inputs, outputs, targets)
