@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,10 +14,15 @@ from search.models.source import ModelSource
 
 
 def mobilenet(
-    weights: str | None = None, url: str | None = None, original_lr: Positive = 0.1, key: str | None = None
+    weights: str | None = None,
+    url: str | None = None,
+    original_lr: Positive = 0.1,
+    key: str | None = None,
+    stride: Literal[1, 2] = 1,
 ) -> ModelSource:
-    """MobileNet-V1 for 32 x 32 images."""
-    return ModelSource("mobilenet", partial(build_for_images, MobileNet), original_lr, weights, url, key=key)
+    """MobileNet-V1; `stride` is that of the first convolution: 1 for 32 x 32 images, 2 for ImageNet."""
+    network = partial(MobileNet, stride=stride)
+    return ModelSource("mobilenet", partial(build_for_images, network), original_lr, weights, url, key=key)
 
 
 def mobilenet_v2(
@@ -29,15 +35,15 @@ def mobilenet_v2(
 
 
 class MobileNet(nn.Module):
-    """MobileNet-V1 with stride 1 in its first convolution; strides as published after it."""
+    """MobileNet-V1; strides as published after the first convolution, whose published stride is 2."""
 
-    def __init__(self, in_channels: int = 3, classes: int = 10) -> None:
+    def __init__(self, in_channels: int = 3, classes: int = 10, stride: int = 1) -> None:
         super().__init__()
         widths = (32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
         # Where the width doubles the image is halved, the first block excepted.
         strides = (1, 2, 1, 2, 1, 2, 1, 1, 1, 1, 1, 2, 1)
         blocks = zip(widths[:-1], widths[1:], strides, strict=True)
-        self.conv1 = _conv_bn(in_channels, 32, 3)
+        self.conv1 = _conv_bn(in_channels, 32, 3, stride)
         self.features = nn.Sequential(*(_separable(*block) for block in blocks))
         self.classifier = nn.Sequential(nn.Linear(widths[-1], classes))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import conf
 from agents.base import Agent, SearchTask
 from amc_env import space as budget
 from amc_env.errors import UserError
@@ -19,19 +20,23 @@ log = logging.getLogger(__name__)
 
 
 FILE = "strategy.json"
+PUBLISHED = Path(conf.__file__).parent / "published"
+"""Strategies of papers; each file names its source."""
 
 
 def read_strategy(path: str) -> dict[str, Any]:
     """The content of a strategy's file.
 
     Args:
-        path: The file, or the run folder that it lies in.
+        path: The file, the run folder that it lies in, or the name of a published strategy in conf/published.
 
     Raises:
         UserError: There is no such file, or it holds no decisions.
     """
-    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
-    content = files.read_json(file, f"strategy={path}", f"give the {FILE} of a run, or ratio=0.5")
+    published = {file.stem: file for file in PUBLISHED.glob("*.json")}
+    file = Path(path) / FILE if Path(path).is_dir() else published.get(path, Path(path))
+    advice = f"give the {FILE} of a run, ratio=0.5, or one of {', '.join(sorted(published))}"
+    content = files.read_json(file, f"strategy={path}", advice)
     if not isinstance(content, dict) or not isinstance(content.get("decisions"), dict):
         raise UserError(
             f"strategy={path} has no object 'decisions' of {{name: {{removed, total}}}}; give the {FILE} of a run",

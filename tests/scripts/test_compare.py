@@ -19,6 +19,7 @@ import compare_latency  # noqa: E402
 import compare_pruning  # noqa: E402
 import compare_repairs  # noqa: E402
 import compare_scores  # noqa: E402
+import reproduce  # noqa: E402
 import studies  # noqa: E402
 from hydra import compose, initialize_config_module  # noqa: E402
 
@@ -81,6 +82,43 @@ def test_repairs_are_compared(
     accuracy = {row[0]: float(row[titles.index("search accuracy")]) for row in rows}
     assert set(accuracy) == {f"0.3 {repair}" for repair in compare_repairs.REPAIRS}
     assert accuracy["0.3 sequential"] > accuracy["0.3 none"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_row_is_reproduced_beside_uniform_and_the_unpruned_network(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*TINY, "data=digits", "model.weights=null", "search.episodes=3", "finetune.epochs=1"]
+    assert reproduce.main([str(tmp_path), "resnet20_half", "--common", *given, "export=[]"]) == 0
+    titles, _, row = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()]
+    found = dict(zip(titles, row, strict=True))
+    assert (found["row"], found["seeds"]) == ("resnet20_half", "1")
+    assert float(found["MACs left"].rstrip("%")) <= 50
+    assert float(found["drop"]) == pytest.approx(
+        float(found["unpruned"]) - float(found["fine-tuned"]), abs=0.02
+    )
+    unpruned = json.loads((tmp_path / "unpruned-1" / "result.json").read_text())
+    assert unpruned["pruned"]["macs"] == unpruned["base"]["macs"]
+    assert found["unpruned, trained alike"] == f"{100 * unpruned['finetuned']['accuracy']:.2f}"
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_network_without_published_weights_is_trained_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reproduce, "TRAINED_FIRST", {"plain20_half": 2})
+    given = [*TINY, "data=digits", "search.episodes=3", "finetune.epochs=0", "export=[]"]
+    assert reproduce.main([str(tmp_path), "plain20_half", "--common", *given]) == 0
+    trained = json.loads((tmp_path / "training-0" / "result.json").read_text())
+    accuracy = trained["finetuned"]["accuracy"]
+    assert accuracy > trained["base"]["accuracy"] + 0.5
+    assert f"| {100 * accuracy:.2f} |" in capsys.readouterr().out
+
+
+def test_every_row_is_an_experiment() -> None:
+    experiments = {path.stem for path in (SCRIPTS.parent / "conf" / "experiment").glob("*.yaml")}
+    assert experiments.issuperset(reproduce.PUBLISHED)
+    assert set(reproduce.TRAINED_FIRST) <= set(reproduce.PUBLISHED)
 
 
 @pytest.mark.usefixtures("in_process")

@@ -22,7 +22,9 @@ from amc_env.graph.layers import LayerGraph
 from amc_env.graph.tracing import _layers, trace
 from amc_env.space import Cost
 from amc_env.testing import check_cost
+from search.models.mobilenet import MobileNet
 from search.models.resnet import ResNet
+from search.study.apply import read_strategy
 
 HALF_FLOPS = (24, 48, 96, 80, 192, 200, 328, 352, 368, 360, 328, 400, 736, 752)
 HALF_TIME = (16, 48, 88, 80, 192, 168, 336, 360, 360, 352, 352, 368, 768, 680)
@@ -45,6 +47,16 @@ def layers_only(model: nn.Module) -> LayerGraph:
 )
 def test_published_networks_on_imagenet(model: nn.Module, macs: int) -> None:
     assert Macs(layers_only(model))([]) == macs
+
+
+@pytest.mark.parametrize(
+    ("name", "macs"), [("amc_mobilenet_half_macs", 293_871_000), ("amc_mobilenet_half_time", 273_977_912)]
+)
+def test_published_strategies_leave_the_published_networks(name: str, macs: int) -> None:
+    graph = trace(MobileNet(3, 1000, stride=2).eval(), images(2, size=224))
+    decisions = read_strategy(name)["decisions"]
+    assert [group.total for group in graph.groups] == [entry["total"] for entry in decisions.values()]
+    assert Macs(graph)([decisions[group.name]["removed"] for group in graph.groups]) == macs
 
 
 @pytest.mark.parametrize("shortcut", ["pad", "selection"])

@@ -283,6 +283,23 @@ def test_without_options_it_is_the_plain_loop_to_the_bit(small_data: Data) -> No
         assert same(expected, model.state_dict())
 
 
+def test_bfloat16_is_what_the_network_computes_in_and_not_what_its_weights_are_kept_in(
+    small_data: Data,
+) -> None:
+    after = {}
+    for precision in ("float32", "bfloat16"):
+        model, batches = fresh(small_data)
+        seen: set[torch.dtype] = set()
+        convolution = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+        convolution.register_forward_hook(lambda _module, _inputs, out, seen=seen: seen.add(out.dtype))
+        finetune(model, batches, epochs=1, lr=0.01, precision=precision)
+        assert getattr(torch, precision) in seen
+        assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+        after[precision] = torch.cat([weight.detach().flatten() for weight in model.parameters()])
+    difference = (after["bfloat16"] - after["float32"]).norm() / after["float32"].norm()
+    assert 0 < difference < 0.05
+
+
 def test_an_l2_penalty_is_weight_decay(small_data: Data) -> None:
     states = []
     for decay, weight in ((0.01, None), (0.0, 0.01)):
