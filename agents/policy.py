@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -199,7 +200,7 @@ class Policy(Agent):
     name: ClassVar[str] = "policy"
     steps: ClassVar[bool] = False
 
-    policy: str | None = None
+    policy: str | None = field(default=None, metadata={"identity": False})
     learn: bool = True
     group: Annotated[int, Field(ge=2, le=10**6)] = 8
     sigma: Positive = 0.1
@@ -208,6 +209,8 @@ class Policy(Agent):
     updates: Count = 8
     clip: Positive = 0.5
     budgets: Annotated[Listed[Share], Field(max_length=2)] = ()
+    content: str = field(default="", init=False, repr=False)
+    """SHA-256 of the policy's weights: what a run depends on, wherever the file lies."""
 
     def __post_init__(self) -> None:
         """Refuse a range that is none, a policy that cannot be read, and an untrained one that is not to learn."""
@@ -222,7 +225,8 @@ class Policy(Agent):
                 field="policy",
             )
         if self.policy is not None:
-            _loaded(Path(self.policy))
+            weights = _loaded(Path(self.policy)).state_dict()
+            object.__setattr__(self, "content", sha256(save(weights)).hexdigest())
 
     def check(self, space: SearchSpace, episodes: int) -> None:
         """Refuse budgets to train for where there is none.

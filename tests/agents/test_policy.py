@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from refusals import refused
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from agents.policy import FILE, Policy, PolicyNetwork, TokenEncoder
 from agents.toy import WIDTH, ToySearch
+from search.study.identity import describe
 
 
 def fragile_last(ratios) -> float:
@@ -63,6 +64,16 @@ def test_a_trained_policy_answers_another_network_and_budget(toy, tmp_path) -> N
     assert asked.rewards[0] > -uniform[-1] / WIDTH + 0.1
     more = toy(accuracy=fragile_last).run(Policy(policy=str(file)), episodes=10)
     assert more.rewards[0] > -0.2  # it continues from what it learnt
+
+
+def test_a_run_depends_on_what_the_file_holds_and_not_on_where_it_lies(tmp_path) -> None:
+    file = trained(tmp_path)
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(file.read_bytes())
+    assert describe(Policy(policy=str(copy))) == describe(Policy(policy=str(file)))
+    weights = load_file(copy)
+    save_file({name: weight + 1 for name, weight in weights.items()}, copy)
+    assert describe(Policy(policy=str(copy))) != describe(Policy(policy=str(file)))
 
 
 def test_every_second_group_is_at_a_budget_of_the_range(toy, tmp_path) -> None:
