@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import gymnasium
@@ -126,6 +127,28 @@ class Compressed:
             The folder.
         """
         return copy_outcome(self.folder, self.result, Path(folder))
+
+    def push_to_hub(self, repository: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload what `save` copies to the Hugging Face hub, with a model card made from the figures.
+
+        ``load_pruned(module, "user/name")`` restores the network from there.
+
+        Args:
+            repository: ``user/name``; made where it is missing.
+            private: Whether a repository that is made is private.
+            token: Of the hub. None: the one that is logged in, or HF_TOKEN.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            UserError: The hub refuses, or cannot be reached.
+        """
+        from search.output import hub
+
+        with TemporaryDirectory() as folder:
+            hub.write_card(self.save(folder), self.result, repository)
+            return hub.upload(Path(folder), repository, private=private, token=token)
 
     def table(self) -> str:
         """Layers, and original, pruned and fine-tuned network side by side, as `compress` prints them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -22,6 +23,7 @@ WEIGHTS_FILE = "model.safetensors"
 CHANNELS_FILE = "channels.json"
 CHANNELS_FORMAT = 1
 
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 _TOTAL = "_total"
 """Ending of the entry that holds a side's size in the unpruned network."""
 _PROBLEMS_SHOWN = 8
@@ -70,11 +72,28 @@ def save_pruned(
     return path
 
 
+def _folder(name: str) -> Path:
+    """The folder of that name, or of the repository of that name on the hub."""
+    if Path(name).is_dir():
+        return Path(name)
+    if not _REPOSITORY.fullmatch(name):
+        raise UserError(
+            f"no folder {name}: load_pruned wants the run folder that holds {CHANNELS_FILE}, or user/name of a repository "
+            "on the Hugging Face hub",
+            code="missing",
+        )
+    from search.output.hub import download
+
+    return download(name)
+
+
 def load_pruned(module: nn.Module, folder: str | Path) -> nn.Module:
     """Restores a network that `save_pruned` wrote onto a fresh, unpruned instance of its class.
 
     Args:
         module: unpruned; it is made ready as for a search, resized and filled in place, and keeps its device.
+        folder: the run folder; or, where there is no folder of that name, a repository on the Hugging Face hub,
+            ``user/name``, as `Compressed.push_to_hub` leaves it.
 
     Returns:
         The module, small, in eval mode; what was within it where it was wrapped.
@@ -83,11 +102,7 @@ def load_pruned(module: nn.Module, folder: str | Path) -> nn.Module:
         UserError: a file that is missing or unreadable, channels that do not fit the module (then unchanged),
             or weights that do not fit the resized module (all names and shapes that differ).
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(
-            f"no folder {folder}: load_pruned wants the run folder that holds {CHANNELS_FILE}", code="missing"
-        )
+    folder = _folder(str(folder))
     weights = _existing(folder / WEIGHTS_FILE)
     module = plain(module)  # as the network was before it was pruned
     keeps = _read_channels(module, _existing(folder / CHANNELS_FILE))
