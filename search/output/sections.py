@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -112,6 +113,8 @@ class Folded:
     block: Block
     open: bool = False
 
+
+SHOWN_STRATEGIES = 5
 
 Block = Text | Picture | Table | Code | Names | Facts | Folded
 
@@ -280,6 +283,40 @@ def tradeoff(run: RunFiles) -> Section | None:
     return Section(f"{metric[0].upper()}{metric[1:]} against cost", (Picture(caption, _data_uri(path)),))
 
 
+def best_strategies(run: RunFiles) -> Section | None:
+    """The best that were scored like the delivered strategy, and how far they differ from it."""
+    scored_like = (run.result.search.start or ("original",))[-1], run.result.search.repair
+    within = {
+        e.removed: e
+        for e in run.evaluations
+        if (e.start, e.repair) == scored_like
+        and all(e.costs.get(b.cost, math.inf) <= b.limit for b in run.result.budgets)
+    }
+    best = sorted(within.values(), key=lambda evaluation: -evaluation.score)[:SHOWN_STRATEGIES]
+    if len(best) < 2:
+        return None
+    original, delivered = run.result.base.costs, [decision.removed for decision in run.decisions.values()]
+    costs = [name for name in original if name in best[0].costs]
+
+    def row(evaluation: Evaluation) -> tuple[str, ...]:
+        shares = (percent(evaluation.costs[name] / original[name], 1) for name in costs)
+        apart = sum(map(operator.ne, evaluation.removed, delivered))
+        others = f"{apart} of {len(delivered)} decisions" if apart else "delivered"
+        return percent(evaluation.score), *shares, others, " ".join(map(str, evaluation.removed))
+
+    titles = (
+        run.result.metric,
+        *(f"{cost_name(name)} left" for name in costs),
+        "differs in",
+        "removed, front to back",
+    )
+    note = (
+        "Before fine-tuning, on the search split. The counts of a row can be given to compress(strategy=...)."
+    )
+    table = Table(titles, [row(evaluation) for evaluation in best])
+    return Section("Best strategies", (Text(note, "soft"), Folded(f"the best {len(best)}", table)))
+
+
 def fine_tuning(run: RunFiles) -> Section | None:
     """The loss and the score of every epoch."""
     losses, search = run.series("finetune/loss"), run.result.search
@@ -366,6 +403,7 @@ SECTIONS: tuple[Callable[[RunFiles], Section | None], ...] = (
     layers,
     the_search,
     tradeoff,
+    best_strategies,
     fine_tuning,
     decisions,
     skipped,

@@ -277,6 +277,20 @@ def test_a_coarser_precision_of_the_scoring_is_said(tmp_path: Path, precision: s
     assert (f"scored in {precision}" in page.words) == said
 
 
+def test_the_best_strategies_are_listed_with_what_they_have_in_common_with_the_delivered(
+    tmp_path: Path,
+) -> None:
+    made = result(search=search(repair="none"), budgets=(budget(),))
+    page = Page(write_report(leave_run(tmp_path, made)).read_text())
+    listed = page.words.partition("removed, front to back")[2].split("Fine-tuning")[0]
+    scores = [float(share) for share in re.findall(r"(\d\d\.\d\d)%", listed)]
+    assert len(scores) == 5
+    assert scores == sorted(scores, reverse=True)
+    within = {episode % 16: 60 + 20 * math.sin(episode) ** 2 for episode in range(28)}  # of the budget
+    assert scores == pytest.approx(sorted(within.values(), reverse=True)[:5], abs=0.01)
+    assert f"of {len(NAMES)} decisions" in listed
+
+
 def test_one_strategy_is_no_search(tmp_path: Path) -> None:
     folder = leave_run(tmp_path, result(search=search(episodes=1, evaluations=1)))
     rows = (folder / "metrics.csv").read_text().splitlines()
