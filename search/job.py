@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -14,8 +15,11 @@ from omegaconf import DictConfig
 from amc_env.graph.preparing import prepared
 from search.config import compose as wiring
 from search.config.command import IncompleteError, command_line, run_folder
+from search.output.formatting import LAYER_TITLES, layer_rows
 from search.output.progress import final_table
+from search.output.run_files import network_files, pictures
 from search.output.run_result import RunResult
+from search.output.tracking import Outcome
 from search.study.pipeline import Context, run
 from search.study.problem import check
 
@@ -67,7 +71,7 @@ def run_job(
             from search.output.report import write_report  # matplotlib, which a search does without
 
             report = write_report(folder)
-            trackers().summary(_summary(finished.result))
+            trackers().outcome(_outcome(finished.result, folder))
     except KeyboardInterrupt:
         log.warning("stopped; all scores are kept, resume with: %s", go_on)
         raise
@@ -83,10 +87,11 @@ def _check_exports(result: RunResult) -> None:
         raise IncompleteError(f"the run is complete but for exports that failed: {'; '.join(failed)}")
 
 
-def _summary(result: RunResult) -> dict[str, float]:
-    return {
+def _outcome(result: RunResult, folder: Path) -> Outcome:
+    figures = {
         f"{stage}/{name}": float(value)
         for stage, network in result.networks.items()
         for name, value in network.to_json().items()
         if isinstance(value, int | float)
     }
+    return Outcome(figures, LAYER_TITLES, layer_rows(result), pictures(folder), network_files(folder, result))

@@ -114,13 +114,22 @@ def copy_outcome(folder: Path, result: RunResult, target: Path) -> Path:
     Returns:
         ``target``.
     """
-    exported = [folder / export.path.name for export in result.exports if not export.error]
-    names = (CHANNELS_FILE, "strategy.json", RESULT, CONFIGURATION, "report.html")
-    plots = sorted((folder / "plots").glob("*.png"))
-    for path in (*exported, *(folder / name for name in names), *plots):
+    for path in (*network_files(folder, result), *pictures(folder), folder / "report.html"):
         if path.exists():
             files.write(target / path.relative_to(folder), partial(copyfile, path))
     return target
+
+
+def network_files(folder: Path, result: RunResult) -> list[Path]:
+    """The files that make the network and say what it is, those that are there."""
+    exported = [folder / export.path.name for export in result.exports if not export.error]
+    names = (CHANNELS_FILE, "strategy.json", RESULT, CONFIGURATION)
+    return [path for path in (*exported, *(folder / name for name in names)) if path.exists()]
+
+
+def pictures(folder: Path) -> list[Path]:
+    """The pictures of the report."""
+    return sorted((folder / "plots").glob("*.png"))
 
 
 def _evaluation(line: Mapping[str, Any]) -> Evaluation:

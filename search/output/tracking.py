@@ -16,9 +16,13 @@ import netrc
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 from urllib.parse import urlsplit
+
+import numpy as np
+from PIL import Image
 
 from amc_env.errors import UserError
 from search import files
@@ -35,14 +39,33 @@ Row = tuple[str, int]  # phase, step
 STEP_AXIS = {"search": "episode", "finetune": "epoch"}
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run has to show.
+
+    Attributes:
+        figures: Final figures under slash names.
+        titles: Of the columns of `layers`.
+        layers: A row for each layer: channels, weights and MACs, before and after.
+        pictures: PNG files of the report.
+        files: The network and what describes it.
+    """
+
+    figures: Mapping[str, Scalar]
+    titles: Sequence[str] = ()
+    layers: Sequence[Sequence[str]] = ()
+    pictures: Sequence[Path] = ()
+    files: Sequence[Path] = ()
+
+
 class Tracker(Protocol):
     """Takes the metrics of a run."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record one row: all metrics of one episode (from 0) or of one fine-tuning epoch (from 0)."""
 
-    def summary(self, values: Mapping[str, Scalar]) -> None:
-        """Record the final figures of the run, once, under slash names."""
+    def outcome(self, outcome: Outcome) -> None:
+        """Record how the run ended, once."""
 
     def close(self) -> None:
         """Flush and close; no further calls are allowed."""
@@ -72,8 +95,8 @@ class NoTracker:
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         del metrics, step
 
-    def summary(self, values: Mapping[str, Scalar]) -> None:
-        del values
+    def outcome(self, outcome: Outcome) -> None:
+        del outcome
 
     def close(self) -> None:
         pass
@@ -151,6 +174,8 @@ class WandbTracker:
         project: str = "amc-netadapt",
         name: str | None = None,
         mode: str | None = None,
+        group: str | None = None,
+        tags: Sequence[str] = (),
         config: Mapping[str, Any] | None = None,
         timeout_s: float = 30.0,
     ) -> None:
@@ -162,6 +187,8 @@ class WandbTracker:
             name: display name; W&B invents one where None.
             mode: 'online', 'offline' or 'disabled'; None takes WANDB_MODE where set, else online where an API key is
                 configured and offline otherwise.
+            group: of runs that W&B shows together, like the seeds of one experiment.
+            tags: to filter runs by.
             config: the resolved configuration, to be shown with the run.
             timeout_s: the longest wait, in seconds, for W&B to start, to log in, and to upload at the end.
         """
@@ -170,7 +197,13 @@ class WandbTracker:
         self._alive = True
         self._last: dict[str, int] = {}  # phase -> the last step that W&B has
         self._note = _Note(self.folder / "wandb_id.txt")
-        shown = {"project": project, "name": name, "config": dict(config or {})}
+        shown = {
+            "project": project,
+            "name": name,
+            "group": group,
+            "tags": list(tags),
+            "config": dict(config or {}),
+        }
         self._guard(lambda: self._start(shown, mode, timeout_s))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -178,12 +211,29 @@ class WandbTracker:
         if step > self._last.get(phase, -1):
             self._guard(lambda: self._log(phase, metrics, step))
 
-    def summary(self, values: Mapping[str, Scalar]) -> None:
-        self._guard(lambda: self.run.summary.update(dict(values)))
+    def outcome(self, outcome: Outcome) -> None:
+        self._guard(lambda: self._outcome(outcome))
 
     def close(self) -> None:
         self._guard(lambda: self.run.finish())
         self._alive = False
+
+    def _outcome(self, outcome: Outcome) -> None:
+        import wandb
+
+        self.run.summary.update(dict(outcome.figures))
+        shown: dict[str, Any] = {
+            f"plots/{picture.stem}": wandb.Image(str(picture)) for picture in outcome.pictures
+        }
+        if outcome.layers:
+            shown["layers"] = wandb.Table(list(outcome.titles), [list(row) for row in outcome.layers])
+        if shown:
+            self.run.log(shown)
+        if outcome.files:
+            artifact = wandb.Artifact(f"network-{self.run.id}", "model", metadata=dict(outcome.figures))
+            for path in outcome.files:
+                artifact.add_file(str(path))
+            self.run.log_artifact(artifact)
 
     def _log(self, phase: str, metrics: Mapping[str, float], step: int) -> None:
         self.run.log({STEP_AXIS[phase]: step, **metrics})
@@ -268,8 +318,17 @@ class TensorboardTracker(NoTracker):
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
-    def summary(self, values: Mapping[str, Scalar]) -> None:
-        self._writer.add_text("summary", "\n".join(f"- {name}: {value}" for name, value in values.items()))
+    def outcome(self, outcome: Outcome) -> None:
+        figures = "\n".join(f"- {name}: {value}" for name, value in outcome.figures.items())
+        self._writer.add_text("summary", figures)
+        if outcome.layers:
+            lines = (outcome.titles, ["---"] * len(outcome.titles), *outcome.layers)
+            self._writer.add_text("layers", "\n".join(f"| {' | '.join(line)} |" for line in lines))
+        for picture in outcome.pictures:
+            with Image.open(picture) as image:
+                self._writer.add_image(
+                    f"plots/{picture.stem}", np.asarray(image.convert("RGB")), dataformats="HWC"
+                )
 
     def close(self) -> None:
         self._writer.close()
@@ -285,9 +344,9 @@ class Trackers:
         for tracker in self.trackers:
             tracker.log(metrics, step)
 
-    def summary(self, values: Mapping[str, Scalar]) -> None:
+    def outcome(self, outcome: Outcome) -> None:
         for tracker in self.trackers:
-            tracker.summary(values)
+            tracker.outcome(outcome)
 
     def close(self) -> None:
         for tracker in self.trackers:

@@ -7,12 +7,22 @@ import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 from refusals import refused
 
 from search.output import tracking
-from search.output.tracking import CsvTracker, NoTracker, TensorboardTracker, Trackers, WandbTracker, phase_of
+from search.output.tracking import (
+    CsvTracker,
+    NoTracker,
+    Outcome,
+    TensorboardTracker,
+    Trackers,
+    WandbTracker,
+    phase_of,
+)
 
 
 def episode_row(episode: int) -> dict[str, float]:
@@ -24,6 +34,14 @@ def log_run(tracker: tracking.Tracker, episodes: range, epochs: range = range(0)
         tracker.log(episode_row(episode), episode)
     for epoch in epochs:
         tracker.log({"finetune/loss": 1.0 / (epoch + 1)}, epoch)
+
+
+def outcome(folder: Path) -> Outcome:
+    """A finished run's, with one layer, one picture and one file of the network."""
+    picture, weights = folder / "channels.png", folder / "model.safetensors"
+    Image.new("RGB", (8, 6), "red").save(picture)
+    weights.write_bytes(b"weights")
+    return Outcome({"pruned/accuracy": 0.9}, ("layer", "MACs left"), [("conv", "50%")], [picture], [weights])
 
 
 def read_rows(folder: Path) -> list[dict[str, str]]:
@@ -102,7 +120,11 @@ class FakeRun:
         self.id, self.broken = run_id, broken
         self.summary = dict(held or {})
         self.settings = wandb.Settings(mode="offline")
-        self.rows: list[dict[str, float]] = []
+        self.rows: list[dict[str, Any]] = []
+        self.artifacts: list[Any] = []
+
+    def log_artifact(self, artifact: object) -> None:
+        self.artifacts.append(artifact)
 
     def define_metric(self, *args: object, **kwargs: object) -> None:
         pass
@@ -122,7 +144,7 @@ class TestWandb:
         for episodes in (range(5), range(8)):
             tracker = WandbTracker(tmp_path)
             log_run(tracker, episodes, range(2))
-            tracker.summary({"pruned/accuracy": 0.9})
+            tracker.outcome(outcome(tmp_path))
             tracker.close()
         run_id = (tmp_path / "wandb_id.txt").read_text().split()[0]
         assert {file.name for file in tmp_path.glob("wandb/offline-run-*/*.wandb")} == {f"run-{run_id}.wandb"}
@@ -157,6 +179,34 @@ class TestWandb:
             logged.append([row.get("episode") for row in run.rows])
         assert logged == [[0, 1, 2, 3, 4, None, None], [5, 6, 7], [0, 1, 2, None, None]]
 
+    def test_a_finished_run_has_its_figures_layers_pictures_and_network(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import wandb
+
+        run, asked = FakeRun(), {}
+        monkeypatch.setattr(wandb, "init", lambda **options: asked.update(options) or run)
+        tracker = WandbTracker(tmp_path, group="seeds", tags=("half",))
+        tracker.outcome(outcome(tmp_path))
+        assert (asked["group"], asked["tags"]) == ("seeds", ["half"])
+        assert run.summary["pruned/accuracy"] == 0.9
+        (shown,) = run.rows
+        assert (shown["layers"].columns, shown["layers"].data) == (["layer", "MACs left"], [["conv", "50%"]])
+        assert isinstance(shown["plots/channels"], wandb.Image)
+        (artifact,) = run.artifacts
+        assert (artifact.type, artifact.name) == ("model", "network-abc")
+        assert artifact.metadata == {"pruned/accuracy": 0.9}
+        assert set(artifact.manifest.entries) == {"model.safetensors"}
+
+    def test_offline_files_hold_the_pictures_and_the_table(self, tmp_path: Path) -> None:
+        tracker = WandbTracker(tmp_path)
+        tracker.outcome(outcome(tmp_path))
+        tracker.close()
+        media = {
+            path.suffix for path in tmp_path.glob("wandb/offline-run-*/files/media/**/*") if path.is_file()
+        }
+        assert media == {".png", ".json"}
+
     def test_without_wandb_a_search_goes_on_with_one_warning(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -171,7 +221,7 @@ class TestWandb:
         with caplog.at_level(logging.WARNING, "search.output.tracking"):
             tracker = WandbTracker(tmp_path)
             log_run(tracker, range(3))
-            tracker.summary({"a": 1})
+            tracker.outcome(Outcome({"a": 1}))
             tracker.close()
         assert [record.levelname for record in caplog.records] == ["WARNING"]
         assert "no wandb here" in caplog.text
@@ -230,10 +280,13 @@ class TestTensorboard:
         for episodes in (range(3), range(5)):
             tracker = TensorboardTracker(tmp_path)
             log_run(tracker, episodes)
-            tracker.summary({"pruned/accuracy": 0.9})
+            tracker.outcome(outcome(tmp_path))
             tracker.close()
         events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
         assert [event.step for event in events.Scalars("episode/reward")] == list(range(5))
+        assert [(image.width, image.height) for image in events.Images("plots/channels")] == [(8, 6)]
+        (layers,) = events.Tensors("layers/text_summary")
+        assert b"| conv | 50% |" in layers.tensor_proto.string_val[0]
 
 
 def test_trackers_pass_every_call_on_in_order(tmp_path: Path) -> None:
@@ -243,16 +296,16 @@ def test_trackers_pass_every_call_on_in_order(tmp_path: Path) -> None:
         def log(self, metrics: object, step: int) -> None:
             calls.append(f"log {step}")
 
-        def summary(self, values: object) -> None:
-            calls.append("summary")
+        def outcome(self, outcome: object) -> None:
+            calls.append("outcome")
 
         def close(self) -> None:
             calls.append("close")
 
     with Trackers([Recorder(), CsvTracker(tmp_path), Recorder()]) as trackers:
         trackers.log(episode_row(0), 0)
-        trackers.summary({"a": 1})
-    assert calls == ["log 0"] * 2 + ["summary"] * 2 + ["close"] * 2
+        trackers.outcome(Outcome({"a": 1}))
+    assert calls == ["log 0"] * 2 + ["outcome"] * 2 + ["close"] * 2
 
 
 @pytest.mark.parametrize("option", ["none", "wandb", "tensorboard"])
