@@ -9,7 +9,7 @@ import logging
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from amc_env.errors import UserError, first_line
@@ -24,7 +24,8 @@ def unwrapped(model: Any) -> nn.Module:
     """The network within torch.compile, DataParallel and DistributedDataParallel.
 
     Raises:
-        UserError: It is no network of modules: TorchScript, an exported program, a quantized network, or no module.
+        UserError: It is no network of modules: TorchScript, an exported program, a quantized network, or no module; or its
+            weights are on the meta device, where they have no values.
     """
     while (inner := _inner(model)) is not None:
         log.info("%s is taken off: the network within is pruned", type(model).__name__)
@@ -33,6 +34,14 @@ def unwrapped(model: Any) -> nn.Module:
     if reason:
         raise UserError(f"{{field}} is {reason}; {_EAGER}", code="not_eager", field="module")
     assert isinstance(model, nn.Module)
+    absent = [name for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor) and tensor.is_meta]
+    if absent:
+        raise UserError(
+            f"{{field}} has {len(absent)} tensors on the meta device, which have no values, the first {absent[0]}; load its "
+            "weights first",
+            code="no_weights",
+            field="module",
+        )
     return model
 
 

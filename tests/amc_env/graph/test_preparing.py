@@ -96,3 +96,8 @@ def scripted() -> nn.Module:
 def test_what_is_no_network_of_modules_is_refused(make: Callable[[], object]) -> None:
     with refused("not_eager", "module"):
         unwrapped(make())
+
+
+def test_weights_without_values_are_refused() -> None:
+    with refused("no_weights", "module"):
+        unwrapped(network().to("meta"))
