@@ -314,7 +314,7 @@ def best_strategies(run: RunFiles) -> Section | None:
         "Before fine-tuning, on the search split. The counts of a row can be given to compress(strategy=...)."
     )
     table = Table(titles, [row(evaluation) for evaluation in best])
-    return Section("Best strategies", (Text(note, "soft"), Folded(f"the best {len(best)}", table)))
+    return Section("Best strategies", (Text(note, "soft"), Folded(f"the best {len(best)}", table, open=len(delivered) <= 12)))
 
 
 def fine_tuning(run: RunFiles) -> Section | None:
