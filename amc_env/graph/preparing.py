@@ -34,7 +34,9 @@ def unwrapped(model: Any) -> nn.Module:
     if reason:
         raise UserError(f"{{field}} is {reason}; {_EAGER}", code="not_eager", field="module")
     assert isinstance(model, nn.Module)
-    absent = [name for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor) and tensor.is_meta]
+    absent = [
+        name for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor) and tensor.is_meta
+    ]
     if absent:
         raise UserError(
             f"{{field}} has {len(absent)} tensors on the meta device, which have no values, the first {absent[0]}; load its "

@@ -5,7 +5,7 @@ The page is self-contained: pictures are data URIs, the style is inline, nothing
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from search.output.formatting import (
 )
 from search.output.run_files import RunFiles
 from search.output.run_result import RunResult, SearchFigures
-from search.output.sections import SECTIONS
+from search.output.sections import SECTIONS, Section
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -50,6 +50,25 @@ def write_report(folder: str | Path) -> Path:
     page = _rendered("report.html.j2", _view(run))
     path = run.folder / "report.html"
     files.write(path, page)
+    return path
+
+
+def write_page(
+    path: Path, headline: str, facts: Sequence[tuple[str, object]], sections: Sequence[Section]
+) -> Path:
+    """Write a page in the style of the report, for what is no search.
+
+    Args:
+        path: the page's file.
+        headline: one sentence.
+        facts: short ones below it, as (what, value).
+        sections: the rest.
+
+    Returns:
+        The page's path.
+    """
+    asked = [(name, str(value)) for name, value in facts]
+    files.write(path, _rendered("page.html.j2", {"headline": headline, "asked": asked, "sections": sections}))
     return path
 
 

@@ -180,7 +180,7 @@ def front(run: RunFiles) -> Section | None:
     caption = (
         "The network of each budget. The rest of this page is about the last one, which is the smallest."
     )
-    return Section("Score against budget", (Table(titles, cells), Picture(caption, _data_uri(path))))
+    return Section("Score against budget", (Table(titles, cells), Picture(caption, data_uri(path))))
 
 
 def kept(run: RunFiles) -> Section | None:
@@ -203,7 +203,7 @@ def kept(run: RunFiles) -> Section | None:
         return None
     path = plot_channels(widths, run.folder / "plots" / "channels.png", unit)
     shape = "plain" if len(widths) <= 12 else "long" if len(widths) <= 30 else "longer"
-    return Section(title, (Picture(caption, _data_uri(path), shape),))
+    return Section(title, (Picture(caption, data_uri(path), shape),))
 
 
 def the_search(run: RunFiles) -> Section | None:
@@ -228,7 +228,7 @@ def the_search(run: RunFiles) -> Section | None:
         )
     elif stages:
         caption += " One search for each budget: rewards of different budgets do not compare."
-    return Section("The search", (Picture(caption, _data_uri(path)),))
+    return Section("The search", (Picture(caption, data_uri(path)),))
 
 
 def _boundaries(steps: list[int], each: float) -> list[int]:
@@ -280,7 +280,7 @@ def tradeoff(run: RunFiles) -> Section | None:
         "training data, which a pretrained network has seen, so they compare strategies and do not predict the score on "
         "test data."
     )
-    return Section(f"{metric[0].upper()}{metric[1:]} against cost", (Picture(caption, _data_uri(path)),))
+    return Section(f"{metric[0].upper()}{metric[1:]} against cost", (Picture(caption, data_uri(path)),))
 
 
 def best_strategies(run: RunFiles) -> Section | None:
@@ -314,7 +314,10 @@ def best_strategies(run: RunFiles) -> Section | None:
         "Before fine-tuning, on the search split. The counts of a row can be given to compress(strategy=...)."
     )
     table = Table(titles, [row(evaluation) for evaluation in best])
-    return Section("Best strategies", (Text(note, "soft"), Folded(f"the best {len(best)}", table, open=len(delivered) <= 12)))
+    return Section(
+        "Best strategies",
+        (Text(note, "soft"), Folded(f"the best {len(best)}", table, open=len(delivered) <= 12)),
+    )
 
 
 def fine_tuning(run: RunFiles) -> Section | None:
@@ -329,7 +332,7 @@ def fine_tuning(run: RunFiles) -> Section | None:
     caption = f"Training loss{f' and {run.result.metric}' * bool(scores)} per epoch; the last epoch is the one kept."
     if search.stages or search.rounds or search.start or run.result.front:
         caption += " All trainings of the run follow one another: the loss jumps where more is pruned."
-    return Section("Fine-tuning", (Picture(caption, _data_uri(path)),))
+    return Section("Fine-tuning", (Picture(caption, data_uri(path)),))
 
 
 def decisions(run: RunFiles) -> Section | None:
@@ -422,5 +425,6 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _data_uri(path: Path) -> str:
+def data_uri(path: Path) -> str:
+    """A PNG file as a page holds it."""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 
 CSV, CHECK_CSV, CHECK_PLOT = "latency.csv", "check.csv", "plots/latency_check.png"
+REPORT = "report.html"
 
 
 _TIMES = ("ms", "low_ms", "high_ms", "spread", "runs")
@@ -87,6 +88,7 @@ def show(subject: Subject, folder: Path) -> Shown:
     """
     shown = _shown(subject)
     _write_layers(shown, folder / CSV)
+    _write_report(shown, subject, folder / REPORT)
     _print(shown)
     warn_where_busy((shown.original, shown.most_pruned))
     log.info(
@@ -94,8 +96,45 @@ def show(subject: Subject, folder: Path) -> Shown:
         "of the unpruned network's latency",
         percent(shown.least_ratio, 1),
     )
-    log.info("%s is in %s", CSV, folder)
+    log.info("%s and %s are in %s", CSV, REPORT, folder)
     return shown
+
+
+def _write_report(shown: Shown, subject: Subject, path: Path) -> None:
+    """report.html: what each layer takes, with bars."""
+    from search.output.report import write_page
+    from search.output.sections import Section, Table, Text
+
+    rows = [
+        (
+            time.layer.name,
+            described(time.unit),
+            f"{time.layer.in_channels} → {time.layer.out_channels}",
+            f"{time.ms:.3f}",
+            percent(time.timing.spread, 0),
+            percent(shown.share(time.ms), 1),
+        )
+        for time in shown.layers
+    ]
+    longest = max(time.ms for time in shown.layers)
+    table = Table(
+        ("layer", "operation", "channels", "ms", "spread", "share"), rows, [time.ms / longest for time in shown.layers]
+    )
+    note = (
+        f"Each layer alone, with the norm and activation behind it; {shown.sum_ms:.3f} ms together. The spread is the "
+        "distance of the quartiles, as a share of the median."
+    )
+    facts = [
+        ("unpruned", f"{shown.original.median_ms:.3f} ms"),
+        (
+            "pruned as far as possible",
+            f"{shown.most_pruned.median_ms:.3f} ms ({percent(shown.least_ratio, 1)})",
+        ),
+        ("batch", count(subject.example)),
+        ("threads", subject.how.threads),
+    ]
+    headline = f"{subject.name} takes {shown.original.median_ms:.3f} ms."
+    write_page(path, headline, facts, (Section("Layers, front to back", (table, Text(note, "soft"))),))
 
 
 def _print(shown: Shown) -> None:
@@ -224,8 +263,21 @@ def check_of(
         checked.predicted_ms, checked.measured, folder / CHECK_PLOT, said.replace("), ", "),\n")
     )
     log.info("%d networks cut at random, predicted and measured: %s", len(checked.strategies), said)
-    log.info("%s and %s are in %s", CHECK_CSV, CHECK_PLOT, folder)
+    _write_check_report(checked, subject, said, folder)
+    log.info("%s, %s and %s are in %s", CHECK_CSV, CHECK_PLOT, REPORT, folder)
     return checked
+
+
+def _write_check_report(checked: Checked, subject: Subject, said: str, folder: Path) -> None:
+    """report.html: predicted against measured latency."""
+    from search.output.report import write_page
+    from search.output.sections import Picture, Section, data_uri
+
+    caption = "Networks cut at random: what the table predicts, and what was measured."
+    picture = Picture(caption, data_uri(folder / CHECK_PLOT))
+    facts = [("networks", len(checked.strategies)), ("threads", subject.how.threads)]
+    headline = f"The latency table of {subject.name}: {said}."
+    write_page(folder / REPORT, headline, facts, (Section("Predicted and measured", (picture,)),))
 
 
 def _write_check(checked: Checked, subject: Subject, path: Path) -> None:

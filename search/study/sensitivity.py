@@ -30,7 +30,7 @@ from search.study.results import budget_figures, strategy_json, write_json
 log = logging.getLogger(__name__)
 
 
-CSV, PLOT, STRATEGY = "sensitivity.csv", "plots/sensitivity.png", "strategy.json"
+CSV, PLOT, STRATEGY, REPORT = "sensitivity.csv", "plots/sensitivity.png", "strategy.json", "report.html"
 
 
 _SHOWN = 5  # decisions named at the end; sensitivity.csv has all
@@ -130,6 +130,35 @@ def _write(scanned: Scanned, problem: PruningProblem, folder: Path) -> None:
     plot_sensitivity(scanned.curves, folder / PLOT, threshold=scanned.threshold, picked=ratios, metric=metric)
     if picked is not None:
         write_json(folder / STRATEGY, strategy_json(problem, picked))
+    _write_report(scanned, problem, folder)
+
+
+def _write_report(scanned: Scanned, problem: PruningProblem, folder: Path) -> None:
+    """report.html: the curves, and every decision with what it loses and what was picked."""
+    from search.output.report import write_page
+    from search.output.sections import Picture, Section, Table, data_uri
+
+    unpruned, picked, metric = scanned.trials[0][0], scanned.picked, problem.settings.task.metric
+    rows = []
+    for curve in scanned.curves:
+        cut = None if picked is None else picked.strategy.decisions[curve.name]
+        taken = "" if cut is None else f"{cut.removed:,} of {cut.total:,}"
+        rows.append((curve.name, f"{100 * curve.drop:.2f} points", taken))
+    largest = max(curve.drop for curve in scanned.curves) or 1.0
+    bars = [max(0.0, curve.drop) / largest for curve in scanned.curves]
+    caption = f"Score ({metric}) on the search split with one decision pruned alone, against its ratio."
+    table = Table(("decision", "mean drop", "removed by the strategy picked"), rows, bars)
+    most = max(scanned.curves, key=lambda curve: curve.drop)
+    facts = [(f"{metric} of the original", percent(unpruned.score)), ("decisions", len(rows))]
+    if picked is not None:
+        facts += [(f"{metric} of the strategy picked", percent(picked.score))]
+    sections = (
+        Section("Sensitivity", (Picture(caption, data_uri(folder / PLOT)),)),
+        Section("Decisions, front to back", (table,)),
+    )
+    write_page(
+        folder / REPORT, f"{most.name} is the most sensitive of {len(rows)} decisions.", facts, sections
+    )
 
 
 def _write_csv(scanned: Scanned, path: Path) -> None:
@@ -157,7 +186,7 @@ def _tell(scanned: Scanned, problem: PruningProblem, folder: Path) -> None:
         log.info("  %-*s %s", width, curve.name, lost)
     if scanned.picked is not None:
         _tell_picked(scanned.picked, scanned, problem)
-    written = [CSV, PLOT] if scanned.picked is None else [CSV, PLOT, STRATEGY]
+    written = [CSV, PLOT, REPORT] if scanned.picked is None else [CSV, PLOT, STRATEGY, REPORT]
     log.info("%s are in %s", " and ".join((", ".join(written[:-1]), written[-1])), folder)
 
 

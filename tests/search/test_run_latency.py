@@ -65,6 +65,10 @@ def test_show_adds_layers_up_and_says_the_least_that_pruning_reaches(
         ("network", "most pruned", "3", "0.75"),
     ]
     assert float(rows[0]["spread"]) == pytest.approx(0.3)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "digits_mlp takes 4.000 ms." in page
+    assert page.count("<td>1.000</td>") == 3
+    assert "3.000 ms (75.0%)" in page
     assert [(row["in_channels"], row["out_channels"]) for row in rows[:3]] == [
         ("64", "128"),
         ("128", "64"),
@@ -132,6 +136,10 @@ def test_a_table_is_built_then_checked_and_refused_elsewhere(amc_latency: Comman
         assert 0 <= int(row["1"]) < 128
     errors = np.abs([float(row["error"]) for row in rows])
     assert f"{len(rows)} networks cut at random" in ended.out
+    assert (
+        f"median error {100 * np.median(errors):.1f}% (of shares"
+        in (tmp_path / "run" / "report.html").read_text()
+    )
     assert f"median error {100 * np.median(errors):.1f}% (of shares" in ended.out
     assert f"largest {100 * errors.max():.1f}%" in ended.out
     assert (tmp_path / "run" / "plots" / "latency_check.png").stat().st_size > 10_000

@@ -62,6 +62,9 @@ def test_a_scan_leaves_a_table_a_picture_and_a_strategy_behind(
     picked = known[tuple(strategy[name]["removed"] for name in decisions)]
     assert picked["costs"]["macs"] <= 0.4 * known[(0,) * len(decisions)]["costs"]["macs"]
     assert (run / "plots" / "sensitivity.png").stat().st_size > 10_000
+    page = (run / "report.html").read_text()
+    assert f"{100 * picked['score']:.2f}%" in page
+    assert all(f"{strategy[name]['removed']:,} of {strategy[name]['total']:,}" in page for name in decisions)
     for text in ("most sensitive", "points", "picked where", f"{100 * picked['score']:.2f}%", ": met"):
         assert text in ended.out
     assert "scan 7/7" in ended.err
