@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD
 # shellcheck source=scripts/venv.sh
 source scripts/venv.sh
-prepare_venv ""
+prepare_venv "[data]"
 cd "$here"
 (($#)) || set -- --help
 row=$1

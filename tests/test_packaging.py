@@ -29,7 +29,7 @@ def test_the_wheel_holds_packages_configuration_and_templates(wheel: Path) -> No
     names = set(zipfile.ZipFile(wheel).namelist())
     templates = list(ROOT.glob("search/output/templates/*"))
     assert templates
-    for path in (*ROOT.glob("conf/**/*.yaml"), *templates):
+    for path in (*ROOT.glob("conf/**/*.yaml"), *ROOT.glob("conf/published/*.json"), *templates):
         assert str(path.relative_to(ROOT)) in names
     for package in ("amc_env", "amc_env/pruning", "agents", "search", "conf"):
         assert f"{package}/__init__.py" in names
@@ -62,3 +62,13 @@ def test_the_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> Non
         [sys.executable, "-S", "-c", where], cwd=tmp_path, env=environment, capture_output=True
     )
     assert found.stdout.decode().count(str(place)) == 2, found.stderr.decode()
+
+
+def test_without_the_package_datasets_its_data_alone_are_refused(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['datasets'] = None; from search.run_search import main; main()"
+    command = [sys.executable, "-c", code, "data=cifar10", "model=resnet20", "model.weights=random"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert 'pip install "amc-netadapt[data]"' in done.stderr

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from importlib import resources
+from importlib import import_module, resources
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -127,6 +127,20 @@ def _targets(value: Any, place: str) -> Iterator[tuple[str, str]]:
             yield from _targets(inner, f"{place}.{key}")
 
 
+def _import(module: str) -> None:
+    """Imports a module for the error that says which optional package it lacks; `get_object` would wrap that.
+
+    Raises:
+        UserError: That error; every other is left to `get_object`.
+    """
+    try:
+        import_module(module)
+    except UserError:
+        raise
+    except Exception:
+        pass
+
+
 def _check_trusted(name: str, place: str, cfg: DictConfig) -> None:
     """Refuses a ``_target_`` before its module is imported, and one that is no class or function of its module.
 
@@ -144,6 +158,7 @@ def _check_trusted(name: str, place: str, cfg: DictConfig) -> None:
         raise untrusted
     if not _is_within(name, _PACKAGES) and os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # at the end: nothing that is installed is hidden
+    _import(name.rpartition(".")[0])
     try:
         target = get_object(name)
     except (ImportError, ValueError) as error:

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from PIL import Image
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from amc_env.errors import UserError, first_line
 from search import files
+from search.data.library import datasets
 from search.data.look import Look
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # without EPS, for which Pillow starts Ghostscript

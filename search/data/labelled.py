@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import datasets
-
 from search.data.base import Data, Split, fingerprint
 from search.data.crops import training_loader
 from search.data.images import Images
+from search.data.library import datasets
 from search.data.look import Look
 from search.data.rows import Sizes, chosen_rows
 from search.data.tables import Tables, class_names, column, label_column, labels_of

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor
 
 from amc_env.errors import UserError
 from search import files
+from search.data.library import datasets
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +28,6 @@ PARTS = {
 _CLASS_FOLDERS = "imagefolder"
 _SUFFIXES = {"parquet": (".parquet",), "csv": (".csv", ".tsv"), "json": (".json", ".jsonl")}
 _LABELS = ("label", "labels", "target", "class")
-
-datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs errors that it raises as well
-datasets.disable_progress_bars()  # the terminal belongs to the display of the run
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import datasets
 import torch
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from amc_env.errors import UserError
 from amc_env.validation import Count, Listed, SplitSeed
 from search import huggingface
 from search.data.base import Data, Split, fingerprint
+from search.data.library import datasets
 from search.data.rows import Sizes, chosen_rows
 from search.data.tables import Tables, class_names, column, label_column, labels_of, read
 

@@ -118,7 +118,9 @@ def _write_report(shown: Shown, subject: Subject, path: Path) -> None:
     ]
     longest = max(time.ms for time in shown.layers)
     table = Table(
-        ("layer", "operation", "channels", "ms", "spread", "share"), rows, [time.ms / longest for time in shown.layers]
+        ("layer", "operation", "channels", "ms", "spread", "share"),
+        rows,
+        [time.ms / longest for time in shown.layers],
     )
     note = (
         f"Each layer alone, with the norm and activation behind it; {shown.sum_ms:.3f} ms together. The spread is the "
