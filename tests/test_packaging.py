@@ -29,7 +29,7 @@ def test_the_wheel_holds_packages_configuration_and_templates(wheel: Path) -> No
     names = set(zipfile.ZipFile(wheel).namelist())
     templates = list(ROOT.glob("search/output/templates/*"))
     assert templates
-    for path in (*ROOT.glob("conf/**/*.yaml"), *ROOT.glob("conf/published/*.json"), *templates):
+    for path in (*ROOT.glob("conf/**/*.yaml"), *ROOT.glob("conf/strategies/*.json"), *templates):
         assert str(path.relative_to(ROOT)) in names
     for package in ("amc_env", "amc_env/pruning", "agents", "search", "conf"):
         assert f"{package}/__init__.py" in names

@@ -20,22 +20,22 @@ log = logging.getLogger(__name__)
 
 
 FILE = "strategy.json"
-PUBLISHED = Path(conf.__file__).parent / "published"
-"""Strategies of papers; each file names its source."""
+STRATEGIES = Path(conf.__file__).parent / "strategies"
+"""Strategies of papers and of this project's results; each file names its source."""
 
 
 def read_strategy(path: str) -> dict[str, Any]:
     """The content of a strategy's file.
 
     Args:
-        path: The file, the run folder that it lies in, or the name of a published strategy in conf/published.
+        path: The file, the run folder that it lies in, or the name of a strategy in conf/strategies.
 
     Raises:
         UserError: There is no such file, or it holds no decisions.
     """
-    published = {file.stem: file for file in PUBLISHED.glob("*.json")}
-    file = Path(path) / FILE if Path(path).is_dir() else published.get(path, Path(path))
-    advice = f"give the {FILE} of a run, ratio=0.5, or one of {', '.join(sorted(published))}"
+    named = {file.stem: file for file in STRATEGIES.glob("*.json")}
+    file = Path(path) / FILE if Path(path).is_dir() else named.get(path, Path(path))
+    advice = f"give the {FILE} of a run, ratio=0.5, or one of {', '.join(sorted(named))}"
     content = files.read_json(file, f"strategy={path}", advice)
     if not isinstance(content, dict) or not isinstance(content.get("decisions"), dict):
         raise UserError(
