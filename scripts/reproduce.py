@@ -32,7 +32,7 @@ TRAINED_FIRST = {"plain20_half": 30, "mobilenet_half": 30, "mobilenet_half_laten
 """Epochs of the first training of networks without published weights."""
 FROM_SCRATCH = (
     *("model.weights=random", "repair=none", "finetune.from_scratch=true", "finetune.lr_fraction=1"),
-    *("finetune.weight_decay=5e-4", "finetune.keep=last"),
+    *("finetune.weight_decay=5e-4", "finetune.distillation=0", "finetune.keep=last"),
 )
 
 
