@@ -85,6 +85,7 @@ def report(row: str, found: dict[str, list[Result]]) -> None:
         "drop": spread([before - after for before, after in zip(bases, tuned, strict=False)]),
         "uniform, fine-tuned": spread(_accuracies(found["uniform"], "finetuned")),
         "unpruned, trained alike": spread(_accuracies(unpruned, "finetuned")),
+        "search, s": spread([result["search"]["seconds"] for result in searched], 0),
         "machine": searched[0]["machine"]["processor"] if searched else "–",
     }
     show(list(cells), [list(cells.values())])
