@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import conf
 from agents.base import Agent, SearchTask
 from amc_env import space as budget
 from amc_env.errors import UserError
@@ -20,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 FILE = "strategy.json"
-STRATEGIES = Path(conf.__file__).parent / "strategies"
+STRATEGIES = Path(__file__).parents[2] / "conf" / "strategies"
 """Strategies of papers and of this project's results; each file names its source."""
 
 

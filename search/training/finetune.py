@@ -123,10 +123,8 @@ def finetune(
     zeros = _Zeros(model, masks or {})
     source = _source(teacher, batches.example, distillation, temperature, task)
     clip = _largest_gradient(model) if clip is None else clip
-    computed = _dtype(precision, torch.device(device))
-    scaler = torch.amp.GradScaler(enabled=computed is torch.float16)
     step = _Step(
-        model, optimizer, layout, torch.device(device), zeros, penalty, task, source, scaler, clip, computed
+        model, optimizer, layout, torch.device(device), precision, zeros, penalty, task, source, clip
     )
     schedule = LearningRate(lr, epochs * steps, round(warmup_epochs * steps))
     with seeded(seed):
@@ -137,7 +135,7 @@ def finetune(
             if on_epoch is not None:
                 on_epoch(epoch + 1, loss, schedule((epoch + 1) * steps - 1), time.perf_counter() - started)
             if file is not None:
-                file.save(epoch + 1, model, optimizer, scaler)
+                file.save(epoch + 1, model, optimizer, step.scaler)
     forget_activations(model)
     model.to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
 
@@ -210,14 +208,17 @@ class _Step:
     optimizer: torch.optim.Optimizer
     layout: torch.memory_format
     device: torch.device
+    precision: TrainingPrecision | None
     zeros: _Zeros
     penalty: LossTerm | None
     task: Task
     teacher: Teacher | None
-    scaler: torch.amp.GradScaler
     clip: float
-    dtype: torch.dtype
     halved: bool = False
+
+    def __post_init__(self) -> None:
+        self.dtype = _dtype(self.precision, self.device)
+        self.scaler = torch.amp.GradScaler(enabled=self.dtype is torch.float16)
 
     def __call__(self, inputs: Inputs, targets: Any, lr: float) -> Tensor:
         """The batch's mean loss, before the step."""
