@@ -122,10 +122,8 @@ def finetune(
     in_eval = callers_of_train_only(model, in_format(batches.example, layout))
     zeros = _Zeros(model, masks or {})
     source = _source(teacher, batches.example, distillation, temperature, task)
-    clip = _largest_gradient(model) if clip is None else clip
-    step = _Step(
-        model, optimizer, layout, torch.device(device), precision, zeros, penalty, task, source, clip
-    )
+    place = torch.device(device)
+    step = _Step(model, optimizer, layout, place, precision, zeros, penalty, task, source, clip)
     schedule = LearningRate(lr, epochs * steps, round(warmup_epochs * steps))
     with seeded(seed):
         for epoch in range(_resumed(file, step, batches), epochs):
@@ -213,10 +211,11 @@ class _Step:
     penalty: LossTerm | None
     task: Task
     teacher: Teacher | None
-    clip: float
+    clip: float | None
     halved: bool = False
 
     def __post_init__(self) -> None:
+        self.limit = _largest_gradient(self.model) if self.clip is None else self.clip
         self.dtype = _dtype(self.precision, self.device)
         self.scaler = torch.amp.GradScaler(enabled=self.dtype is torch.float16)
 
@@ -225,9 +224,9 @@ class _Step:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         loss = self._gradients(inputs, targets)
-        if math.isfinite(self.clip):
+        if math.isfinite(self.limit):
             self.scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.limit)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.zeros.hold()
