@@ -116,8 +116,8 @@ class FinetuneSettings:
         warmup: Share of the epochs in which the learning rate rises linearly.
         clip: Largest norm of the gradient; None: 1 for networks without batch norms, no limit for others.
         precision: What the network computes in; weights and losses stay in float32. None: float16 on CUDA, elsewhere
-            float32. Processors with AMX train ResNets almost twice as fast in bfloat16, MobileNets and vision
-            transformers more slowly.
+            float32. Processors with AMX train ResNets twice as fast in bfloat16, MobileNet-V1 and vision transformers
+            more slowly.
         keep: ``better`` delivers the network without fine-tuning where fine-tuning lowered its score on the search split
             by more than a standard error; ``last`` always delivers the fine-tuned one.
     """
