@@ -69,6 +69,13 @@ def handled() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
+def cleaned_up() -> None:
+    """Let a further signal end the process without a word, once nothing is left to clean up: Python itself ends."""
+    for number in _SIGNALS:
+        if signal.getsignal(number) is _asked:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def scoring_starts() -> None:
     """Let signals wait for the candidate that is about to be scored."""
     _asked.scoring = True

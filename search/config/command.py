@@ -133,6 +133,7 @@ def run_command(command: Callable[[], object]) -> int:
             raise
         return _refused(refusal)
     except KeyboardInterrupt as stopped:
+        interrupts.cleaned_up()
         return stopped.exit_code if isinstance(stopped, interrupts.Stopped) else _INTERRUPTED
     return _sweep_result(began)
 

@@ -46,3 +46,16 @@ def test_an_ignored_signal_stays_ignored() -> None:
     with handled():
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     signal.signal(signal.SIGINT, before)
+
+
+def test_after_cleaning_up_a_signal_ends_the_process_by_itself() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(Stopped), interrupts.handled():
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) not in (before, signal.SIG_DFL)
+        interrupts.cleaned_up()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
