@@ -4,7 +4,7 @@ Networks:
     digits_cnn, digits_mlp, digits_vit: small ones for scikit-learn's digits, trained once and kept in the cache folder.
     resnet20..110: CIFAR ResNets (He et al., arXiv 1512.03385) in the layout of
         akamaster/pytorch_resnet_cifar10, whose published weights they load. plain20: without shortcuts.
-    mobilenet: MobileNet-V1 (Howard et al., arXiv 1704.04861) with stride 1 in its first convolution.
+    mobilenet: MobileNet-V1 (Howard et al., arXiv 1704.04861), for 32 x 32 images or, with stride=2, ImageNet.
     mobilenet_v2 (Sandler et al., arXiv 1801.04381), vgg16 (Simonyan and Zisserman, arXiv 1409.1556):
         for 32 x 32 images, with batch norm; their weights are the user's.
     resnet50: for ImageNet (He et al., arXiv 1512.03385), with the layer names of torchvision, whose

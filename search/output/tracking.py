@@ -21,9 +21,6 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 from urllib.parse import urlsplit
 
-import numpy as np
-from PIL import Image
-
 from amc_env.errors import UserError
 from search import files
 
@@ -319,6 +316,9 @@ class TensorboardTracker(NoTracker):
             self._writer.add_scalar(name, value, step)
 
     def outcome(self, outcome: Outcome) -> None:
+        import numpy as np
+        from PIL import Image
+
         figures = "\n".join(f"- {name}: {value}" for name, value in outcome.figures.items())
         self._writer.add_text("summary", figures)
         if outcome.layers:
