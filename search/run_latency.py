@@ -12,7 +12,7 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from amc_env.costs.latency import runtime
+from amc_env.costs.latency import PROCESSOR_ONLY, runtime
 from amc_env.errors import UserError, reported_together
 from amc_env.graph.preparing import prepared
 from search.config import compose as wiring
@@ -90,7 +90,7 @@ def _subject(cfg: DictConfig, settings: LatencyStudySettings) -> Subject:
 
 def _device_of(runtime: str, device: str) -> str:
     """Where a runtime runs: on the device chosen, but for those that know one place only."""
-    if runtime == "onnx":
+    if runtime in PROCESSOR_ONLY:
         return "cpu"
     return "cuda" if runtime.startswith("cuda") and not device.startswith("cuda") else device
 

@@ -46,6 +46,7 @@ LATENCY_TABLE = "latency.json"
 SHORT_TERM = "short_term"
 """What a repair and steps of training after it are called in evaluations."""
 _SHORT_TERM_STEPS = 50
+_TEACHER_SHARE = 0.5
 BUDGETS = "search.budgets"
 """What configurations call `Settings.ratios`."""
 SAFE_LR = 0.01
@@ -104,12 +105,13 @@ class FinetuneSettings:
 
     Attributes:
         epochs: 0 leaves it out.
-        lr_fraction: Learning rate as a fraction of the original training's (the lecture: 1/100 to 1/10).
+        lr_fraction: Learning rate as a fraction of the original training's. Often 1/100 to 1/10 is advised; docs/results.md
+            compares rates.
         batch_size: Images a step.
         momentum: Of SGD, Nesterov's.
         weight_decay: L2 weight decay.
         distillation: Share of the loss that follows the original network's outputs, in [0, 1]; 0: none (Hinton et
-            al., arXiv 1503.02531).
+            al., arXiv 1503.02531). None: 0.5, and 0 for a task without a loss for it and with `from_scratch`.
         temperature: At which they are compared.
         from_scratch: Forget the weights and train the pruned network from new ones, the baseline of width multipliers
             (Liu et al., "Rethinking the Value of Network Pruning", ICLR 2019); set lr_fraction to 1 with it.
@@ -123,17 +125,23 @@ class FinetuneSettings:
     """
 
     epochs: Natural = 10
-    lr_fraction: Share = 0.1
+    lr_fraction: Share = 0.3
     batch_size: TrainingBatch = 128
     momentum: FractionOrZero = 0.9
-    weight_decay: NotNegative = 1e-4
-    distillation: ShareOrZero = 0.0
+    weight_decay: NotNegative = 5e-4
+    distillation: ShareOrZero | None = None
     temperature: Positive = 4.0
     from_scratch: bool = False
     warmup: FractionOrZero = 0.05
     clip: Positive | None = None
     precision: TrainingPrecision | None = None
     keep: Literal["better", "last"] = "better"
+
+    def teacher_share(self, task: Task) -> float:
+        """The teacher's share of the loss, in [0, 1]."""
+        if self.distillation is not None:
+            return self.distillation
+        return 0.0 if self.from_scratch or not task.distils else _TEACHER_SHARE
 
 
 @settings

@@ -66,6 +66,11 @@ class Task(ABC):
     def metric(self) -> str:
         """The name of the score, such as ``accuracy``."""
 
+    @property
+    def distils(self) -> bool:
+        """Whether the task has a `teacher_loss`."""
+        return type(self).teacher_loss is not Task.teacher_loss
+
     def read(self, given: Any) -> Any:
         """What loss and score are given of a network's output.
 

@@ -47,6 +47,11 @@ class OwnTask(Task):
         """The name of the score."""
         return self._metric
 
+    @property
+    def distils(self) -> bool:
+        """Whether a loss for distillation was given."""
+        return self._teacher_loss is not None
+
     def read(self, given: Any) -> Any:
         """All that the network returns, or the entry that was named."""
         return given if self.output is None else super().read(given)

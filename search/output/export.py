@@ -1,10 +1,11 @@
-"""The small network in files: weights, a torch.export program, ONNX.
+"""The small network in files: weights, a torch.export program, ONNX, ExecuTorch, LiteRT.
 
 - model.safetensors + channels.json restore onto the unpruned class (`load_pruned`), bit for bit.
 - model.pt2 (torch.export) and model.onnx (one file) load without this project: fp32, CPU, any batch size.
+- model.pte (ExecuTorch) and model.tflite (LiteRT) run on phones: fp32, one example at a time.
 
 Every file is written under a temporary name beside its target, read back, compared with the network, and only then
-put in place. ONNX is optional.
+put in place. ONNX, ExecuTorch and LiteRT are optional.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ from amc_env.inputs import (
     each,
     joined,
     output_of,
+    pieces,
     take,
     tensors_in,
     tensors_of,
 )
+from amc_env.mobile import MOBILE
 from search import files
 from search.output.weights import WEIGHTS_FILE, ExportError, one_line, save_pruned
 
@@ -45,6 +48,7 @@ log = logging.getLogger(__name__)
 TOLERANCE = 1e-4
 """Largest accepted |file - PyTorch|, as a share of max(1, largest |PyTorch output|); fp32 on the CPU."""
 
+_COMPARED = 4  # examples that a file for single ones is checked on
 _TRACED_BATCH = 2  # torch.export treats sizes 0 and 1 as constants, so the traced batch must be larger
 
 Run = Callable[[Inputs], Any]
@@ -165,7 +169,8 @@ class Program(Format):
         network, example = onnx_files.plain_copy(small.model, small.example)
         with files.replacing(path) as temporary, onnx_files.quiet():
             self.save(_traced(network, example), temporary, example)
-            difference = _difference(self.load(temporary), network, example, small.output, path)
+            batches = _batches(example)
+            difference = _difference(self.load(temporary), network, batches, small.output, path)
         return Exported(self.name, path, path.stat().st_size, difference)
 
 
@@ -210,7 +215,51 @@ outputs = session.run(None, {name: inputs})  # NumPy; of images float32 [N, C, H
         return lambda batch: [torch.from_numpy(output) for output in run(batch)]
 
 
-FORMATS: dict[str, Format] = {each.name: each for each in (Safetensors(), TorchExport(), Onnx())}
+class Mobile(Format):
+    """A file for phones: fp32, one example at a time; within TOLERANCE."""
+
+    def check(self) -> None:
+        MOBILE[self.name].check(f"export to {self.name}", f"leave {self.name} out of the formats")
+
+    def write(self, small: Small, folder: Path) -> Exported:
+        self.check()
+        path, made = folder / self.file, MOBILE[self.name]
+        network, example = onnx_files.plain_copy(small.model, small.example)
+        with files.replacing(path) as temporary:
+            made.convert(network, take(example, slice(1)), temporary)
+            rows = list(pieces(take(example, slice(_COMPARED)), 1))
+            difference = _difference(made.load(temporary), network, rows, small.output, path)
+        return Exported(self.name, path, path.stat().st_size, difference)
+
+
+class ExecuTorch(Mobile):
+    """A program of ExecuTorch."""
+
+    name = "executorch"
+    file = "model.pte"
+    title = "With ExecuTorch, on phones and here"
+    load_snippet = """from executorch.runtime import Runtime
+
+program = Runtime.get().load_program("RUN_FOLDER/model.pte")
+method = program.load_method("forward")  # uses the program's memory: keep both
+outputs = method.execute([inputs])  # one example; of images float32 [1, C, H, W], normalised"""
+
+
+class LiteRT(Mobile):
+    """A model of LiteRT."""
+
+    name = "litert"
+    file = "model.tflite"
+    title = "With LiteRT, on phones and here"
+    load_snippet = """from ai_edge_litert.interpreter import Interpreter
+
+run = Interpreter("RUN_FOLDER/model.tflite").get_signature_runner()
+outputs = run(args_0=inputs)  # NumPy; one example; of images float32 [1, C, H, W], normalised"""
+
+
+FORMATS: dict[str, Format] = {
+    each.name: each for each in (Safetensors(), TorchExport(), Onnx(), ExecuTorch(), LiteRT())
+}
 
 
 def check_formats(formats: Sequence[str]) -> None:
@@ -295,14 +344,16 @@ def _batches(example: Inputs) -> list[Inputs]:
 
 
 @torch.no_grad()
-def _difference(run: Run, network: nn.Module, example: Inputs, output: int | str | None, path: Path) -> float:
+def _difference(
+    run: Run, network: nn.Module, batches: Sequence[Inputs], output: int | str | None, path: Path
+) -> float:
     """Largest |run - network| over all batches.
 
     Raises:
         ExportError: it is beyond TOLERANCE, or the outputs differ in number, shape or finiteness.
     """
     largest = 0.0
-    for batch in _batches(example):
+    for batch in batches:
         wanted = call(network, batch)
         expected, got = tensors_in(wanted), tensors_in(run(batch))
         shapes = [list(one.shape) for one in expected], [list(one.shape) for one in got]

@@ -146,6 +146,7 @@ class Tuner:
         file: TrainingFile | None = None,
     ) -> None:
         settings, chosen = self._problem.settings, self._problem.settings.finetune
+        share = chosen.teacher_share(settings.task)
         try:
             finetune(
                 network,
@@ -160,8 +161,8 @@ class Tuner:
                 device=settings.device,
                 on_epoch=on_epoch,
                 penalty=penalty_of(self._problem, network) if regularized else None,
-                teacher=self._problem.model if chosen.distillation else None,
-                distillation=chosen.distillation,
+                teacher=self._problem.model if share else None,
+                distillation=share,
                 temperature=chosen.temperature,
                 masks=masks or None,
                 file=file,

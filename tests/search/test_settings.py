@@ -17,6 +17,7 @@ from amc_env.pruning.granularity import FineGrained
 from amc_env.pruning.regularization import L2
 from amc_env.pruning.schedule import Schedule
 from amc_env.rewards import Infinity
+from amc_env.tasks import Classification, OwnTask, Regression
 from search.settings import (
     BudgetSettings,
     CheckSettings,
@@ -104,6 +105,20 @@ def test_what_is_at_the_edge_is_taken() -> None:
     assert BudgetSettings("params", ratio=1).ratio == 1
     assert BudgetSettings("macs", ratio=None, limit=1.0).limit == 1.0
     assert FinetuneSettings(epochs=0, lr_fraction=1).epochs == 0
+
+
+def test_fine_tuning_follows_the_unpruned_network_where_the_task_can() -> None:
+    default, classes = FinetuneSettings(), Classification()
+    assert default.teacher_share(classes) == default.teacher_share(Regression()) == 0.5
+    assert default.teacher_share(OwnTask(_nothing, _nothing)) == 0
+    assert default.teacher_share(OwnTask(_nothing, _nothing, _nothing)) == 0.5
+    assert FinetuneSettings(from_scratch=True).teacher_share(classes) == 0
+    assert FinetuneSettings(from_scratch=True, distillation=0.2).teacher_share(classes) == 0.2
+    assert FinetuneSettings(distillation=0.0).teacher_share(classes) == 0
+
+
+def _nothing(*_given: Any) -> Any:
+    raise AssertionError
     assert LatencySettings(repeats=0).repeats == 0
     assert FinalistSettings(count=0).count == 0
     settings = Settings(Uniform(ratio=0.5), 1, budgets=(), reward=Infinity(), enforce_budget=False)

@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from amc_env.costs.latency.cost import Latency, LatencyBudget
-from amc_env.costs.latency.runtimes import RUNTIMES, Runtime, RuntimeName, runtime
+from amc_env.costs.latency.runtimes import PROCESSOR_ONLY, RUNTIMES, Runtime, RuntimeName, runtime
 from amc_env.costs.latency.timing import BUSY, Call, Timing, interleaved, warn_where_busy
 from amc_env.inputs import Inputs
 from amc_env.system import machine, processor, using_threads
 
 __all__ = [
     "BUSY",
+    "PROCESSOR_ONLY",
     "RUNTIMES",
     "Call",
     "Latency",

@@ -1,4 +1,4 @@
-"""What runs a network whose latency is measured: PyTorch itself, its compiler, ONNX Runtime, a graphics processor."""
+"""What runs a network whose latency is measured: PyTorch, its compiler, ONNX Runtime, runtimes of phones, a GPU."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -18,6 +20,7 @@ from amc_env.costs.latency.timing import Call
 from amc_env.errors import UserError, first_line
 from amc_env.graph.copying import module_copy
 from amc_env.inputs import Inputs, call, device_of, each, to_device
+from amc_env.mobile import MOBILE
 
 _CAPTURE_WARMUP = (
     3  # passes before a CUDA graph is captured, in which libraries choose kernels and take memory
@@ -135,6 +138,41 @@ class Onnx:
 
 
 @dataclass(frozen=True)
+class Mobile:
+    """A runtime of phones, on the processor.
+
+    Attributes:
+        threads: Of one pass.
+        name: One of `amc_env.mobile.MOBILE`.
+    """
+
+    threads: int
+    name: str
+
+    def check(self) -> None:
+        """Refuses a machine without the packages."""
+        MOBILE[self.name].check(f"latency.runtime={self.name}", "use latency.runtime=eager")
+
+    def prepare(self, model: nn.Module, example: Inputs) -> Call:
+        """See Runtime; seconds for a layer."""
+        network, batch = onnx_files.plain_copy(model, example)
+        made = MOBILE[self.name]
+        try:
+            with TemporaryDirectory() as folder:
+                path = Path(folder) / "network"
+                made.convert(network, batch, path)
+                run = made.load(path, self.threads)
+                run(batch)
+        except Exception as error:
+            raise _cannot(self.name, model, error) from error
+
+        def once() -> None:
+            run(batch)
+
+        return once
+
+
+@dataclass(frozen=True)
 class Cuda:
     """PyTorch's eager mode on a graphics processor, timed there by events around the pass."""
 
@@ -192,8 +230,10 @@ class CudaGraph(Cuda):
         return replay
 
 
-RuntimeName = Literal["eager", "compile", "onnx", "cuda", "cuda_graph"]
+RuntimeName = Literal["eager", "compile", "onnx", "executorch", "litert", "cuda", "cuda_graph"]
 RUNTIMES: tuple[str, ...] = get_args(RuntimeName)
+PROCESSOR_ONLY = ("onnx", *MOBILE)
+"""Runtimes that take network and example to the processor."""
 
 
 def runtime(name: str, threads: int) -> Runtime:
@@ -207,9 +247,8 @@ def runtime(name: str, threads: int) -> Runtime:
     Raises:
         UserError: There is none of that name.
     """
-    found: dict[str, Runtime] = {
-        each.name: each for each in (Eager(), Compile(), Onnx(threads), Cuda(), CudaGraph())
-    }
+    known: list[Runtime] = [Eager(), Compile(), Onnx(threads), Cuda(), CudaGraph()]
+    found = {each.name: each for each in (*known, *(Mobile(threads, other) for other in MOBILE))}
     if name not in found:
         raise UserError(
             f"unknown latency.runtime={name}: allowed are {', '.join(RUNTIMES)}",
@@ -253,7 +292,7 @@ def _event() -> torch.cuda.Event:
 
 
 def _cannot(name: str, model: nn.Module, error: Exception) -> UserError:
-    other = "eager" if name in ("compile", "onnx") else "cuda"
+    other = "cuda" if name == "cuda_graph" else "eager"
     return UserError(
         f"latency.runtime={name} cannot run {type(model).__name__} ({first_line(error)}): use latency.runtime={other}",
         code="unsupported",

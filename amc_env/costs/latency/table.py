@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from amc_env.costs.latency.runtimes import PROCESSOR_ONLY
 from amc_env.costs.latency.units import Unit
 from amc_env.errors import UserError
 from amc_env.files import read_json, reading, write
@@ -41,7 +42,11 @@ Ints = NDArray[np.int64]
 _FORMAT = "latency table 1"
 
 
-_PACKAGES = {"onnx": ("torch", "onnxruntime")}
+_PACKAGES = {
+    "onnx": ("torch", "onnxruntime"),
+    "executorch": ("torch", "executorch"),
+    "litert": ("torch", "litert-torch", "ai-edge-litert"),
+}
 """By runtime the packages whose version times hang on; else torch alone."""
 
 
@@ -67,7 +72,7 @@ class Conditions:
     def here(cls, runtime: str, threads: int, batch: int, device: str = "cpu") -> Conditions:
         """Those of this machine and the packages installed; ``device`` is where the example lies."""
         versions = {name: version(name) for name in _PACKAGES.get(runtime, ("torch",))}
-        if runtime == "onnx":  # these runtimes take the example to their own place
+        if runtime in PROCESSOR_ONLY:  # these runtimes take the example to their own place
             device = "cpu"
         elif runtime.startswith("cuda") and device == "cpu":
             device = "cuda"

@@ -21,6 +21,7 @@ from amc_env.errors import UserError
 from amc_env.graph.layers import keeps_of
 from amc_env.graph.surgery import Keeps, resize
 from amc_env.graph.tracing import trace
+from amc_env.mobile import MOBILE
 from search.output.export import FORMATS, TOLERANCE, Exported, Small, check_formats, export_all
 from search.output.weights import ExportError, load_pruned, save_pruned
 
@@ -160,7 +161,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             small = Small(cut.model, batch(4), cut.keeps, name, cut.original)
-            results = export_all(small, folder, list(FORMATS))
+            results = export_all(small, folder, list(FILES))
         made[name] = folder, cut, results
     return made
 
@@ -362,7 +363,7 @@ def test_half_precision_networks_are_exported_in_fp32(tmp_path: Path) -> None:
 def test_a_failing_export_keeps_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     (tmp_path / "model.pt2").write_bytes(b"earlier")
-    safetensors, pt2, onnx = export_all(Small(FixedBatch(), torch.randn(2, 4)), tmp_path, list(FORMATS))
+    safetensors, pt2, onnx = export_all(Small(FixedBatch(), torch.randn(2, 4)), tmp_path, list(FILES))
     assert safetensors.error is None
     assert safetensors.path.is_file()
     assert (pt2.bytes, pt2.max_difference) == (onnx.bytes, onnx.max_difference) == (0, None)
@@ -417,7 +418,7 @@ def test_keeps_of_another_network_are_refused(tmp_path: Path) -> None:
 
 
 def test_unknown_formats_are_listed_with_those_allowed(tmp_path: Path) -> None:
-    message = "unknown export format 'tflite', 'pb': allowed are safetensors, pt2, onnx"
+    message = "unknown export format 'tflite', 'pb': allowed are safetensors, pt2, onnx, executorch, litert"
     with pytest.raises(UserError, match=message):
         check_formats(["pt2", "tflite", "pb"])
     with pytest.raises(UserError, match=message):
@@ -426,6 +427,33 @@ def test_unknown_formats_are_listed_with_those_allowed(tmp_path: Path) -> None:
         check_formats("onnx")
     check_formats(["safetensors", "pt2"])
     check_formats([])
+
+
+@pytest.mark.parametrize("name", MOBILE)
+@pytest.mark.parametrize("network", ["residual", "depthwise"])
+def test_files_for_phones_compute_the_network_example_by_example(
+    exported: dict[str, tuple[Path, Pruned, list[Exported]]], name: str, network: str, tmp_path: Path, capfd
+) -> None:
+    for package in MOBILE[name].packages:
+        pytest.importorskip(package, reason=f"the extra '{name}' is not installed")
+    _, cut, _ = exported[network]
+    capfd.readouterr()
+    (file,) = export_all(Small(cut.model, batch(4), cut.keeps, network, cut.original), tmp_path, [name])
+    assert file.error is None
+    assert 0 < file.max_difference < TOLERANCE
+    assert capfd.readouterr() == ("", "")
+    run = MOBILE[name].load(file.path, threads=1)
+    for image in torch.randn(3, 1, *SHAPE):
+        with torch.no_grad():
+            torch.testing.assert_close(run(image)[0], cut.model(image), atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", MOBILE)
+def test_a_missing_package_for_phones_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in MOBILE[name].packages:
+        monkeypatch.setitem(sys.modules, package, None)
+    with refused("missing_package", ""):
+        check_formats([name])
 
 
 def test_missing_onnx_packages_are_named_with_the_way_to_install_them(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from amc_env.costs.latency import RUNTIMES, Call, Runtime, measure, runtime, using_threads
 from amc_env.costs.latency.runtimes import Compile
 from amc_env.errors import UserError
+from amc_env.mobile import MOBILE
 
 ON_GPU = ("cuda", "cuda_graph")
 
@@ -37,6 +38,8 @@ def available(name: str) -> Runtime:
         pytest.skip("no graphics processor")
     if name == "onnx":
         pytest.importorskip("onnxruntime")
+    for package in MOBILE[name].packages if name in MOBILE else ():
+        pytest.importorskip(package, reason=f"the extra '{name}' is not installed")
     return Compile(backend="eager") if name == "compile" else runtime(name, threads=1)
 
 
