@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from amc_env.graph.preparing import prepared
 from search.config import compose as wiring
 from search.config.command import IncompleteError, command_line, run_folder
-from search.output.formatting import LAYER_TITLES, layer_rows
+from search.output.formatting import layer_table
 from search.output.progress import final_table
 from search.output.run_files import network_files, pictures
 from search.output.run_result import RunResult
@@ -94,4 +94,4 @@ def _outcome(result: RunResult, folder: Path) -> Outcome:
         for name, value in network.to_json().items()
         if isinstance(value, int | float)
     }
-    return Outcome(figures, LAYER_TITLES, layer_rows(result), pictures(folder), network_files(folder, result))
+    return Outcome(figures, *layer_table(result), pictures(folder), network_files(folder, result))

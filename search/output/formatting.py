@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from amc_env.costs.base import COSTS, quantity, size
 from amc_env.costs.latency.timing import BUSY
@@ -20,8 +21,7 @@ SPLITS = {
 FORMATS = {"eie": "EIE", "csr": "CSR"}
 """Of stored weights; n:m goes by its numbers."""
 DASH = "–"
-LAYER_TITLES = ("layer", "inputs", "outputs", "weights", "MACs left")
-"""Of the columns of `layer_rows`."""
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -193,19 +193,22 @@ def spread_line(result: RunResult) -> str:
     return f"one image is {' and '.join(parts)}; smaller differences between policies may be chance"
 
 
-def layer_rows(result: RunResult) -> list[tuple[str, ...]]:
-    """Every layer as (name, input channels, output channels, weights, MACs left): 'old → new' where they differ."""
+def layer_table(result: RunResult) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Titles, and a row for each layer: 'old → new' where they differ; under a latency budget with predicted times."""
+    timed = any(layer.ms for layer in result.shapes)
+    titles = "layer", "inputs", "outputs", "weights", "MACs left", *(["predicted ms"] if timed else [])
     rows = []
     for layer in result.shapes:
         channels = (_change(pair, lambda count: f"{count:,}") for pair in (layer.inputs, layer.outputs))
         before, after = layer.macs
         left = percent(after / before, 0) if before else DASH
-        rows.append((layer.name, *channels, _change(layer.weights, quantity), left))
-    return rows
+        times = [_change(layer.ms, "{:.3f}".format) if layer.ms else DASH] if timed else []
+        rows.append((layer.name, *channels, _change(layer.weights, quantity), left, *times))
+    return titles, rows
 
 
-def _change(pair: tuple[int, int], text: Callable[[int], str]) -> str:
-    return " → ".join(text(value) for value in dict.fromkeys(pair))
+def _change(pair: tuple[Number, Number], text: Callable[[Number], str]) -> str:
+    return " → ".join(dict.fromkeys(map(text, pair)))
 
 
 def format_name(granularity: GranularityFigures, name: str) -> str:

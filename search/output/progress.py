@@ -29,7 +29,6 @@ from rich.table import Table
 from rich.text import Text
 
 from search.output.formatting import (
-    LAYER_TITLES,
     baseline_rows,
     budget_lines,
     comparison,
@@ -37,7 +36,7 @@ from search.output.formatting import (
     front_table,
     history_line,
     latency_note,
-    layer_rows,
+    layer_table,
     pattern_line,
     percent,
     spread_line,
@@ -316,10 +315,10 @@ def _print_baselines(result: RunResult, console: Console) -> None:
 
 def _print_layers(result: RunResult, console: Console) -> None:
     """Print what became of every layer; of a deep network the first ones."""
-    rows = layer_rows(result)
+    titles, rows = layer_table(result)
     if not rows:
         return
-    print_table(LAYER_TITLES, rows[:_LAYERS_SHOWN], console=console)
+    print_table(titles, rows[:_LAYERS_SHOWN], console=console)
     if len(rows) > _LAYERS_SHOWN:
         console.print(f"and {len(rows) - _LAYERS_SHOWN} more layers: report.html lists them", highlight=False)
 

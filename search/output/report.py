@@ -14,7 +14,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from amc_env.evaluation.precision import FLOAT32
 from search import files
 from search.output.formatting import (
-    LAYER_TITLES,
     budget_lines,
     comparison,
     cost_name,
@@ -22,7 +21,7 @@ from search.output.formatting import (
     format_name,
     history_line,
     latency_note,
-    layer_rows,
+    layer_table,
     pattern_line,
     percent,
     split_name,
@@ -79,12 +78,13 @@ def result_html(result: RunResult, folder: Path) -> str:
         result: the figures.
         folder: the run folder.
     """
+    titles, layers = layer_table(result)
     view = {
         "headline": headline(result),
         "table": comparison(result),
         "budgets": budget_lines(result.budgets, result.base.costs, result.granularity.masked),
-        "layers": layer_rows(result),
-        "layer_titles": LAYER_TITLES,
+        "layers": layers,
+        "layer_titles": titles,
         "folder": folder,
     }
     return _rendered("result.html.j2", view)

@@ -287,6 +287,7 @@ class LayerFigures:
         outputs: output channels or features.
         weights: all of them, and those that are left; of masked weights, those that are not zero.
         macs: multiply-accumulates of its weights for one example.
+        ms: of its unit alone by the latency table, under a latency budget.
     """
 
     name: str
@@ -294,6 +295,7 @@ class LayerFigures:
     outputs: tuple[int, int]
     weights: tuple[int, int]
     macs: tuple[int, int]
+    ms: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -369,6 +371,7 @@ class RunResult:
         }
         content["budgets"] = [_without_none(asdict(b), "format") for b in self.budgets]
         content["budget"] = self.budget and _without_none(asdict(self.budget), "format")
+        content["shapes"] = [_without_none(shape, "ms") for shape in content["shapes"]]
         content["search"] = _without_none(
             content["search"], "start", "stages", "stage_episodes", "schedule", "rounds"
         )

@@ -14,11 +14,10 @@ from typing import Any, ClassVar
 from amc_env.costs.base import size
 from search.output.export import FORMATS
 from search.output.formatting import (
-    LAYER_TITLES,
     baseline_rows,
     cost_name,
     front_table,
-    layer_rows,
+    layer_table,
     percent,
     split_name,
     spread_line,
@@ -138,12 +137,15 @@ def beside(run: RunFiles) -> Section | None:
 
 def layers(run: RunFiles) -> Section | None:
     """Every layer, original and pruned."""
-    rows = layer_rows(run.result)
+    titles, rows = layer_table(run.result)
     if not rows:
         return None
     kept = [layer.macs[1] / layer.macs[0] if layer.macs[0] else 1.0 for layer in run.result.shapes]
-    table = Table(LAYER_TITLES, rows, kept)
-    return Section("Layers, original → pruned", (Folded(f"{len(rows)} layers", table, open=len(rows) <= 30),))
+    blocks: list[Block] = [Folded(f"{len(rows)} layers", Table(titles, rows, kept), open=len(rows) <= 30)]
+    if any(layer.ms for layer in run.result.shapes):
+        note = "Times are the latency table's, of each layer alone; the network's takes other operations into account."
+        blocks.append(Text(note, "soft"))
+    return Section("Layers, original → pruned", blocks)
 
 
 def stored_size(run: RunFiles) -> Section | None:

@@ -7,8 +7,9 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
+from itertools import repeat
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from amc_env.costs.counts import kept_channels
-from amc_env.costs.latency import Timing, measure, processor, warn_where_busy
+from amc_env.costs.latency import Latency, Timing, measure, processor, warn_where_busy
 from amc_env.costs.storage import Storage, StorageBudget, follows_pattern, params_beside_weights
 from amc_env.errors import UserError
 from amc_env.evaluation.pruner import ORIGINAL
@@ -215,16 +216,32 @@ def layer_figures(problem: PruningProblem, strategy: Strategy) -> Iterator[Layer
         return
     sizes, per_unit = kept_channels(problem.graph)
     left_over = sizes - per_unit @ np.array(strategy.removed)
-    for layer, before, after in zip(problem.graph.layers, sizes.tolist(), left_over.tolist(), strict=True):
+    counts = zip(problem.graph.layers, sizes.tolist(), left_over.tolist(), strict=True)
+    for (layer, before, after), ms in zip(counts, _times(problem, strategy), strict=False):
         inputs, outputs = zip(before, after, strict=True)
         per_output = 1 if layer.depthwise else inputs[1] // layer.groups
-        yield _layer(layer, inputs, outputs, outputs[1] * per_output * layer.area)
+        yield _layer(layer, inputs, outputs, outputs[1] * per_output * layer.area, ms)
 
 
-def _layer(layer: Layer, inputs: tuple[int, int], outputs: tuple[int, int], left: int) -> LayerFigures:
+def _times(problem: PruningProblem, strategy: Strategy) -> Iterable[tuple[float, float] | None]:
+    """Predicted milliseconds of each layer, before and after; None for each without a latency budget."""
+    for cost in problem.space.costs:
+        if isinstance(cost, Latency):
+            states = [0] * len(strategy.removed), strategy.removed
+            return zip(*(cost.by_layer(removed).tolist() for removed in states), strict=True)
+    return repeat(None)
+
+
+def _layer(
+    layer: Layer,
+    inputs: tuple[int, int],
+    outputs: tuple[int, int],
+    left: int,
+    ms: tuple[float, float] | None = None,
+) -> LayerFigures:
     places = 0 if layer.costless else layer.positions
     return LayerFigures(
-        layer.name, inputs, outputs, (layer.weights, left), (layer.weights * places, left * places)
+        layer.name, inputs, outputs, (layer.weights, left), (layer.weights * places, left * places), ms
     )
 
 

@@ -139,6 +139,14 @@ class Latency(NetworkCost):
         """
         return self._correction(*self.parts(removed))
 
+    def by_layer(self, removed: Sequence[int]) -> Floats:
+        """Milliseconds of each layer's unit alone, in forward order; the correction is not applied.
+
+        Raises:
+            UserError: The table does not reach its channels.
+        """
+        return self._times(self._sizes - self._per_unit @ np.asarray(removed, dtype=np.int64))
+
     def parts(self, removed: Sequence[int]) -> tuple[float, float, float]:
         """What the correction is of: the sum of the units' milliseconds, the elements that operations outside of units
         give for one example, and the units' weights.

@@ -12,6 +12,7 @@ from search.output.formatting import (
     cost_name,
     history_line,
     latency_note,
+    layer_table,
     pattern_line,
     size,
     storage_rows,
@@ -80,6 +81,17 @@ def test_the_budget_s_format_is_in_the_title(format: str, title: str) -> None:
     networks = {name: network(0.9, 1e6, storage=1000) for name in ("base", "pruned")}
     found = pattern_result(budgets=(budget(cost="storage", format=format),), **networks)
     assert title in comparison(found).rows
+
+
+def test_layers_have_their_times_where_latency_is_predicted() -> None:
+    (layer,) = result().shapes
+    titles, rows = layer_table(result())
+    assert titles == ("layer", "inputs", "outputs", "weights", "MACs left")
+    assert rows == [("layer1.0.conv1", "16", "16 → 12", "2.30 k → 1.73 k", "75%")]
+    shapes = replace(layer, ms=(0.1204, 0.0801)), replace(layer, name="fc", ms=(0.01, 0.01)), layer
+    titles, rows = layer_table(result(shapes=shapes))
+    assert titles[-1] == "predicted ms"
+    assert [row[-1] for row in rows] == ["0.120 → 0.080", "0.010", "–"]
 
 
 def test_cut_channels_are_counted_once() -> None:

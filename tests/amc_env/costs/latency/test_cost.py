@@ -37,6 +37,7 @@ def test_a_perceptron_by_hand() -> None:
     latency = Latency(candidates.original, candidates.graph, table_of("mlp"))
     assert latency([0, 0]) == pytest.approx(0.192 + 0.04 + 0.02 + 0.032 + 0.016 + 0.008)
     assert latency([4, 6]) == pytest.approx(0.192 + 0.032 + 0.016 + 0.02 + 0.010 + 0.008)
+    assert latency.by_layer([4, 6]) == pytest.approx([0.192 + 0.032, 0.016 + 0.02, 0.010 + 0.008])
     assert (latency.name, latency.unit) == ("latency", "ms")
 
 
