@@ -1,6 +1,7 @@
 """report.html: one page on what a run was asked and what came out, from the files in its folder.
 
-The page is self-contained: pictures are data URIs, the style is inline, nothing is fetched and no script runs.
+The page is self-contained: pictures are data URIs, the style is inline, and nothing is fetched. A script runs only where
+the optional charts are drawn.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from amc_env.evaluation.precision import FLOAT32
 from search import files
+from search.output import charts
 from search.output.formatting import (
     budget_lines,
     comparison,
@@ -28,7 +30,7 @@ from search.output.formatting import (
 )
 from search.output.run_files import RunFiles
 from search.output.run_result import RunResult, SearchFigures
-from search.output.sections import SECTIONS, Section
+from search.output.sections import SECTIONS, Picture, Section
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -67,7 +69,8 @@ def write_page(
         The page's path.
     """
     asked = [(name, str(value)) for name, value in facts]
-    files.write(path, _rendered("page.html.j2", {"headline": headline, "asked": asked, "sections": sections}))
+    view = {"headline": headline, "asked": asked, "sections": sections, "script": ""}
+    files.write(path, _rendered("page.html.j2", view))
     return path
 
 
@@ -129,8 +132,13 @@ def _view(run: RunFiles) -> dict[str, Any]:
         "latency_note": latency_note(result),
         "history": history_line(result),
         "pattern": pattern_line(result),
-        "sections": [section for make in SECTIONS if (section := make(run)) is not None],
+        "sections": (sections := [section for make in SECTIONS if (section := make(run)) is not None]),
+        "script": charts.script() if any(map(_has_chart, sections)) else "",
     }
+
+
+def _has_chart(section: Section) -> bool:
+    return any(isinstance(block, Picture) and block.chart for block in section.blocks)
 
 
 def _asked(result: RunResult) -> Iterator[tuple[str, object]]:

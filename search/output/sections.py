@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from amc_env.costs.base import size
+from search.output import charts
 from search.output.export import FORMATS
 from search.output.formatting import (
     baseline_rows,
@@ -54,6 +55,7 @@ class Picture:
         caption: below it.
         source: PNG as a data URI.
         shape: 'plain', or 'long' and 'longer' where it scrolls sideways on a small screen rather than shrink.
+        chart: what is shown in its place where scripts run, as JSON; see `search.output.charts`. '' for nothing.
     """
 
     kind: ClassVar[str] = "picture"
@@ -61,6 +63,7 @@ class Picture:
     caption: str
     source: str
     shape: str = "plain"
+    chart: str = ""
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,9 @@ def kept(run: RunFiles) -> Section | None:
         return None
     path = plot_channels(widths, run.folder / "plots" / "channels.png", unit)
     shape = "plain" if len(widths) <= 12 else "long" if len(widths) <= 30 else "longer"
-    return Section(title, (Picture(caption, data_uri(path), shape),))
+    return Section(
+        title, (Picture(caption, data_uri(path), shape, _interactive(lambda: charts.widths(widths, unit))),)
+    )
 
 
 def the_search(run: RunFiles) -> Section | None:
@@ -230,7 +235,8 @@ def the_search(run: RunFiles) -> Section | None:
         )
     elif stages:
         caption += " One search for each budget: rewards of different budgets do not compare."
-    return Section("The search", (Picture(caption, data_uri(path)),))
+    chart = _interactive(lambda: charts.reward(list(rewards.values()), stages))
+    return Section("The search", (Picture(caption, data_uri(path), chart=chart),))
 
 
 def _boundaries(steps: list[int], each: float) -> list[int]:
@@ -275,14 +281,29 @@ def tradeoff(run: RunFiles) -> Section | None:
         rounds=[candidate(e) for e in rounds],
         metric=result.metric,
     )
-    metric = result.metric
+    metric, title = result.metric, f"{cost_name(cost, result.masked is not None)}, share of the original"
+    chart = _interactive(
+        lambda: charts.tradeoff(
+            [candidate(e) for e in scored],
+            [e.removed for e in scored],
+            title,
+            metric,
+            budget.limit / original if budget else None,
+            best,
+        )
+    )
     of = "that the last stage " if result.search.stages else ""
     caption = (
         f"All strategies {of}scored. Scores are on the search split, before fine-tuning: it was split off the "
         "training data, which a pretrained network has seen, so they compare strategies and do not predict the score on "
         "test data."
     )
-    return Section(f"{metric[0].upper()}{metric[1:]} against cost", (Picture(caption, data_uri(path)),))
+    picture = Picture(caption, data_uri(path), chart=chart)
+    return Section(f"{metric[0].upper()}{metric[1:]} against cost", (picture,))
+
+
+def _interactive(make: Callable[[], charts.Chart]) -> str:
+    return charts.embedded(make()) if charts.available() else ""
 
 
 def best_strategies(run: RunFiles) -> Section | None:

@@ -23,6 +23,7 @@ from made_results import (
 )
 
 from search.files import sealed, unsealed
+from search.output import charts
 from search.output.plots import plot_finetune
 from search.output.report import headline, write_report
 from search.output.run_result import RunResult
@@ -70,6 +71,12 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.words += data
+
+
+@pytest.fixture(autouse=True)
+def _pictures_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without the extra "charts"; test_charts.py has the page with it."""
+    monkeypatch.setattr(charts, "available", lambda: False)
 
 
 @pytest.fixture
