@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
 
-from amc_env.space import Decision
+import numpy as np
+from numpy.typing import NDArray
+
+from amc_env.space import Decision, SearchSpace
 from search import files
 from search.output.run_result import FILE as RESULT
 from search.output.run_result import RunResult
 from search.output.weights import CHANNELS_FILE
 
 METRICS = "metrics.csv"
+LAYER_ERRORS = "layer_errors.json"
 log = logging.getLogger(__name__)
 
 CONFIGURATION = "config.yaml"
@@ -46,6 +51,19 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class ErrorCurve:
+    """The error that one decision alone leaves after least squares, as a share of the output energy.
+
+    Attributes:
+        ratios: shares removed, ascending from 0.
+        errors: one for each, never falling.
+    """
+
+    ratios: tuple[float, ...]
+    errors: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class RunFiles:
     """What a run left in its folder; an absent file is an empty value.
 
@@ -56,6 +74,7 @@ class RunFiles:
         evaluations: its other lines.
         metrics: the rows of metrics.csv, as text.
         configuration: the resolved configuration as YAML or JSON text.
+        layer_errors: where the agent asked for them, of every decision; see `agents.base.SearchTask.layer_errors`.
     """
 
     folder: Path
@@ -65,6 +84,7 @@ class RunFiles:
     evaluations: tuple[Evaluation, ...]
     metrics: tuple[dict[str, str], ...]
     configuration: str
+    layer_errors: Mapping[str, ErrorCurve]
 
     @classmethod
     def read(cls, folder: Path) -> RunFiles:
@@ -84,6 +104,7 @@ class RunFiles:
             evaluations=tuple(_evaluation(line) for line in lines if "score" in line),
             metrics=tuple(_rows(folder / METRICS)),
             configuration=_text(folder / CONFIGURATION),
+            layer_errors=_layer_errors(folder / LAYER_ERRORS),
         )
 
     def series(self, name: str) -> dict[int, float]:
@@ -101,6 +122,15 @@ class RunFiles:
         for evaluation in self.evaluations:
             firsts.setdefault(evaluation.start, evaluation)
         return [firsts[start] for start in starts if start in firsts]
+
+
+def write_layer_errors(folder: Path, space: SearchSpace, errors: Sequence[NDArray[np.float64]]) -> None:
+    """Writes layer_errors.json: the errors of every decision at each of its feasible counts."""
+    content = {
+        name: {"ratios": [grid.count(place) / total for place in range(grid.size)], "errors": curve.tolist()}
+        for name, total, grid, curve in zip(space.names, space.totals, space.grids, errors, strict=True)
+    }
+    files.write(folder / LAYER_ERRORS, json.dumps(content) + "\n")
 
 
 def copy_outcome(folder: Path, result: RunResult, target: Path) -> Path:
@@ -145,6 +175,16 @@ def _decisions(path: Path) -> dict[str, Decision]:
     with files.reading(path):
         entries = files.read_json(path)["decisions"]
         return {name: Decision(int(entry["removed"]), int(entry["total"])) for name, entry in entries.items()}
+
+
+def _layer_errors(path: Path) -> dict[str, ErrorCurve]:
+    if not path.exists():
+        return {}
+    with files.reading(path):
+        return {
+            name: ErrorCurve(tuple(map(float, entry["ratios"])), tuple(map(float, entry["errors"])))
+            for name, entry in files.read_json(path).items()
+        }
 
 
 def _rows(path: Path) -> Iterator[dict[str, str]]:

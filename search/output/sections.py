@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
+from agents.sensitivity import Curve
 from amc_env.costs.base import size
 from search.output import charts
 from search.output.export import FORMATS
@@ -32,6 +33,7 @@ from search.output.plots import (
     plot_finetune,
     plot_front,
     plot_reward,
+    plot_sensitivity,
     plot_tradeoff,
 )
 from search.output.run_files import Evaluation, RunFiles
@@ -358,6 +360,30 @@ def fine_tuning(run: RunFiles) -> Section | None:
     return Section("Fine-tuning", (Picture(caption, data_uri(path)),))
 
 
+def layer_errors(run: RunFiles) -> Section | None:
+    """What each decision alone takes from the layers that read it, where the agent asked for that."""
+    curves = run.layer_errors
+    if not curves or set(curves) != set(run.decisions):
+        return None
+    kept = [
+        Curve(name, curve.ratios, tuple(max(0.0, 1 - error) for error in curve.errors))
+        for name, curve in curves.items()
+    ]
+    path = plot_sensitivity(
+        kept,
+        run.folder / "plots" / "layer_errors.png",
+        picked=[run.decisions[name].ratio for name in curves],
+        split="after least squares",
+        metric="output energy kept",
+    )
+    caption = (
+        "One decision at a time: the share of the outputs of the layers that read it which least squares restores from "
+        "what is left, on calibration examples. No network was scored for it. Circles mark what the delivered strategy "
+        "removes."
+    )
+    return Section("What each decision loses alone", (Picture(caption, data_uri(path)),))
+
+
 def decisions(run: RunFiles) -> Section | None:
     """What was removed of every decision."""
     masked, unit = run.result.masked, run.result.granularity.unit
@@ -432,6 +458,7 @@ SECTIONS: tuple[Callable[[RunFiles], Section | None], ...] = (
     best_strategies,
     fine_tuning,
     decisions,
+    layer_errors,
     skipped,
     loading,
     command,

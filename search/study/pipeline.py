@@ -28,7 +28,7 @@ from search.data.base import Data
 from search.output.export import Small, export_all
 from search.output.formatting import cost_name
 from search.output.progress import Progress, SearchStatus
-from search.output.run_files import CONFIGURATION
+from search.output.run_files import CONFIGURATION, write_layer_errors
 from search.output.run_result import BaselineFigures, FrontRow, RunResult
 from search.settings import Settings
 from search.study.baselines import compared
@@ -152,13 +152,21 @@ def search(stage: Stage, base: Base, context: Context, progress: Progress, kept:
         episodes=settings.episodes,
         seed=settings.seed,
         on_update=latest.update,
-        layer_errors=base.layer_errors,
+        layer_errors=partial(_layer_errors, problem, base, context.folder),
         known=base.known,
         adopt=study.adopt,
         save=lambda name, content: files.write(context.folder / name, content),
     )
     settings.agent.search(task)
     return Found(problem, base.start, study.best(settings.rescored, settings.finalists.repair), study)
+
+
+def _layer_errors(problem: PruningProblem, base: Base, folder: Path) -> Sequence[NDArray[np.float64]] | None:
+    """Those of the base; kept in the folder, for the report."""
+    errors = base.layer_errors()
+    if errors is not None:
+        write_layer_errors(folder, problem.space, errors)
+    return errors
 
 
 def env_handle(problem: PruningProblem, study: Study) -> EnvHandle:

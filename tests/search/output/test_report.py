@@ -7,8 +7,10 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from made_results import (
     NAMES,
@@ -21,11 +23,14 @@ from made_results import (
     result,
     search,
 )
+from refusals import refused
 
+from amc_env.space import Grid
 from search.files import sealed, unsealed
 from search.output import charts
 from search.output.plots import plot_finetune
 from search.output.report import headline, write_report
+from search.output.run_files import LAYER_ERRORS, RunFiles, write_layer_errors
 from search.output.run_result import RunResult
 
 MISSED = budget(cost="params", ratio=0.6, limit=200e3, value=202.3e3, met=False)
@@ -133,6 +138,19 @@ def test_the_page_is_self_contained(folder: Path) -> None:
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     assert not re.search(r"https?:|@import|url\(", text)
     assert str(folder.parent) not in text
+
+
+def test_layer_errors_are_drawn_where_the_agent_asked_for_them(folder: Path) -> None:
+    space = SimpleNamespace(
+        names=NAMES, totals=TOTALS, grids=[Grid("", total, 4, 8, first=4) for total in TOTALS]
+    )
+    write_layer_errors(folder, space, [np.array([0.0, 0.1, 0.4])] * len(NAMES))
+    assert RunFiles.read(folder).layer_errors[NAMES[0]].ratios == (0.0, 4 / TOTALS[0], 8 / TOTALS[0])
+    assert "What each decision loses alone" in Page(write_report(folder).read_text()).words
+    assert (folder / "plots" / "layer_errors.png").is_file()
+    (folder / LAYER_ERRORS).write_text('{"fc": {"ratios": [0.0]}}')
+    with refused("unreadable", ""):
+        write_report(folder)
 
 
 def test_pictures_in_the_page_are_those_in_the_folder(folder: Path) -> None:
