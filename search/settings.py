@@ -121,7 +121,7 @@ class FinetuneSettings:
             float32. Processors with AMX train ResNets twice as fast in bfloat16, MobileNet-V1 and vision transformers
             more slowly.
         keep: ``better`` delivers the network without fine-tuning where fine-tuning lowered its score on the search split
-            by more than a standard error; ``last`` always delivers the fine-tuned one.
+            by more than two standard errors; ``last`` always delivers the fine-tuned one.
     """
 
     epochs: Natural = 10
