@@ -61,7 +61,8 @@ def timeless(value: Any) -> Any:
 def left(folder: Path) -> dict[str, Any]:
     """What a finished run left, without times."""
     journal = folder / "evaluations.jsonl"
-    trials = [json.loads(line) for line in journal.read_text().splitlines()[1:]] if journal.exists() else []
+    lines = [json.loads(line) for line in journal.read_text().splitlines()[1:]] if journal.exists() else []
+    trials = [line for line in lines if "score" in line]  # others say which weights were kept
     scores = {
         str([trial.get(key) for key in ("start", "repair", "removed")]): trial["score"] for trial in trials
     }
