@@ -21,7 +21,7 @@ FLOORS = (
         "amc_env.rewards",
         "amc_env.tasks",
     ),
-    ("amc_env.space", "amc_env.graph", "amc_env.onnx"),
+    ("amc_env.space", "amc_env.graph", "amc_env.onnx", "amc_env.mobile"),
     ("amc_env.encoding",),
     ("amc_env.pruning",),
     ("amc_env.costs", "amc_env.evaluation"),
@@ -39,7 +39,11 @@ SEARCH_FLOORS = (
 )
 
 ONLY_HERE = {
+    "ai_edge_litert": "amc_env/mobile.py",
+    "executorch": "amc_env/mobile.py",
+    "litert_torch": "amc_env/mobile.py",
     "onnxruntime": "amc_env/onnx.py",
+    "vl_convert": "search/output/charts.py",
     "ray": "amc_env/evaluation/on_ray.py",
     "transformers": "search/huggingface.py",
     "timm": "search/models/timm_models.py",

@@ -44,8 +44,9 @@ def script() -> str:
     def make(path: Path) -> None:
         import vl_convert
 
+        made = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
         # A page's script element ends at the first "</script", wherever it stands.
-        files.write(path, re.sub(r"</(?=script)", r"<\\/", vl_convert.javascript_bundle()))
+        files.write(path, re.sub(r"</(?=script)", r"<\\/", made))
 
     kept = files.cache_folder() / "report" / f"vega-{version('vl-convert-python')}.js"
     return files.cached(kept, make, lambda path: path.read_text(encoding="utf-8"))

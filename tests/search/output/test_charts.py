@@ -76,7 +76,7 @@ def test_what_draws_the_charts_is_made_once(monkeypatch: pytest.MonkeyPatch, tmp
     import vl_convert
 
     monkeypatch.setenv("PRUNING_CACHE", str(tmp_path))
-    monkeypatch.setattr(vl_convert, "javascript_bundle", lambda: "run('</script>')")
+    monkeypatch.setattr(vl_convert, "javascript_bundle", lambda _: "run('</script>')")
     charts.script.cache_clear()
     assert charts.script() == r"run('<\/script>')"
     monkeypatch.setattr(vl_convert, "javascript_bundle", None)
