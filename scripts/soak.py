@@ -101,8 +101,16 @@ def refuse(case: str, folder: Path, prepare: Callable[[], None] | None = None) -
 
 
 def watch(folder: Path, episodes: int) -> None:
-    """Print memory and open files of a long search at each fifth of its episodes."""
-    process = start("search", folder, f"search.episodes={episodes}", "agent=random", "finetune.epochs=0")
+    """Print memory and open files of a long search at each fifth of its episodes; neither may grow by a fifth."""
+    options = (
+        "model=digits_cnn",
+        "agent=ddpg",
+        f"search.episodes={episodes}",
+        "baselines=[]",
+        "finetune.epochs=0",
+    )
+    process = start("search", folder, *options)
+    seen: list[tuple[int, int]] = []
     metrics, proc, began = folder / "metrics.csv", Path(f"/proc/{process.pid}"), time.monotonic()
     wanted = [episodes * part // 5 for part in range(1, 6)]
     while process.poll() is None and wanted:
@@ -113,8 +121,12 @@ def watch(folder: Path, episodes: int) -> None:
             files, seconds = len(list((proc / "fd").iterdir())), time.monotonic() - began
             print(f"{done} episodes, {seconds:.0f} s: {memory} MiB, {files} open files", flush=True)
             wanted.pop(0)
+            seen.append((memory, files))
     code, line = finish(process)
     check(code == 0, f"{folder}: exit code {code}: {line}")
+    check(len(seen) == 5, f"{folder}: {len(seen)} of 5 looks at the search, which ended too soon")
+    for what, counts in zip(("MiB", "open files"), zip(*seen, strict=True), strict=False):
+        check(counts[-1] <= 1.2 * counts[0], f"{folder}: {counts[0]} {what} grew to {counts[-1]}")
 
 
 def main() -> None:

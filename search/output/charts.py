@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -57,10 +58,15 @@ def reward(rewards: Sequence[float], stages: Sequence[int] = ()) -> Chart:
     ends = [*stages, len(rewards)]
     rows, start = [], 0
     for end in ends:
-        best = accumulate(rewards[start:end], max)
+        known = [value if math.isfinite(value) else -math.inf for value in rewards[start:end]]
         rows += [
-            {"episode": start + place, "reward": value, "best so far": most, "stage": end}
-            for place, (value, most) in enumerate(zip(rewards[start:end], best, strict=True), start=1)
+            {
+                "episode": start + place,
+                "reward": _finite(value),
+                "best so far": _finite(most),
+                "stage": end,
+            }
+            for place, (value, most) in enumerate(zip(known, accumulate(known, max), strict=True), start=1)
         ]
         start = end
     x = _axis("episode", "episode", "d")
@@ -162,6 +168,11 @@ def _chart(rows: Sequence[Mapping[str, Any]], layers: Sequence[Mapping[str, Any]
 def _layer(mark: Any, x: Any, y: Any, tooltip: Any = None) -> dict[str, Any]:
     encoding = {"x": x, "y": y} | ({"tooltip": tooltip} if tooltip else {})
     return {"mark": mark, "encoding": encoding}
+
+
+def _finite(value: float) -> float | None:
+    """None, a gap in the chart, for what JSON has no number for."""
+    return value if math.isfinite(value) else None
 
 
 def _axis(field: str, title: str, format: str | None = None) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Charts of the report: what they show, and that the page holds them and what draws them."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,13 @@ def test_the_best_so_far_starts_again_with_each_stage() -> None:
     rows = made()["reward"]["data"]["values"]
     assert [row["best so far"] for row in rows] == [-0.5, -0.2, -0.2, -0.9, -0.4]
     assert [row["episode"] for row in rows] == [1, 2, 3, 4, 5]
+
+
+def test_rewards_that_are_no_numbers_leave_a_gap() -> None:
+    chart = charts.reward([math.nan, -0.5, -math.inf, -0.2])
+    rows = json.loads(charts.embedded(chart))["data"]["values"]
+    assert [row["reward"] for row in rows] == [None, -0.5, None, -0.2]
+    assert [row["best so far"] for row in rows] == [None, -0.5, -0.5, -0.2]
 
 
 def test_a_candidate_has_its_score_cost_and_counts() -> None:
