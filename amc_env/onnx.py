@@ -156,6 +156,7 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
         warnings.filterwarnings("ignore", "# The axis name: batch will not be used", UserWarning)
+        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)  # torch 2.11
         registration.addFilter(_not_about_torchvision)
         try:
             yield

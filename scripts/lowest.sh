@@ -25,5 +25,7 @@ for requirement in map(Requirement, texts):
 PYTHON
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --constraint "$venv/constraints.txt" \
   --editable ".[dev]"
-# Old versions warn of what is old about them, beside newer packages that they depend on.
-"$venv/bin/python" -m pytest -W ignore::DeprecationWarning "$@"
+# Old versions warn of what is old about them, beside newer packages that they depend on; torch 2.11 warns when it reads
+# a program back, and pandas 3.0 leaves files to the garbage collector.
+"$venv/bin/python" -m pytest -W ignore::DeprecationWarning -W "ignore:The given buffer is not writable:UserWarning" \
+  -W ignore::pytest.PytestUnraisableExceptionWarning "$@"
