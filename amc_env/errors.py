@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib.util import find_spec
 from typing import Any
 
 
@@ -93,6 +94,25 @@ def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its type where it has none."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def require_packages(packages: Sequence[str], extra: str, wanted: str, way_out: str) -> None:
+    """Refuses what needs optional packages where one is missing; none of them is imported.
+
+    Args:
+        packages: What would be imported.
+        extra: The extra of this project that installs them.
+        wanted: What needs them, like ``export to onnx``.
+        way_out: What to do without.
+
+    Raises:
+        UserError: The missing packages with how to install them.
+    """
+    if missing := [package for package in packages if find_spec(package) is None]:
+        install = f'pip install "amc-netadapt[{extra}]"'
+        raise UserError(
+            f"{wanted} needs {', '.join(missing)}: {install}, or {way_out}", code="missing_package"
+        )
 
 
 def missing_package(field: str, package: str, extra: str, error: Exception) -> UserError:

@@ -6,7 +6,6 @@ of the example it was made with, in float32.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 import warnings
@@ -19,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from amc_env.errors import UserError
+from amc_env.errors import require_packages
 from amc_env.inputs import Inputs, arguments, tensors_of
 
 Run = Callable[[Inputs], list[Tensor]]
@@ -38,24 +37,12 @@ class MobileFormat(ABC):
     packages: ClassVar[tuple[str, ...]]
 
     def check(self, wanted: str, way_out: str) -> None:
-        """Refuses what needs the format where a package is missing.
-
-        Args:
-            wanted: What needs it, like ``export to litert``.
-            way_out: What to do without.
-
-        Raises:
-            UserError: The missing packages with how to install them.
-        """
-        missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
-        if missing:
-            install = f'pip install "amc-netadapt[{self.name}]"'
-            text = f"{wanted} needs {', '.join(missing)}: {install}, or {way_out}"
-            raise UserError(text, code="missing_package")
+        """`amc_env.errors.require_packages` of this format's."""
+        require_packages(self.packages, self.name, wanted, way_out)
 
     @abstractmethod
     def convert(self, network: nn.Module, example: Inputs, path: Path) -> None:
-        """Writes a file; some ten seconds for a small network.
+        """Writes a file; seconds for a small network.
 
         Args:
             network: On the CPU, in float32 and eval mode.

@@ -5,7 +5,6 @@ All three are optional: call `require_packages` before anything else here.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import tempfile
 import warnings
@@ -17,14 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amc_env.errors import UserError
+from amc_env import errors
 from amc_env.graph.copying import module_copy
 from amc_env.inputs import Inputs, arguments, each, tensors_of, to_dtype
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-
-
-INSTALL = 'pip install "amc-netadapt[onnx]"'
 
 
 INPUT = "input"
@@ -35,20 +31,8 @@ _ERRORS = 3  # the level of onnxruntime's log; its warnings are about its own op
 
 
 def require_packages(wanted: str, way_out: str) -> None:
-    """Refuses what needs ONNX where a package is missing.
-
-    Args:
-        wanted: What needs it, like ``export to onnx``.
-        way_out: What to do without.
-
-    Raises:
-        UserError: The missing packages with how to install them.
-    """
-    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        raise UserError(
-            f"{wanted} needs {', '.join(missing)}: {INSTALL}, or {way_out}", code="missing_package"
-        )
+    """`amc_env.errors.require_packages` of these three."""
+    errors.require_packages(PACKAGES, "onnx", wanted, way_out)
 
 
 def input_names(example: Inputs) -> list[str]:

@@ -156,21 +156,25 @@ class Program(Format):
     """A file that computes the network without its class: fp32, CPU, any batch size; within TOLERANCE."""
 
     @abstractmethod
-    def save(self, program: torch.export.ExportedProgram, path: Path, example: Inputs) -> None:
-        """Writes a network that was traced on inputs like these."""
+    def save(self, network: nn.Module, example: Inputs, path: Path) -> None:
+        """Writes a network that takes batches like this one."""
 
     @abstractmethod
     def load(self, path: Path) -> Run:
         """Reads it back."""
+
+    def batches(self, example: Inputs) -> list[Inputs]:
+        """What the file is compared with the network on."""
+        return _batches(example)
 
     def write(self, small: Small, folder: Path) -> Exported:
         self.check()
         path = folder / self.file
         network, example = onnx_files.plain_copy(small.model, small.example)
         with files.replacing(path) as temporary, onnx_files.quiet():
-            self.save(_traced(network, example), temporary, example)
-            batches = _batches(example)
-            difference = _difference(self.load(temporary), network, batches, small.output, path)
+            self.save(network, example, temporary)
+            run, batches = self.load(temporary), self.batches(example)
+            difference = _difference(run, network, batches, small.output, path)
         return Exported(self.name, path, path.stat().st_size, difference)
 
 
@@ -185,8 +189,8 @@ class TorchExport(Program):
 module = torch.export.load("RUN_FOLDER/model.pt2").module()
 outputs = module(inputs)  # as in training; of images float32 [N, C, H, W], normalised"""
 
-    def save(self, program: torch.export.ExportedProgram, path: Path, example: Inputs) -> None:
-        torch.export.save(program, path)
+    def save(self, network: nn.Module, example: Inputs, path: Path) -> None:
+        torch.export.save(_traced(network, example), path)
 
     def load(self, path: Path) -> Run:
         return partial(call, torch.export.load(path).module())
@@ -207,29 +211,29 @@ outputs = session.run(None, {name: inputs})  # NumPy; of images float32 [N, C, H
     def check(self) -> None:
         onnx_files.require_packages("export to onnx", "leave onnx out of the formats")
 
-    def save(self, program: torch.export.ExportedProgram, path: Path, example: Inputs) -> None:
-        onnx_files.write(program, path, onnx_files.input_names(example), _batch_shapes(example))
+    def save(self, network: nn.Module, example: Inputs, path: Path) -> None:
+        names, shapes = onnx_files.input_names(example), _batch_shapes(example)
+        onnx_files.write(_traced(network, example), path, names, shapes)
 
     def load(self, path: Path) -> Run:
         run = onnx_files.session(path)
         return lambda batch: [torch.from_numpy(output) for output in run(batch)]
 
 
-class Mobile(Format):
-    """A file for phones: fp32, one example at a time; within TOLERANCE."""
+class Mobile(Program):
+    """A file for phones, which takes one example at a time."""
 
     def check(self) -> None:
         MOBILE[self.name].check(f"export to {self.name}", f"leave {self.name} out of the formats")
 
-    def write(self, small: Small, folder: Path) -> Exported:
-        self.check()
-        path, made = folder / self.file, MOBILE[self.name]
-        network, example = onnx_files.plain_copy(small.model, small.example)
-        with files.replacing(path) as temporary:
-            made.convert(network, take(example, slice(1)), temporary)
-            rows = list(pieces(take(example, slice(_COMPARED)), 1))
-            difference = _difference(made.load(temporary), network, rows, small.output, path)
-        return Exported(self.name, path, path.stat().st_size, difference)
+    def save(self, network: nn.Module, example: Inputs, path: Path) -> None:
+        MOBILE[self.name].convert(network, take(example, slice(1)), path)
+
+    def load(self, path: Path) -> Run:
+        return MOBILE[self.name].load(path)
+
+    def batches(self, example: Inputs) -> list[Inputs]:
+        return list(pieces(take(example, slice(_COMPARED)), 1))
 
 
 class ExecuTorch(Mobile):

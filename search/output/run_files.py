@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from agents.sensitivity import Curve
 from amc_env.space import Decision, SearchSpace
 from search import files
 from search.output.run_result import FILE as RESULT
@@ -51,19 +52,6 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class ErrorCurve:
-    """The error that one decision alone leaves after least squares, as a share of the output energy.
-
-    Attributes:
-        ratios: shares removed, ascending from 0.
-        errors: one for each, never falling.
-    """
-
-    ratios: tuple[float, ...]
-    errors: tuple[float, ...]
-
-
-@dataclass(frozen=True)
 class RunFiles:
     """What a run left in its folder; an absent file is an empty value.
 
@@ -74,7 +62,8 @@ class RunFiles:
         evaluations: its other lines.
         metrics: the rows of metrics.csv, as text.
         configuration: the resolved configuration as YAML or JSON text.
-        layer_errors: where the agent asked for them, of every decision; see `agents.base.SearchTask.layer_errors`.
+        energy_kept: where the agent asked for `agents.base.SearchTask.layer_errors`, for each decision what they leave of
+            the output energy, in [0, 1].
     """
 
     folder: Path
@@ -84,7 +73,7 @@ class RunFiles:
     evaluations: tuple[Evaluation, ...]
     metrics: tuple[dict[str, str], ...]
     configuration: str
-    layer_errors: Mapping[str, ErrorCurve]
+    energy_kept: tuple[Curve, ...]
 
     @classmethod
     def read(cls, folder: Path) -> RunFiles:
@@ -104,7 +93,7 @@ class RunFiles:
             evaluations=tuple(_evaluation(line) for line in lines if "score" in line),
             metrics=tuple(_rows(folder / METRICS)),
             configuration=_text(folder / CONFIGURATION),
-            layer_errors=_layer_errors(folder / LAYER_ERRORS),
+            energy_kept=tuple(_energy_kept(folder / LAYER_ERRORS)),
         )
 
     def series(self, name: str) -> dict[int, float]:
@@ -177,14 +166,16 @@ def _decisions(path: Path) -> dict[str, Decision]:
         return {name: Decision(int(entry["removed"]), int(entry["total"])) for name, entry in entries.items()}
 
 
-def _layer_errors(path: Path) -> dict[str, ErrorCurve]:
+def _energy_kept(path: Path) -> Iterator[Curve]:
     if not path.exists():
-        return {}
+        return
     with files.reading(path):
-        return {
-            name: ErrorCurve(tuple(map(float, entry["ratios"])), tuple(map(float, entry["errors"])))
-            for name, entry in files.read_json(path).items()
-        }
+        for name, entry in files.read_json(path).items():
+            points = zip(entry["ratios"], entry["errors"], strict=True)
+            ratios, kept = zip(
+                *((float(ratio), max(0.0, 1 - float(error))) for ratio, error in points), strict=True
+            )
+            yield Curve(name, ratios, kept)
 
 
 def _rows(path: Path) -> Iterator[dict[str, str]]:

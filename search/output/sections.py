@@ -11,7 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
-from agents.sensitivity import Curve
 from amc_env.costs.base import size
 from search.output import charts
 from search.output.export import FORMATS
@@ -210,9 +209,8 @@ def kept(run: RunFiles) -> Section | None:
         return None
     path = plot_channels(widths, run.folder / "plots" / "channels.png", unit)
     shape = "plain" if len(widths) <= 12 else "long" if len(widths) <= 30 else "longer"
-    return Section(
-        title, (Picture(caption, data_uri(path), shape, _interactive(lambda: charts.widths(widths, unit))),)
-    )
+    chart = _interactive(charts.widths(widths, unit))
+    return Section(title, (Picture(caption, data_uri(path), shape, chart),))
 
 
 def the_search(run: RunFiles) -> Section | None:
@@ -237,7 +235,7 @@ def the_search(run: RunFiles) -> Section | None:
         )
     elif stages:
         caption += " One search for each budget: rewards of different budgets do not compare."
-    chart = _interactive(lambda: charts.reward(list(rewards.values()), stages))
+    chart = _interactive(charts.reward(list(rewards.values()), stages))
     return Section("The search", (Picture(caption, data_uri(path), chart=chart),))
 
 
@@ -283,16 +281,14 @@ def tradeoff(run: RunFiles) -> Section | None:
         rounds=[candidate(e) for e in rounds],
         metric=result.metric,
     )
-    metric, title = result.metric, f"{cost_name(cost, result.masked is not None)}, share of the original"
-    chart = _interactive(
-        lambda: charts.tradeoff(
-            [candidate(e) for e in scored],
-            [e.removed for e in scored],
-            title,
-            metric,
-            budget.limit / original if budget else None,
-            best,
-        )
+    metric = result.metric
+    chart = charts.tradeoff(
+        [candidate(e) for e in scored],
+        [e.removed for e in scored],
+        f"{cost_name(cost, result.granularity.masked)}, share of the original",
+        metric,
+        budget.limit / original if budget else None,
+        best,
     )
     of = "that the last stage " if result.search.stages else ""
     caption = (
@@ -300,12 +296,13 @@ def tradeoff(run: RunFiles) -> Section | None:
         "training data, which a pretrained network has seen, so they compare strategies and do not predict the score on "
         "test data."
     )
-    picture = Picture(caption, data_uri(path), chart=chart)
+    picture = Picture(caption, data_uri(path), chart=_interactive(chart))
     return Section(f"{metric[0].upper()}{metric[1:]} against cost", (picture,))
 
 
-def _interactive(make: Callable[[], charts.Chart]) -> str:
-    return charts.embedded(make()) if charts.available() else ""
+def _interactive(chart: charts.Chart) -> str:
+    """As a `Picture` has it; '' where there is nothing to draw it with."""
+    return charts.embedded(chart) if charts.available() else ""
 
 
 def best_strategies(run: RunFiles) -> Section | None:
@@ -362,17 +359,13 @@ def fine_tuning(run: RunFiles) -> Section | None:
 
 def layer_errors(run: RunFiles) -> Section | None:
     """What each decision alone takes from the layers that read it, where the agent asked for that."""
-    curves = run.layer_errors
-    if not curves or set(curves) != set(run.decisions):
+    curves = run.energy_kept
+    if not curves or {curve.name for curve in curves} != set(run.decisions):
         return None
-    kept = [
-        Curve(name, curve.ratios, tuple(max(0.0, 1 - error) for error in curve.errors))
-        for name, curve in curves.items()
-    ]
     path = plot_sensitivity(
-        kept,
+        curves,
         run.folder / "plots" / "layer_errors.png",
-        picked=[run.decisions[name].ratio for name in curves],
+        picked=[run.decisions[curve.name].ratio for curve in curves],
         split="after least squares",
         metric="output energy kept",
     )

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -69,7 +69,7 @@ def finetune(
     epochs: int,
     lr: float,
     momentum: float = 0.9,
-    weight_decay: float = 1e-4,
+    weight_decay: float = 5e-4,
     warmup_epochs: float = 0.0,
     clip: float | None = None,
     seed: int = 0,
@@ -115,8 +115,7 @@ def finetune(
     """
     steps = len(batches)
     weights = [parameter for parameter in model.to(device).parameters() if parameter.requires_grad]
-    problems = distillation_problems(distillation, temperature, teacher)
-    _check_settings(epochs, lr, steps, len(weights), problems)
+    _check_settings(epochs, lr, steps, len(weights), distillation, temperature, teacher)
     optimizer = torch.optim.SGD(weights, lr, momentum, 0, weight_decay, nesterov=momentum > 0)
     layout = training_format(model, batches.example)
     in_eval = callers_of_train_only(model, in_format(batches.example, layout))
@@ -308,8 +307,16 @@ def _check_loss(total: float, epoch: int, done: int, lr: float) -> None:
         )
 
 
-def _check_settings(epochs: int, lr: float, steps: int, weights: int, further: Sequence[UserError]) -> None:
-    problems = [*further]
+def _check_settings(
+    epochs: int,
+    lr: float,
+    steps: int,
+    weights: int,
+    distillation: float,
+    temperature: float,
+    teacher: nn.Module | None,
+) -> None:
+    problems = distillation_problems(distillation, temperature, teacher)
     if epochs < 0:
         problems.append(out_of_range("epochs", epochs, "at least 0"))
     if not 0 < lr < math.inf:

@@ -25,6 +25,7 @@ from made_results import (
 )
 from refusals import refused
 
+from agents.sensitivity import Curve
 from amc_env.space import Grid
 from search.files import sealed, unsealed
 from search.output import charts
@@ -145,12 +146,14 @@ def test_layer_errors_are_drawn_where_the_agent_asked_for_them(folder: Path) -> 
         names=NAMES, totals=TOTALS, grids=[Grid("", total, 4, 8, first=4) for total in TOTALS]
     )
     write_layer_errors(folder, space, [np.array([0.0, 0.1, 0.4])] * len(NAMES))
-    assert RunFiles.read(folder).layer_errors[NAMES[0]].ratios == (0.0, 4 / TOTALS[0], 8 / TOTALS[0])
+    first, *_ = RunFiles.read(folder).energy_kept
+    assert first == Curve(NAMES[0], (0.0, 4 / TOTALS[0], 8 / TOTALS[0]), (1.0, 0.9, 0.6))
     assert "What each decision loses alone" in Page(write_report(folder).read_text()).words
     assert (folder / "plots" / "layer_errors.png").is_file()
-    (folder / LAYER_ERRORS).write_text('{"fc": {"ratios": [0.0]}}')
-    with refused("unreadable", ""):
-        write_report(folder)
+    for damaged in ('{"fc": {"ratios": [0.0]}}', '{"fc": {"ratios": [0, 0.5], "errors": [0]}}', "[1]"):
+        (folder / LAYER_ERRORS).write_text(damaged)
+        with refused("unreadable", ""):
+            write_report(folder)
 
 
 def test_pictures_in_the_page_are_those_in_the_folder(folder: Path) -> None:

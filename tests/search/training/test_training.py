@@ -256,7 +256,7 @@ def test_settings_out_of_range_are_listed_together(small_data: Data) -> None:
 def by_hand(model: nn.Module, batches: AugmentedBatches, epochs: int, lr: float) -> dict[str, torch.Tensor]:
     """Plain SGD with Nesterov's momentum along a cosine, as a loop without any option."""
     model = model.to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(model.parameters(), lr, 0.9, weight_decay=1e-4, nesterov=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr, 0.9, weight_decay=5e-4, nesterov=True)
     steps = epochs * len(batches)
     for epoch in range(epochs):
         for step, (images, labels) in enumerate(batches, epoch * len(batches)):
