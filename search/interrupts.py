@@ -54,6 +54,9 @@ def handled() -> Iterator[None]:
 
     A signal that is ignored stays so, as in a shell's background. After a `Stopped` the handlers stay, so that a further
     signal ends the process while it cleans up.
+
+    Raises:
+        Stopped: A signal came; also where code that `Stopped` passed through raised another error because of it.
     """
     global _asked
     _asked = _Asked()
@@ -63,10 +66,21 @@ def handled() -> Iterator[None]:
             signal.signal(number, _asked)
     try:
         yield
+    except Exception as error:
+        if (stopped := _stopped_before(error)) is not None:
+            raise stopped from None
+        raise
     finally:
         if not _asked.times:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _stopped_before(error: BaseException | None) -> Stopped | None:
+    """The `Stopped` during whose handling an error was raised, if there was one."""
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__context__
+    return error
 
 
 def cleaned_up() -> None:

@@ -59,3 +59,23 @@ def test_after_cleaning_up_a_signal_ends_the_process_by_itself() -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_an_error_of_a_library_that_a_signal_passed_through_is_the_signal() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(Stopped) as stopped, handled():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:  # as omegaconf's
+            try:
+                del os.environ["not there"]
+            except KeyError as error:
+                raise error.with_traceback(None)
+    assert stopped.value.exit_code == 143
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        signal.signal(number, handler)
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(ZeroDivisionError), handled():
+        1 / 0  # noqa: B018
