@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,7 +29,7 @@ class MultiheadAttention(nn.Module):
         self.dropout = module.dropout
         self.batch_first = module.batch_first
         self.q_proj, self.k_proj, self.v_proj = _projections(module)
-        self.out_proj = _linear(module.out_proj.weight, module.out_proj.bias)
+        self.out_proj = linear_of(module.out_proj.weight, module.out_proj.bias)
 
     def forward(
         self,
@@ -79,7 +81,7 @@ class MultiheadAttention(nn.Module):
         return x.view(*x.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2)
 
 
-def replaceable(module: nn.Module) -> bool:
+def replaceable(module: nn.Module) -> TypeGuard[nn.MultiheadAttention]:
     """Whether a module is an attention that `MultiheadAttention` can stand for."""
     plain = type(module) is nn.MultiheadAttention and module.bias_k is None
     return plain and not module.add_zero_attn
@@ -93,10 +95,11 @@ def _projections(module: nn.MultiheadAttention) -> list[nn.Linear]:
         found = module.q_proj_weight, module.k_proj_weight, module.v_proj_weight
         weights = [weight for weight in found if weight is not None]
     biases = [None] * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
-    return [_linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+    return [linear_of(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer with copies of a weight and a bias."""
     made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     made.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     if bias is not None:

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from amc_env.graph.attention import MultiheadAttention, replaceable
+from amc_env.graph import attention, windows
 
 
 def replace_modules(model: nn.Module) -> list[str]:
     """Replace modules of a network in place; what it computes in eval mode stays the same.
 
-    - `torch.nn.MultiheadAttention` by an attention whose heads can be removed.
+    - `torch.nn.MultiheadAttention`, and the attention of torchvision's Swin transformers, by one whose heads can be
+      removed.
     - Hugging Face's ``Conv1D`` (a linear layer with its weight transposed) by a linear layer.
     - Convolutions that compute their weight from the parameter in every pass, like those with standardised weights, by
       plain ones with that weight.
@@ -33,9 +34,10 @@ def replace_modules(model: nn.Module) -> list[str]:
 
 
 def _substitute(module: nn.Module) -> nn.Module | None:
-    if replaceable(module):
-        assert isinstance(module, nn.MultiheadAttention)
-        return MultiheadAttention(module)
+    if attention.replaceable(module):
+        return attention.MultiheadAttention(module)
+    if windows.replaceable(module):
+        return windows.ShiftedWindowAttention(module)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return _linear(module)
     if isinstance(module, nn.Conv2d) and type(module).forward is not nn.Conv2d.forward:
