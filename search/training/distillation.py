@@ -16,6 +16,7 @@ from amc_env.graph.copying import module_copy
 from amc_env.graph.memory_format import fastest_format
 from amc_env.inputs import Inputs, call, device_of, in_format
 from amc_env.tasks import Classification, Task
+from search.training.mixed_precision import in_float32
 
 
 def distillation_loss(
@@ -42,12 +43,6 @@ def distillation_loss(
     return (1 - share) * task.loss(outputs, targets) + share * task.teacher_loss(
         outputs, teacher, temperature
     )
-
-
-def in_float32(outputs: Any) -> Any:
-    """Outputs of mixed precision as losses need them; others stay as they are."""
-    halves = torch.float16, torch.bfloat16
-    return outputs.float() if isinstance(outputs, Tensor) and outputs.dtype in halves else outputs
 
 
 class Teacher:

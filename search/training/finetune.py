@@ -29,7 +29,8 @@ from amc_env.tasks import Classification, Task
 from search.data.base import Data
 from search.data.loaders import seeded
 from search.training.batches import AugmentedBatches, Batches
-from search.training.distillation import Teacher, distillation_problems, in_float32
+from search.training.distillation import Teacher, distillation_problems
+from search.training.mixed_precision import in_float32, mixed_precision
 from search.training.train_mode import callers_of_train_only, set_training
 from search.training.training_file import TrainingFile
 
@@ -252,7 +253,7 @@ class _Step:
 
     def _backward(self, inputs: Inputs, targets: Any, share: float) -> Tensor:
         """Adds the gradients of a batch's mean loss, or of this share of it."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+        with mixed_precision(self.device, self.dtype):
             loss = share * self._loss(inputs, targets)
         if self.penalty is not None:
             loss = loss + share * self.penalty(self.model)
