@@ -35,9 +35,9 @@ from agents.vector import GymnasiumVecEnv, check_rounds
 from amc_env.space import SearchSpace
 from amc_env.validation import (
     Count,
+    LearningRate,
     Natural,
     NotNegative,
-    Positive,
     Share,
     ShareOrZero,
     Widths,
@@ -268,8 +268,8 @@ class DDPGAgent(Agent):
     warmup: Literal["uniform", "landing", "near_uniform"] = "uniform"
     sigma: NotNegative = 0.5
     sigma_decay: Share = 0.95
-    actor_lr: Positive = 1e-4
-    critic_lr: Positive = 1e-3
+    actor_lr: LearningRate = 1e-4
+    critic_lr: LearningRate = 1e-3
     tau: Share = 0.01
     gamma: ShareOrZero = 1.0
     batch_size: Count = 64

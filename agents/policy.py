@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from agents.base import Agent, SearchTask
 from agents.isolation import learning
 from agents.moves import least_error
-from amc_env.errors import UserError, first_line, out_of_range
+from amc_env.errors import UserError, diverged, first_line, out_of_range
 from amc_env.space import Budget, Removed, SearchSpace, Trial
-from amc_env.validation import Count, Listed, Positive, Share, settings
+from amc_env.validation import Count, LearningRate, Listed, Positive, Share, settings
 
 Floats = npt.NDArray[np.float64]
 
@@ -85,11 +85,18 @@ class PolicyInput:
     base: Tensor
 
     def mean(self, network: PolicyNetwork) -> Tensor:
-        """The ratios that a policy answers, [decisions], before they are shifted onto the budget."""
+        """The ratios that a policy answers, [decisions], before they are shifted onto the budget.
+
+        Raises:
+            UserError: They are not finite, after updates at a large learning rate.
+        """
         correction: Tensor = network(self.tokens)
         if self.space.budgets:  # which decides what all have in common
             correction = correction - correction.mean()
-        return self.base + torch.tanh(correction)
+        mean = self.base + torch.tanh(correction)
+        if not mean.isfinite().all():
+            raise diverged(f"the policy answered {mean.tolist()[0]}")
+        return mean
 
 
 @dataclass(frozen=True)
@@ -205,7 +212,7 @@ class Policy(Agent):
     group: Annotated[int, Field(ge=2, le=10**6)] = 8
     sigma: Positive = 0.1
     sigma_decay: Share = 0.95
-    lr: Positive = 3e-3
+    lr: LearningRate = 3e-3
     updates: Count = 8
     clip: Positive = 0.5
     budgets: Annotated[Listed[Share], Field(max_length=2)] = ()

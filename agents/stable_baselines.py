@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import field
 from importlib import import_module
@@ -25,6 +25,7 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
+from torch import nn
 
 from agents.base import Agent, SearchTask
 from agents.exploration import (
@@ -37,7 +38,7 @@ from agents.exploration import (
 from agents.isolation import learning
 from agents.replay import EpisodeReplayBuffer
 from agents.vector import GymnasiumVecEnv, check_rounds
-from amc_env.errors import UserError
+from amc_env.errors import UserError, diverged, first_line, out_of_range
 from amc_env.space import SearchSpace
 from amc_env.validation import Count, Natural, NotNegative, Share, settings
 
@@ -45,6 +46,8 @@ Actions = npt.NDArray[Any]
 Algorithm = Literal["A2C", "CrossQ", "PPO", "SAC", "TD3", "TQC", "TRPO"]
 """Algorithms for continuous actions; DDPG is `agents.ddpg.DDPGAgent`."""
 
+_LARGEST_RATE = 10
+"""Of Adam, which moves each weight by about the learning rate in a step; beyond, numbers overflow."""
 _CONTRIB = ("CrossQ", "TQC", "TRPO")
 """Those of the package sb3_contrib."""
 _OURS = (
@@ -176,6 +179,21 @@ class _Watch(BaseCallback):
             self._on_update(figures)
 
 
+@contextmanager
+def _diverging(policy: nn.Module) -> Iterator[None]:
+    """Say which setting makes the errors that algorithms end in once their weights are no longer finite.
+
+    Raises:
+        UserError: There was one.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, UserError) or all(bool(w.isfinite().all()) for w in policy.parameters()):
+            raise
+        raise diverged(f"the algorithm ended ({first_line(error)})") from error
+
+
 @settings
 class StableBaselines(Agent):
     """Searches with an algorithm of Stable-Baselines3. Its policy begins around the uniform strategy.
@@ -224,6 +242,9 @@ class StableBaselines(Agent):
                 )
                 for name in wrong
             )
+        rate = self.options.get("learning_rate", 1e-3)
+        if isinstance(rate, int | float) and not 0 < rate <= _LARGEST_RATE:
+            raise out_of_range("options.learning_rate", rate, f"above 0 and at most {_LARGEST_RATE}")
 
     @property
     def made_by(self) -> type[BaseAlgorithm]:
@@ -262,7 +283,8 @@ class StableBaselines(Agent):
         total = task.episodes * len(task.space.names)
         with learning() as outside:
             learner = self._learner(task, outside)
-            learner.learn(total, callback=_Watch(total, task.on_update), log_interval=None)  # type: ignore[arg-type]
+            with _diverging(learner.policy):
+                learner.learn(total, callback=_Watch(total, task.on_update), log_interval=None)  # type: ignore[arg-type]
 
     def _learner(
         self, task: SearchTask, outside: Callable[[], AbstractContextManager[None]]

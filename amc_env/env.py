@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from amc_env.encoding import FEATURES, Encoder
-from amc_env.errors import UserError
+from amc_env.errors import UserError, diverged
 from amc_env.rewards import RewardFunction
 
 if TYPE_CHECKING:
@@ -301,11 +301,11 @@ class _Episode:
     def ratio(self, action: Action) -> float:
         """The one number of an action."""
         values = np.asarray(action, dtype=np.float64).reshape(-1)
-        if values.shape != (1,) or not np.isfinite(values).all():
-            raise ValueError(
-                f"decision {self._handle.space.names[len(self._chosen)]!r} was given the action {action!r}; "
-                "one finite pruning ratio is needed"
-            )
+        given = f"decision {self._handle.space.names[len(self._chosen)]!r} was given the action {action!r}"
+        if values.shape != (1,):
+            raise ValueError(f"{given}; one finite pruning ratio is needed")
+        if not np.isfinite(values[0]):
+            raise diverged(given)
         return float(values[0])
 
     def decide(self, ratio: float) -> Info:

@@ -57,6 +57,16 @@ class UserError(ValueError):
         return joined
 
 
+def diverged(given: str) -> UserError:
+    """The error for an agent that has learned weights which are not finite."""
+    return UserError(
+        f"{given}, and a finite pruning ratio is needed: the weights of the {{field}} are no longer finite; lower its "
+        "learning rate",
+        code="diverged",
+        field="agent",
+    )
+
+
 @contextmanager
 def reported_together() -> Iterator[Callable[[Callable[[], Any]], Any]]:
     """Gives a function that makes a part, or None where it is refused; all refusals are raised at the end.

@@ -108,9 +108,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path, seconds: float = 0.0) -> None:
-    """Remove temporary files that killed processes left in a folder and those in it, if they are older than this."""
+    """Remove temporary files that killed processes left in a folder and two levels below, if they are older than this."""
     latest = time.time() - seconds
-    for path in (*folder.glob(f"{_TEMPORARY}*"), *folder.glob(f"*/{_TEMPORARY}*")):
+    for path in (found for inner in ("", "*/", "*/*/") for found in folder.glob(f"{inner}{_TEMPORARY}*")):
         with suppress(OSError):
             if path.stat().st_mtime <= latest:
                 path.unlink()

@@ -23,8 +23,10 @@ RUN = [*SMALL, "latency.repeats=0", "export=[safetensors]", "finetune.epochs=5"]
 CASES: dict[str, tuple[str, list[str]]] = {
     "search": ("run_search", [*RUN, "search.episodes=60", "finalists.count=4"]),
     "netadapt": ("run_search", [*RUN, "agent=netadapt", "budget.ratio=0.3", "short_term.steps=3"]),
+    "stages": ("run_search", [*RUN, "search.stages=[0.7,0.5]", "budget.ratio=0.5", "search.episodes=20"]),
     "apply": ("run_apply", [*RUN, "ratio=0.5", "finetune.epochs=20"]),
     "sensitivity": ("run_sensitivity", SMALL),
+    "latency": ("run_latency", ["device=cpu", "model=digits_mlp", "latency.repeats=20"]),
 }
 TIMES = {"seconds", "resumed", "command", "cache_hits", "evaluations"}
 problems: list[str] = []
@@ -101,7 +103,10 @@ def refuse(case: str, folder: Path, prepare: Callable[[], None] | None = None) -
 
 
 def watch(folder: Path, episodes: int) -> None:
-    """Print memory and open files of a long search at each fifth of its episodes; neither may grow by a fifth."""
+    """Print memory and open files of a long search at each fifth of its episodes; neither may grow by a fifth.
+
+    The last fifth may take no more than twice as long as the second.
+    """
     options = (
         "model=digits_cnn",
         "agent=ddpg",
@@ -111,6 +116,7 @@ def watch(folder: Path, episodes: int) -> None:
     )
     process = start("search", folder, *options)
     seen: list[tuple[int, int]] = []
+    times: list[float] = []
     metrics, proc, began = folder / "metrics.csv", Path(f"/proc/{process.pid}"), time.monotonic()
     wanted = [episodes * part // 5 for part in range(1, 6)]
     while process.poll() is None and wanted:
@@ -122,9 +128,13 @@ def watch(folder: Path, episodes: int) -> None:
             print(f"{done} episodes, {seconds:.0f} s: {memory} MiB, {files} open files", flush=True)
             wanted.pop(0)
             seen.append((memory, files))
+            times.append(seconds)
     code, line = finish(process)
     check(code == 0, f"{folder}: exit code {code}: {line}")
     check(len(seen) == 5, f"{folder}: {len(seen)} of 5 looks at the search, which ended too soon")
+    if len(times) == 5:
+        second, last = times[1] - times[0], times[4] - times[3]
+        check(last <= 2 * second, f"{folder}: a fifth took {second:.0f} s and the last one {last:.0f} s")
     for what, counts in zip(("MiB", "open files"), zip(*seen, strict=True), strict=False):
         check(counts[-1] <= 1.2 * counts[0], f"{folder}: {counts[0]} {what} grew to {counts[-1]}")
 
@@ -133,7 +143,7 @@ def main() -> None:
     """All disturbances."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, help="a new folder for the runs")
-    parser.add_argument("--kills", type=int, default=12, help="random moments for each command")
+    parser.add_argument("--kills", type=int, default=9, help="random moments for each command")
     parser.add_argument("--episodes", type=int, default=1500, help="of the long search; 0: none")
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     given = parser.parse_args()

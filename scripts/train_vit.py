@@ -1,7 +1,8 @@
 """Train model=vit_cifar10 on CIFAR-10: `python scripts/train_vit.py vit_cifar10.safetensors --data DIR`.
 
-The file goes to model.weights. The search split is left out of the training, so that it can judge candidates later. The
-state is kept beside the file after each epoch; the same command continues an interrupted training.
+Weights are written in half precision; conf/weights has those of `--epochs 25 --bfloat16`. The search split is left out
+of the training, so that it can judge candidates later. The state is kept beside the file after each epoch; the same
+command continues an interrupted training.
 """
 
 import argparse
@@ -106,9 +107,11 @@ def main() -> None:
         file.save(done + 1, model, optimizer, scaler)
         score = accuracy(model, data, data.search)
         print(f"epoch {done + 1}: loss {loss:.4f}, search split {score:.4f}, {seconds:.0f} s", flush=True)
+    kept = {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    save_file(kept, given.out)
+    model.load_state_dict(kept)
     assert data.test is not None
     print(f"test split {accuracy(model, data, data.test):.4f}")
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, given.out)
 
 
 if __name__ == "__main__":

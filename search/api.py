@@ -207,7 +207,7 @@ def compress(
         test_loader: Batches for the final figures; without it they are on the validation batches, and are labelled so.
         episodes: Episodes of the search, or evaluations of an agent that does not step.
         finetune: Epochs of fine-tuning, 0 for none, or all of its settings.
-        original_lr: Peak learning rate of SGD that the network was trained with; fine-tuning takes a tenth of it by
+        original_lr: Peak learning rate of SGD that the network was trained with; fine-tuning takes three tenths of it by
             default. Without it 0.01 is taken, which is safe for networks that were trained by Adam, too.
         folder: The run folder; the same call with the same folder resumes an interrupted run. By default
             one is made under ``outputs``.
@@ -241,7 +241,7 @@ def compress(
     given |= {"granularity": granularity, "criterion": criterion, "strategy": strategy}
     base = _settings(settings, given | {"task": _task(task, score, loss)})
     with shown_log() if verbose else nullcontext():
-        _say_rate(base, known=settings is not None or original_lr is not None)
+        say_rate(base, known=original_lr is not None or base.original_lr != SAFE_LR)
         network = _network(module)
         data = _data(network, train_loader, val_loader, test_loader, base)
         place = _folder(folder)
@@ -256,7 +256,8 @@ def compress(
     return Compressed(finished.model.cpu(), result.strategy, result, place, finished.keeps, models)
 
 
-def _say_rate(settings: Settings, *, known: bool) -> None:
+def say_rate(settings: Settings, *, known: bool) -> None:
+    """Say what fine-tuning starts from where the original training's learning rate is not known."""
     if settings.finetune.epochs and not known:
         rate = settings.finetune.lr_fraction * SAFE_LR
         log.info("original_lr is not given: fine-tuning starts from %g", rate)

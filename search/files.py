@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 CACHE_VARIABLE = "PRUNING_CACHE"
 _CHECK = "check"
-_A_DAY = 24 * 3600.0  # another process may be writing a younger temporary file
+_AN_HOUR = 3600.0  # another process may be writing a younger temporary file
 Content = TypeVar("Content")
 
 
@@ -51,13 +51,13 @@ def cached(path: Path, make: Callable[[Path], object], read: Callable[[Path], Co
     Raises:
         UserError: The file cannot be written.
     """
+    sweep(path.parent, _AN_HOUR)
     if path.exists():
         try:
             with reading(path):
                 return read(path)
         except UserError as error:
             log.warning("%s is damaged and is made again: %s", path, error)
-    sweep(path.parent, _A_DAY)
     write(path, make)
     return read(path)
 

@@ -13,13 +13,15 @@ from typing import Any
 from omegaconf import DictConfig
 
 from amc_env.graph.preparing import prepared
+from search.api import say_rate
 from search.config import compose as wiring
-from search.config.command import IncompleteError, command_line, run_folder
+from search.config.command import IncompleteError, command_line, resumable, run_folder
 from search.output.formatting import layer_table
 from search.output.progress import final_table
 from search.output.run_files import network_files, pictures
 from search.output.run_result import RunResult
 from search.output.tracking import Outcome
+from search.settings import SAFE_LR
 from search.study.pipeline import Context, run
 from search.study.problem import check
 
@@ -46,16 +48,17 @@ def run_job(
     settings = wiring.settings_of(cfg, parts=parts)
     source = wiring.model_source(cfg)
     source.check()
-    settings = replace(settings, original_lr=source.original_lr).in_folder(folder)
+    settings = replace(settings, original_lr=source.original_lr or SAFE_LR).in_folder(folder)
     check(settings)
     go_on = command_line(program, folder)
     log.info("run folder: %s; to resume an interrupted run: %s", folder, go_on)
-    data = wiring.data_of(cfg, source)
-    kind = "calibration" if data.stream else "training"  # a stream's training images are never all here
-    log.info("data: %s, %d %s and %d search images", data.name, len(data.train), kind, len(data.search))
-    log.info("network: %s, weights: %s", source.name, source.origin)
-    model = prepared(source.load(data))
-    try:
+    with resumable(go_on):
+        data = wiring.data_of(cfg, source)
+        kind = "calibration" if data.stream else "training"  # a stream's training images are never all here
+        log.info("data: %s, %d %s and %d search images", data.name, len(data.train), kind, len(data.search))
+        log.info("network: %s, weights: %s", source.name, source.origin)
+        say_rate(settings, known=source.original_lr is not None)
+        model = prepared(source.load(data))
         with ExitStack() as stack:
             # opened once the journal has said that the folder is ours: another run may be writing to it
             trackers = cache(lambda: stack.enter_context(wiring.trackers(cfg, folder)))
@@ -72,9 +75,6 @@ def run_job(
 
             report = write_report(folder)
             trackers().outcome(_outcome(finished.result, folder))
-    except KeyboardInterrupt:
-        log.warning("stopped; all scores are kept, resume with: %s", go_on)
-        raise
     final_table(finished.result, folder, report)
     _check_exports(finished.result)
     return finished.result.search.search_accuracy

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from amc_env.errors import reported_together
 from amc_env.graph.preparing import prepared
 from search.config import compose as wiring
-from search.config.command import application, command_line, run_command, run_folder
+from search.config.command import application, command_line, resumable, run_command, run_folder
 from search.settings import SensitivitySettings
 from search.study.pipeline import Context
 from search.study.problem import check
@@ -39,15 +39,12 @@ def main_job(cfg: DictConfig) -> float:
     check(settings)
     go_on = command_line("amc-sensitivity", folder)
     log.info("run folder: %s; to resume an interrupted run: %s", folder, go_on)
-    data = wiring.data_of(cfg, source)
-    log.info("data: %s, %d training and %d search images", data.name, len(data.train), len(data.search))
-    model = prepared(source.load(data))
-    context = Context(folder, lambda metrics, step: None, source.name, configuration=wiring.text_of(cfg))
-    try:
+    with resumable(go_on):
+        data = wiring.data_of(cfg, source)
+        log.info("data: %s, %d training and %d search images", data.name, len(data.train), len(data.search))
+        model = prepared(source.load(data))
+        context = Context(folder, lambda metrics, step: None, source.name, configuration=wiring.text_of(cfg))
         scanned = run(model, data, settings, scan, context)
-    except KeyboardInterrupt:
-        log.warning("stopped; all scores are kept, resume with: %s", go_on)
-        raise
     outcome = scanned.picked or scanned.trials[0][0]
     return outcome.score
 

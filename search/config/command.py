@@ -8,9 +8,11 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import wraps
 from importlib import resources
 from importlib.metadata import version
@@ -63,6 +65,8 @@ FAILURE = "failure.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _sweeps: list[Path] = []
 """Folders of the sweeps of this command."""
+_made: list[Path] = []
+"""Folders that Hydra makes for the run of this command: the run's, and those above it."""
 
 
 Application = TypeVar("Application", bound=Callable[..., Any])
@@ -81,13 +85,17 @@ def application(function: Application) -> Application:
             (run_folder() / FAILURE).unlink(missing_ok=True)
             _check_sections(cfg)
             return function(cfg)
-        except _REPORTED as error:
-            hydra = HydraConfig.get()
+        except Exception as error:
+            refusal, hydra = _refusal(error), HydraConfig.get()
+            if refusal is None:
+                raise
             if hydra.mode != RunMode.MULTIRUN:
-                sys.exit(_refused(error))
+                code = _refused(refusal)
+                _remove_refused()
+                sys.exit(code)
             job = int(hydra.job.num)
-            log.error("job %d: %s", job, _line(error))  # Hydra has printed its settings
-            failure = {"job": job, "error": _line(error), "exit_code": _exit_code(error)}
+            log.error("job %d: %s", job, _line(refusal))  # Hydra has printed its settings
+            failure = {"job": job, "error": _line(refusal), "exit_code": _exit_code(refusal)}
             files.write(run_folder() / FAILURE, json.dumps(failure))
             return 0.0
 
@@ -117,18 +125,17 @@ def run_command(command: Callable[[], object]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us instead of being printed with a traceback
     began = time.time()
     _sweeps.clear()
+    _made.clear()
     try:
         with interrupts.handled():
             _check_overrides(sys.argv[1:])
             sys.argv[1:] = _with_replaced_sections(sys.argv[1:])
             command()
-    except _REPORTED as error:
-        return _refused(error)
     except BrokenPipeError:  # what read the output, like head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return INCOMPLETE
-    except (OSError, ValueError, RuntimeError, MemoryError) as error:
-        refusal = _of_the_file_system(error) or _of_memory(error)
+    except Exception as error:
+        refusal = _refusal(error)
         if refusal is None:
             raise
         return _refused(refusal)
@@ -138,12 +145,50 @@ def run_command(command: Callable[[], object]) -> int:
     return _sweep_result(began)
 
 
-class SweepEnd(Callback):
-    """Notes the folder of a sweep of this command; conf/base.yaml has Hydra call it."""
+class Folders(Callback):
+    """Looks after the folders that Hydra writes into; conf/base.yaml has Hydra call it."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Before anything is written."""
+        folder = Path(config.hydra.run.dir)
+        with suppress(OSError):  # a name that is too long, which Hydra itself comes to next
+            self._prepare(folder)
+
+    def _prepare(self, folder: Path) -> None:
+        _made[:] = [path for path in (folder, *folder.parents) if not path.exists()]
+        _remove_links(folder)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Before anything is written."""
+        folder = Path(config.hydra.sweep.dir)
+        for one in (folder, *folder.glob("*/")):
+            _remove_links(one)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """See Hydra."""
+        """Note the folder of the sweep."""
         _sweeps.append(Path(config.hydra.sweep.dir))
+
+
+def _remove_links(folder: Path) -> None:
+    """Remove symbolic links in a run folder that Hydra's files or a run's folders would be written through.
+
+    The folder may have been made by somebody else. Links to other files are replaced when those are written.
+    """
+    for path in (*folder.glob("*"), *folder.glob(".hydra/*"), *folder.glob("budgets/*")):
+        in_the_way = path.is_dir() or path.suffix in (".log", ".yaml")
+        if path.is_symlink() and in_the_way:
+            log.warning("%s is a symbolic link; it is removed, and what it leads to is left as it is", path)
+            path.unlink()
+
+
+def _remove_refused() -> None:
+    """Remove the folders that Hydra made for a run that was refused before it wrote anything of its own."""
+    if not _made or any(path.name != ".hydra" and path.suffix != ".log" for path in _made[0].glob("*")):
+        return
+    shutil.rmtree(_made[0], ignore_errors=True)
+    with suppress(OSError):  # another run's folder is in it
+        for parent in _made[1:]:
+            parent.rmdir()
 
 
 def _sweep_result(began: float) -> int:
@@ -198,6 +243,13 @@ def _names() -> tuple[set[str], set[str]]:
     return {file.name for file in files if file.is_dir()}, sections - {"defaults"}
 
 
+def _refusal(error: Exception) -> Exception | None:
+    """The error that is reported in one line; None for a fault of the project, which keeps its traceback."""
+    if isinstance(error, _REPORTED):
+        return error
+    return None if isinstance(error, BrokenPipeError) else _of_the_file_system(error) or _of_memory(error)
+
+
 def _of_the_file_system(error: BaseException) -> UserError | None:
     """The refusal of a file or folder, where that is what Hydra failed by when it made the run folder and its log."""
     cause = error if isinstance(error, OSError) else error.__cause__
@@ -248,6 +300,16 @@ def _line(error: BaseException) -> str:
         return text
     name, _, value = str(error.override).partition("=")
     return f'{error.override} cannot be read: {text}; put such a value in quotes: "{name}={_quoted(value)}"'
+
+
+@contextmanager
+def resumable(go_on: str) -> Iterator[None]:
+    """Say the command that resumes the run where it is stopped inside the block."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        log.warning("stopped; all scores are kept, resume with: %s", go_on)
+        raise
 
 
 def run_folder() -> Path:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib import import_module, resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 import hydra
 from hydra.utils import get_object, instantiate
@@ -62,6 +62,28 @@ _PACKAGES = ("amc_env", "agents", "search")
 """Packages whose classes and functions configurations may name."""
 
 
+_HOMES = {
+    "agent": "agents",
+    "budget": "amc_env.costs",
+    "criterion": "amc_env.pruning.criteria",
+    "data": "search.data",
+    "evaluator": "search.settings.ScoringSettings",
+    "granularity": "amc_env.pruning.granularity",
+    "model": "search.models",
+    "regularization": "amc_env.pruning.regularization",
+    "repair": "search.settings.RepairSettings",
+    "reward": "amc_env.rewards",
+    "schedule": "amc_env.pruning.schedule",
+    "task": "amc_env.tasks",
+    "tracker": "search.output.tracking",
+}
+"""Where the classes of this project are that a section may name; those of the user's own may be anywhere."""
+
+
+_BY_FUNCTION = {"data": Data, "model": ModelSource}
+"""Sections that name a function of this project, and what it returns."""
+
+
 _BUILT_LATER = ("model", "data", "tracker")
 """Sections whose objects read files or reach out: their arguments are checked before."""
 
@@ -89,7 +111,10 @@ def built(cfg: DictConfig, section: str, **more: Any) -> Any:
     """
     make = _maker(cfg, section)
     with _inside(section, cfg[section]):
-        return make(**more)
+        thing = make(**more)
+    if thing is None:
+        raise UserError("{field} gives nothing", code="wrong_type", field=f"{section}._target_")
+    return thing
 
 
 def made(kind: Callable[..., Built], cfg: DictConfig, section: str) -> Built:
@@ -106,6 +131,7 @@ def _maker(cfg: DictConfig, section: str) -> partial[Any]:
     for place, name in _targets({"_target_": "", **settings}, section):
         _check_trusted(name, place, cfg)
     target = get_object(settings["_target_"])
+    _check_kind(target, section)
     make: partial[Any] = instantiate(node, _partial_=True, _convert_="all")
     if not hasattr(target, "__pydantic_fields__"):  # such a class checks its arguments itself
         with _inside(section, node):
@@ -170,6 +196,27 @@ def _check_trusted(name: str, place: str, cfg: DictConfig) -> None:
         raise untrusted
     if not _is_within(str(target.__module__), packages):  # imported there from elsewhere
         raise untrusted
+
+
+def _check_kind(target: Any, section: str) -> None:
+    """Refuses, before it is called, a class or function of this project that makes something else than the section's.
+
+    Raises:
+        UserError: It does.
+    """
+    home, module = _HOMES.get(section), str(target.__module__)
+    if home is None or not _is_within(module, _PACKAGES):
+        return
+    if section in _BY_FUNCTION:
+        fits = inspect.isfunction(target) and get_type_hints(target).get("return") is _BY_FUNCTION[section]
+    else:
+        fits = inspect.isclass(target)
+    if not fits or not _is_within(f"{module}.{target.__name__}", [home]):
+        raise UserError(
+            f"{{field}}={module}.{target.__name__} is no {section} of this project; see the options of {section} in --help",
+            code="wrong_type",
+            field=f"{section}._target_",
+        )
 
 
 def _trusted(cfg: DictConfig) -> tuple[str, ...]:

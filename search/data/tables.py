@@ -125,8 +125,15 @@ def read_local(
             f"no {' and no '.join(missing or ['such files'])} in it" if path.exists() else "no such folder"
         )
         raise UserError(f"{{field}}={path}: {reason}; {way_out}", code="unreadable", field=field)
-    cache = str(files.cache_folder() / "datasets")
-    return _loaded(str(path), way_out, path=kind, data_files=found, cache_dir=cache, **options)
+    cache = files.cache_folder() / "datasets"
+    options |= {"path": kind, "data_files": found, "cache_dir": str(cache)}
+    try:
+        return _loaded(str(path), way_out, **options)
+    except UserError as error:
+        if not any(cache.rglob("*.arrow")):
+            raise
+        log.warning("%s, which may be damaged, is made again: %s", cache, error)
+        return _loaded(str(path), way_out, download_mode="force_redownload", **options)
 
 
 def _loaded(place: str, way_out: str, **options: Any) -> Tables:

@@ -9,7 +9,8 @@ Networks:
         for 32 x 32 images, with batch norm; their weights are the user's.
     resnet50: for ImageNet (He et al., arXiv 1512.03385), with the layer names of torchvision, whose
         published weights it loads.
-    vit_cifar10: a small vision transformer (Dosovitskiy et al., arXiv 2010.11929) for 32 x 32 images.
+    vit_cifar10: a small vision transformer (Dosovitskiy et al., arXiv 2010.11929) for 32 x 32 images, with weights
+        that scripts/train_vit.py trained.
     torchvision, timm, hf: any classifier of these libraries by its name, with the library's weights.
     module: what a function of the user's own makes.
 
@@ -55,7 +56,7 @@ class ModelSource:
 
     Attributes:
         build: makes the network with random weights, from (channels, height, width) and class count.
-        original_lr: peak learning rate it was trained with; fine-tuning takes a fraction of it.
+        original_lr: peak learning rate it was trained with; fine-tuning takes a fraction of it. None: not known.
         weights: the user's file; None or PRETRAINED for weights that come with the network; RANDOM.
         url: published weights; the file's name ends with its SHA-256 prefix. None where there are none.
         recipe: how it is trained once where there are neither; None where that is too expensive.
@@ -68,7 +69,7 @@ class ModelSource:
 
     name: str
     build: Build
-    original_lr: float
+    original_lr: float | None
     weights: str | None = None
     url: str | None = None
     recipe: Recipe | None = None
@@ -238,10 +239,23 @@ def _download(url: str) -> dict[str, Tensor]:
             field="model.url",
             code="wrong_type",
         )
+    load = partial(
+        torch.hub.load_state_dict_from_url,
+        *(url, None, "cpu"),
+        progress=False,
+        check_hash=True,
+        weights_only=True,
+    )
+    kept = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     with files.reading(url, "give a local copy with model.weights=FILE"):
-        content = torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", progress=False, check_hash=True, weights_only=True
-        )
+        try:
+            content = load()
+        except Exception as error:  # a damaged file may raise anything
+            if not kept.exists():
+                raise
+            log.warning("%s is damaged and is fetched again: %s", kept, first_line(error))
+            kept.unlink()
+            content = load()
     return state_dict(content, url)
 
 

@@ -28,7 +28,7 @@ def module_model(
     factory: str | None = None,
     weights: str | None = None,
     key: str | None = None,
-    original_lr: Positive = 0.1,
+    original_lr: Positive | None = None,
     arguments: Mapping[str, Any] | None = None,
 ) -> ModelSource:
     """The network that a function makes, with the weights that it gives it or those of a file.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +11,18 @@ from torch.nn import functional as F
 
 from amc_env.errors import UserError
 from amc_env.validation import Positive
-from search.models.source import ModelSource
+from search.models.source import PRETRAINED, ModelSource
+
+_WEIGHTS = Path(__file__).parents[2] / "conf" / "weights" / "vit_cifar10.safetensors"
 
 
 def vit_cifar10(
-    weights: str | None = None, url: str | None = None, original_lr: Positive = 0.03, key: str | None = None
+    weights: str | None = None, original_lr: Positive = 0.03, key: str | None = None
 ) -> ModelSource:
-    """A vision transformer of one million parameters for 32 x 32 images; scripts/train_vit.py trains it."""
+    """A vision transformer of one million parameters for CIFAR-10, with the weights of scripts/train_vit.py."""
     build = partial(build_vit, 4, 6, 128, 4, 3)
-    return ModelSource("vit_cifar10", build, original_lr, weights, url, key=key)
+    own = str(_WEIGHTS) if weights in (None, PRETRAINED) else weights
+    return ModelSource("vit_cifar10", build, original_lr, own, key=key)
 
 
 def build_vit(

@@ -270,7 +270,12 @@ def _unreliable(*networks: NetworkFigures) -> bool:
 
 def latency_note(result: RunResult) -> str:
     """A warning where measured latency is not reliable; '' where it is."""
-    if not _unreliable(*result.networks.values()):
+    return spread_note([network.latency_spread or 0 for network in result.networks.values()])
+
+
+def spread_note(spreads: Sequence[float]) -> str:
+    """A warning where measured times spread too far, as shares of their median; '' where none does."""
+    if all(spread <= BUSY for spread in spreads):
         return ""
     return (
         f"measured latency is not reliable: times spread over more than {percent(BUSY, 0)} of their median, so something "

@@ -45,10 +45,11 @@ def write_report(folder: str | Path) -> Path:
         The page's path.
 
     Raises:
-        UserError: if there is no readable result.json, as in a run that has not ended.
+        UserError: if there is no readable result.json, as in a run that has not ended, or a file is damaged.
     """
     run = RunFiles.read(Path(folder))
-    page = _rendered("report.html.j2", _view(run))
+    with files.reading(f"the run in {folder}", "its files are damaged, or another version's"):
+        page = _rendered("report.html.j2", _view(run))
     path = run.folder / "report.html"
     files.write(path, page)
     return path
@@ -88,6 +89,7 @@ def result_html(result: RunResult, folder: Path) -> str:
         "budgets": budget_lines(result.budgets, result.base.costs, result.granularity.masked),
         "layers": layers,
         "layer_titles": titles,
+        "latency_note": latency_note(result),
         "folder": folder,
     }
     return _rendered("result.html.j2", view)

@@ -83,14 +83,15 @@ class RunFiles:
             UserError: if there is no readable result.json, or another file is damaged.
         """
         result = RunResult.read(folder)
-        lines = list(_journal(folder / "evaluations.jsonl"))
+        journal = folder / "evaluations.jsonl"
+        lines = list(_journal(journal))
         header: dict[str, Any] = next((line["header"] for line in lines if "header" in line), {})
         return cls(
             folder=folder,
             result=result,
             decisions=_decisions(folder / "strategy.json"),
             header=header,
-            evaluations=tuple(_evaluation(line) for line in lines if "score" in line),
+            evaluations=tuple(_evaluation(journal, line) for line in lines if "score" in line),
             metrics=tuple(_rows(folder / METRICS)),
             configuration=_text(folder / CONFIGURATION),
             energy_kept=tuple(_energy_kept(folder / LAYER_ERRORS)),
@@ -151,10 +152,16 @@ def pictures(folder: Path) -> list[Path]:
     return sorted((folder / "plots").glob("*.png"))
 
 
-def _evaluation(line: Mapping[str, Any]) -> Evaluation:
-    return Evaluation(
-        line["start"], line["repair"], tuple(line["removed"]), line["score"], line["costs"], line["met"]
-    )
+def _evaluation(path: Path, line: Mapping[str, Any]) -> Evaluation:
+    with files.reading(path):
+        return Evaluation(
+            start=str(line["start"]),
+            repair=str(line["repair"]),
+            removed=tuple(map(int, line["removed"])),
+            score=float(line["score"]),
+            costs={name: float(cost) for name, cost in line["costs"].items()},
+            met=bool(line["met"]),
+        )
 
 
 def _decisions(path: Path) -> dict[str, Decision]:

@@ -325,7 +325,7 @@ class TensorboardTracker(NoTracker):
             lines = (outcome.titles, ["---"] * len(outcome.titles), *outcome.layers)
             self._writer.add_text("layers", "\n".join(f"| {' | '.join(line)} |" for line in lines))
         for picture in outcome.pictures:
-            with Image.open(picture) as image:
+            with Image.open(picture, formats=("PNG",)) as image:
                 self._writer.add_image(
                     f"plots/{picture.stem}", np.asarray(image.convert("RGB")), dataformats="HWC"
                 )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from amc_env.costs.latency import Call, Timing, interleaved, using_threads, warn_where_busy
+from amc_env.costs.latency import Call, Timing, interleaved, using_threads
 from amc_env.costs.latency.cost import Latency
 from amc_env.costs.latency.sampling import Checked, check_table, random_strategies
 from amc_env.costs.latency.table import LatencyTable
@@ -16,7 +16,7 @@ from amc_env.costs.memory import Activations
 from amc_env.graph.layers import Layer
 from amc_env.inputs import count, device_of
 from search import files
-from search.output.formatting import percent
+from search.output.formatting import percent, spread_note
 from search.output.progress import Progress, print_table
 from search.study.latency_table import Subject, shown_on
 
@@ -66,14 +66,18 @@ class Shown:
         """Of all layers timed alone."""
         return sum(layer.ms for layer in self.layers)
 
+    @property
+    def note(self) -> str:
+        """A warning where the times of the networks spread too far; '' where they do not."""
+        return spread_note([self.original.spread, self.most_pruned.spread])
+
     def share(self, ms: float) -> float:
         """Of the unpruned network's latency."""
         return ms / self.original.median_ms
 
-    @property
-    def least_ratio(self) -> float:
-        """The share of the original's latency that pruning can reach."""
-        return self.share(self.most_pruned.median_ms)
+    def share_text(self, ms: float) -> str:
+        """The share in percent; nothing where the times spread too far for ratios."""
+        return "" if self.note else percent(self.share(ms), 1)
 
 
 def show(subject: Subject, folder: Path) -> Shown:
@@ -90,12 +94,12 @@ def show(subject: Subject, folder: Path) -> Shown:
     _write_layers(shown, folder / CSV)
     _write_report(shown, subject, folder / REPORT)
     _print(shown)
-    warn_where_busy((shown.original, shown.most_pruned))
-    log.info(
-        "layers are timed alone, each with the norm and activation behind it; the least that pruning can reach here is %s "
-        "of the unpruned network's latency",
-        percent(shown.least_ratio, 1),
-    )
+    log.info("layers are timed alone, each with the norm and activation behind it")
+    if shown.note:
+        log.warning("%s; shares are left out", shown.note)
+    else:
+        least = shown.share_text(shown.most_pruned.median_ms)
+        log.info("the least that pruning can reach here is %s of the unpruned network's latency", least)
     log.info("%s and %s are in %s", CSV, REPORT, folder)
     return shown
 
@@ -112,7 +116,7 @@ def _write_report(shown: Shown, subject: Subject, path: Path) -> None:
             f"{time.layer.in_channels} → {time.layer.out_channels}",
             f"{time.ms:.3f}",
             percent(time.timing.spread, 0),
-            percent(shown.share(time.ms), 1),
+            shown.share_text(time.ms),
         )
         for time in shown.layers
     ]
@@ -126,23 +130,27 @@ def _write_report(shown: Shown, subject: Subject, path: Path) -> None:
         f"Each layer alone, with the norm and activation behind it; {shown.sum_ms:.3f} ms together. The spread is the "
         "distance of the quartiles, as a share of the median."
     )
+    ms = shown.most_pruned.median_ms
     facts = [
         ("unpruned", f"{shown.original.median_ms:.3f} ms"),
         (
             "pruned as far as possible",
-            f"{shown.most_pruned.median_ms:.3f} ms ({percent(shown.least_ratio, 1)})",
+            " ".join(f"{ms:.3f} ms {f'({share})' if (share := shown.share_text(ms)) else ''}".split()),
         ),
         ("batch", count(subject.example)),
         ("threads", subject.how.threads),
     ]
     headline = f"{subject.name} takes {shown.original.median_ms:.3f} ms."
-    write_page(path, headline, facts, (Section("Layers, front to back", (table, Text(note, "soft"))),))
+    warning = [Text(f"Warning: {shown.note}.", "bad")] if shown.note else []
+    write_page(
+        path, headline, facts, (Section("Layers, front to back", (*warning, table, Text(note, "soft"))),)
+    )
 
 
 def _print(shown: Shown) -> None:
     def figures(ms: float, timing: Timing | None) -> tuple[str, ...]:
         spread = "" if timing is None else percent(timing.spread, 0)
-        return f"{ms:.3f}", spread, percent(shown.share(ms), 1)
+        return f"{ms:.3f}", spread, shown.share_text(ms)
 
     rows = [
         (
@@ -241,6 +249,7 @@ def check_of(
     """
     candidates, how = subject.candidates, subject.how
     latency = Latency(candidates.original, candidates.graph, table, activations)
+    latency.check()
     with Progress() as progress:
         checked = check_table(
             latency,
@@ -273,13 +282,15 @@ def check_of(
 def _write_check_report(checked: Checked, subject: Subject, said: str, folder: Path) -> None:
     """report.html: predicted against measured latency."""
     from search.output.report import write_page
-    from search.output.sections import Picture, Section, data_uri
+    from search.output.sections import Picture, Section, Text, data_uri
 
     caption = "Networks cut at random: what the table predicts, and what was measured."
     picture = Picture(caption, data_uri(folder / CHECK_PLOT))
+    note = spread_note([timing.spread for timing in checked.measured])
+    warning = [Text(f"Warning: {note}.", "bad")] if note else []
     facts = [("networks", len(checked.strategies)), ("threads", subject.how.threads)]
     headline = f"The latency table of {subject.name}: {said}."
-    write_page(folder / REPORT, headline, facts, (Section("Predicted and measured", (picture,)),))
+    write_page(folder / REPORT, headline, facts, (Section("Predicted and measured", (*warning, picture)),))
 
 
 def _write_check(checked: Checked, subject: Subject, path: Path) -> None:

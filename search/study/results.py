@@ -117,16 +117,20 @@ def delivered_of(problem: PruningProblem, networks: Mapping[str, nn.Module]) -> 
     # The standard error of a share of hits, which stands in for that of other scores. Two of them, since the pruned
     # network is the best of many on this split and fine-tuning was not chosen on it.
     error = math.sqrt(max(before * (1 - before), 1 / len(split)) / len(split))
-    if after >= before - 2 * error:
+    if after >= before:
         return "finetuned"
+    clearly = after < before - 2 * error
     log.warning(
-        "fine-tuning lowered the %s on the search split from %.2f%% to %.2f%%: the pruned network is delivered. "
-        "Lower finetune.lr_fraction or original_lr, train for longer, or set finetune.keep=last",
+        "fine-tuning lowered the %s on the search split from %.2f%% to %.2f%%, %s. Lower finetune.lr_fraction or "
+        "original_lr, or train for longer",
         problem.settings.task.metric,
         100 * before,
         100 * after,
+        "so the pruned network is delivered; finetune.keep=last delivers the fine-tuned one"
+        if clearly
+        else "which is within two standard errors, so the fine-tuned network is delivered",
     )
-    return "pruned"
+    return "pruned" if clearly else "finetuned"
 
 
 def _networks(
@@ -134,7 +138,7 @@ def _networks(
 ) -> dict[str, NetworkFigures]:
     data = problem.data
     name, split = ("search", data.search) if data.test is None else ("test", data.test)
-    latency = _latency(problem, networks)
+    latency = _latency(problem, networks, cut=any(trial.removed) and not problem.masked)
     original = problem.space.cost([0] * len(problem.space.grids))
     dense = {f"dense_{cost}": round(original[cost]) for cost in ("macs", "params") if problem.masked}
     figures = {}
@@ -152,15 +156,16 @@ def _networks(
     return figures
 
 
-def _latency(problem: PruningProblem, networks: Mapping[str, nn.Module]) -> dict[str, Timing]:
+def _latency(problem: PruningProblem, networks: Mapping[str, nn.Module], cut: bool) -> dict[str, Timing]:
     """Measured latency; networks of one architecture are timed once, so that they do not differ by noise.
 
-    Empty where it is left out, or where the runtime cannot run such networks, which does not end the run.
+    All are of one where no channel was cut. Empty where latency is left out, or where the runtime cannot run such
+    networks, which does not end the run.
     """
     wanted = problem.settings.latency
     if not wanted.repeats:
         return {}
-    alike = {stage: "pruned" if stage != "base" and not problem.masked else "base" for stage in networks}
+    alike = {stage: "pruned" if stage != "base" and cut else "base" for stage in networks}
     timed = {stage: networks[stage] for stage in dict.fromkeys(alike.values())}
     example = problem.batch(wanted.batch)
     try:

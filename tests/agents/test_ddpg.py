@@ -217,3 +217,21 @@ def test_moments_of_silent_units_fade_to_nothing(toy) -> None:
     assert any(bool((moment == 0).any()) for moment in moments)
     tiny = torch.finfo(torch.float32).tiny
     assert not any(bool(((moment != 0) & (moment.abs() < tiny)).any()) for moment in moments)
+
+
+def test_an_actor_that_is_no_longer_finite_names_its_learning_rate(toy, monkeypatch) -> None:
+    agent = DDPGAgent(**SMALL)
+    made = DDPGAgent.learner
+
+    def broken(self, task, *more):
+        learner = made(self, task, *more)
+        with torch.no_grad():
+            for weight in learner.actor.parameters():
+                weight.fill_(torch.nan)
+        return learner
+
+    monkeypatch.setattr(DDPGAgent, "learner", broken)
+    with refused("diverged", "agent"):
+        toy().run(agent, episodes=20)
+    with refused("out_of_range", "actor_lr"):
+        DDPGAgent(actor_lr=1e38)

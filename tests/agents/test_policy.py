@@ -102,3 +102,11 @@ def test_a_file_that_is_no_policy_is_refused(tmp_path, content) -> None:
         file.write_bytes(content)
     with refused("unreadable", "policy"):
         Policy(policy=str(file))
+
+
+def test_a_policy_that_is_no_longer_finite_names_its_learning_rate(toy, monkeypatch) -> None:
+    monkeypatch.setattr(PolicyNetwork, "forward", lambda self, tokens: tokens[:, 0] * torch.nan)
+    with refused("diverged", "agent"):
+        toy().run(Policy(), episodes=8)
+    with refused("out_of_range", "lr"):
+        Policy(lr=1e38)

@@ -7,7 +7,7 @@ import torch
 from refusals import refused
 
 from agents.isolation import learning
-from agents.stable_baselines import CentredVecEnv, PPOAgent, SACAgent, StableBaselines
+from agents.stable_baselines import CentredVecEnv, PPOAgent, SACAgent, StableBaselines, TD3Agent
 from amc_env.errors import UserError
 
 TINY = {"policy_kwargs": {"net_arch": [8]}}
@@ -70,3 +70,26 @@ def test_what_the_algorithm_does_not_take_is_refused(toy) -> None:
     with pytest.raises(UserError) as caught:
         search.run(SACAgent(options={"ent_coef": "much"}), 10)
     assert (caught.value.field, search.scored) == ("agent.options", [])
+
+
+@pytest.mark.parametrize("rate", [0, -1.0, 1e38])
+def test_learning_rates_that_no_search_can_have_are_refused(rate: float) -> None:
+    with refused("out_of_range", "options.learning_rate"):
+        PPOAgent(options={"learning_rate": rate})
+
+
+@pytest.mark.parametrize("kind", [TD3Agent, PPOAgent], ids=lambda kind: kind.__name__)
+def test_a_policy_that_is_no_longer_finite_names_its_learning_rate(toy, monkeypatch, kind) -> None:
+    agent = kind(options=TINY, warmup_episodes=2, rollout_episodes=2)
+    made = kind._learner
+
+    def broken(*given):
+        learner = made(*given)
+        with torch.no_grad():
+            for weight in learner.policy.parameters():
+                weight.fill_(torch.nan)
+        return learner
+
+    monkeypatch.setattr(kind, "_learner", broken)
+    with refused("diverged", "agent"):
+        toy().run(agent, episodes=8)

@@ -208,7 +208,7 @@ def test_a_reward_of_ones_own() -> None:
 def test_an_action_that_is_not_one_finite_number_is_refused_by_decision(action: list[float]) -> None:
     env = PruningEnv(handle())
     env.reset()
-    with pytest.raises(ValueError, match=r"decision 'a'.*one finite pruning ratio"):
+    with pytest.raises(ValueError, match=r"decision 'a'.*finite pruning ratio"):
         env.step(np.array(action, np.float32))
 
 
@@ -316,7 +316,7 @@ def test_what_episodes_side_by_side_cannot_do_is_refused() -> None:
     envs.reset(options={"reset_mask": np.array([True, True])})
     with pytest.raises(ValueError, match="3 actions for 2 environments"):
         envs.step(np.zeros((3, 1), np.float32))
-    with pytest.raises(ValueError, match=r"decision 'a'.*one finite pruning ratio"):
+    with pytest.raises(ValueError, match=r"decision 'a'.*finite pruning ratio"):
         envs.step(np.array([[0.0], [math.nan]], np.float32))
     envs.step(np.zeros((2, 1), np.float32))  # the refused ones have left no trace
     assert envs.step(np.zeros((2, 1), np.float32))[2].all()

@@ -2,6 +2,9 @@
 
 import errno
 import json
+import os
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,6 +153,7 @@ def test_metrics_that_may_not_be_written(tmp_path: Path) -> None:
         ("strategy.json", "{}"),
         ("strategy.json", '{"decisions": {"a": {"removed": "many", "total": 3}}}'),
         ("strategy.json", DEEP),
+        ("strategy.json", '{"decisions": {"a": {"removed": 0, "total": 0}}}'),
         ("result.json", DEEP),
     ],
 )
@@ -159,6 +163,41 @@ def test_a_report_of_damaged_files(tmp_path: Path, small_data: Data, name: str, 
     (tmp_path / name).write_text(text)
     with refused("unreadable", ""):
         write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"delivered_network": "<b>other</b>"},
+        {"base": {"costs": {"macs": 0}}},
+        {"base": {"costs": {"macs": "many"}}},
+        {"budgets": 3},
+    ],
+    ids=str,
+)
+def test_a_report_of_a_result_with_wrong_values(
+    tmp_path: Path, small_data: Data, change: dict[str, Any]
+) -> None:
+    go(tmp_path, small_data, small())
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with refused("unreadable", ""):
+        write_report(tmp_path)
+
+
+def test_a_report_of_a_journal_whose_right_checksums_hide_wrong_lines(
+    tmp_path: Path, small_data: Data
+) -> None:
+    go(tmp_path, small_data, small())
+    journal = tmp_path / "evaluations.jsonl"
+    head, first, *rest = journal.read_bytes().splitlines(keepends=True)
+    entry = files.unsealed(first)
+    assert entry is not None
+    for change in ({"costs": {"macs": "many"}}, {"score": None}, {"removed": 3}):
+        wrong = files.sealed(entry | change).encode()
+        journal.write_bytes(b"".join([head, wrong, *rest]))
+        with refused("unreadable", ""):
+            write_report(tmp_path)
 
 
 @pytest.mark.parametrize("entry", [[1], "text", 3, None])
@@ -259,3 +298,29 @@ def test_a_cache_that_cannot_be_read_back_is_refused(tmp_path: Path) -> None:
 
     with refused("unreadable", ""):
         files.cached(tmp_path / "file", lambda path: path.write_text("x"), read)
+
+
+@pytest.mark.parametrize("damage", [b"", b"text", None], ids=["empty", "text", "cut"])
+def test_tables_in_the_cache_that_are_damaged_are_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, damage: bytes | None
+) -> None:
+    monkeypatch.setenv("PRUNING_CACHE", str(tmp_path / "cache"))
+    write(tmp_path, pa.array([{"bytes": grey(3, 32, 32), "path": "x"}] * 10, IMAGES))
+    before = cifar10(str(tmp_path), search_images=2).fingerprint
+    tables = [*(tmp_path / "cache" / "datasets").rglob("*.arrow")]
+    for file in tables:
+        file.write_bytes(file.read_bytes()[:-300] if damage is None else damage)
+    shutil.rmtree(tmp_path / "cache" / "data")  # or the decoded images are read
+    assert cifar10(str(tmp_path), search_images=2).fingerprint == before
+    assert tables
+    assert "is made again" in caplog.text
+
+
+def test_what_killed_runs_left_in_the_cache_is_swept_once_it_is_an_hour_old(tmp_path: Path) -> None:
+    left = [tmp_path / ".tmp-0a0a0a0a-old", tmp_path / ".tmp-0b0b0b0b-young"]
+    for path, age in zip(left, (3700, 3500), strict=True):
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
+    (tmp_path / "file").write_text("x")
+    assert files.cached(tmp_path / "file", lambda path: None, Path.read_text) == "x"
+    assert [path.exists() for path in left] == [False, True]

@@ -18,6 +18,7 @@ import pyarrow
 import pytest
 import torch
 from journals import content
+from omegaconf import DictConfig
 from PIL import Image
 from pyarrow import parquet
 from run_folders import journal_of, read
@@ -26,6 +27,7 @@ from safetensors.torch import save_file
 
 from amc_env.evaluation.pruner import Pruner
 from search import load_pruned
+from search.job import run_job
 from search.models.resnet import ResNet
 
 RANDOM = (
@@ -228,6 +230,56 @@ def test_launchers_and_sweepers_of_hydra(
         assert f"best_value: {results[0]['search']['search_accuracy']}" in best
 
 
+def test_a_job_gives_sweepers_its_search_score(
+    amc_search: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[float] = []
+    monkeypatch.setattr("search.job.run_job", lambda *parts: given.append(run_job(*parts)) or given[-1])
+    assert amc_search(*RANDOM, "search.images=50", "hydra.run.dir=run").code == 0
+    result = read(tmp_path / "run")
+    assert given == [result["search"]["search_accuracy"]]
+    assert given[0] not in {result[stage]["accuracy"] for stage in ("base", "pruned")}  # of the test split
+
+
+def test_a_job_of_a_sweep_without_memory_lets_the_others_run(
+    amc_search: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scarce(cfg: DictConfig, *parts: Any) -> float:
+        if cfg.seed == 1:
+            raise MemoryError("no more")
+        return 0.5
+
+    monkeypatch.setattr("search.job.run_job", scarce)
+    ended = amc_search("--multirun", "seed=1,2", *RANDOM, "hydra.sweep.dir=sweep")
+    assert ended.code == 2
+    assert "error: job 0: out of memory (no more)" in ended.err
+    assert [file.parent.name for file in (tmp_path / "sweep").glob("*/failure.json")] == ["0"]
+
+
+def test_a_refused_run_leaves_no_folder(amc_search: Command, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for folder in ("runs/first/a", "mine/b", "mine"):
+        assert amc_search(*RANDOM, "budget.ratio=7", f"hydra.run.dir={folder}").code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]  # which was there before
+    assert not (tmp_path / "mine" / "b").exists()
+
+
+def test_nothing_is_written_through_links_in_a_run_folder(amc_search: Command, tmp_path: Path) -> None:
+    precious, run = tmp_path / "precious", tmp_path / "run"
+    (run / ".hydra").mkdir(parents=True)
+    precious.mkdir()
+    links = {run / ".hydra" / "config.yaml": "a.yaml", run / "run_search.log": "a.log", run / "plots": ""}
+    for link, name in links.items():
+        link.symlink_to(precious / name)
+        if name:
+            (precious / name).write_text("keep me")
+    assert amc_search(*RANDOM, "hydra.run.dir=run").code == 0
+    assert {file.name: file.read_text() for file in precious.iterdir()} == dict.fromkeys(
+        ("a.yaml", "a.log"), "keep me"
+    )
+    assert not any(link.is_symlink() for link in links)
+
+
 def test_an_export_that_failed_is_exit_code_1(
     amc_search: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,7 +414,8 @@ def test_episodes_may_grow_and_not_shrink_and_no_other_change_is_taken(
 ) -> None:
     run, options = tmp_path / "run", (*RANDOM, "finalists.count=2", "hydra.run.dir=run")
     assert amc_search(*options).code == 0
-    files = [run / name for name in ("evaluations.jsonl", "metrics.csv", "result.json")]
+    names = ("evaluations.jsonl", "metrics.csv", "result.json", "config.yaml", "report.html")
+    files = [run / name for name in names]
     before, first = [content(file) for file in files], journal_of(run)[1:]
     ended = amc_search(*options, "seed=5", "max_ratio=0.8")
     assert_refused(ended, "seed: 0 then, 5 now", "max_ratio: 0.9 then, 0.8 now", "another hydra.run.dir")
@@ -437,84 +490,6 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path: Path, pause: float) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- mistakes
-
-ALL_MODELS = ("digits_cnn", "digits_mlp", "mobilenet", "plain20", "resnet20", "resnet56", "vgg16")
-
-
-@pytest.mark.parametrize(
-    ("overrides", "says"),
-    [
-        (["model=foo"], ALL_MODELS),
-        (["agent=foo"], ("ddpg", "random", "sensitivity", "uniform")),
-        (["budget=foo"], ("flops", "none", "params")),
-        (["foo=1"], ("unknown key foo", "budget", "seed")),
-        (["budget.foo=1"], ("unknown key budget.foo", "ratio", "limit")),
-        (["+foo=1"], ("unknown key foo",)),
-        (
-            ["agent=ddpg", "+finetune.foo=1", "+agent.foo=1"],
-            ("unknown key finetune.foo", "epochs", "unknown key agent.foo", "sigma"),
-        ),
-        (["budget.ratio=null"], ("budget.ratio or limit is needed",)),
-        (
-            [
-                *("budget.ratio=abc", "search.episodes=many", "enforce_budget=maybe", "device=3", "seed=x"),
-                *("agent=ddpg", "agent.sigma=y", "agent.hidden=[a]"),
-            ],
-            (
-                *("budget.ratio=abc must be a number", "search.episodes=many must be a whole number"),
-                *("enforce_budget=maybe must be true or false", "device=3", "seed=x"),
-                *("agent.sigma=y must be a number", "agent.hidden"),
-            ),
-        ),
-        (
-            [
-                *("budget.ratio=7", "search.episodes=0", "finetune.epochs=-1", "latency.batch=0"),
-                *("agent=ddpg", "agent.sigma=-1", "criterion.p=3", "channel_multiple=0", "max_ratio=2"),
-            ],
-            (
-                *("budget.ratio=7 must be", "search.episodes=0 must be at least 1", "finetune.epochs=-1"),
-                *("latency.batch=0", "agent.sigma=-1 must be at least 0", "criterion.p=3", "1 or 2"),
-                *("channel_multiple=0", "max_ratio=2"),
-            ),
-        ),
-        (["search.images=99999"], ("search.images=99999", "1438")),
-        (["agent=uniform", "budget=none"], ("agent.ratio",)),
-        (["reward=infinity"], ("enforce_budget=false",)),
-        (
-            ["reward={_target_:nowhere.at_all}", "agent={_target_:builtins.dict}"],
-            (
-                "reward._target_=nowhere.at_all is no class or function",
-                "agent._target_=builtins.dict is no class or function",
-            ),
-        ),
-        (["agent=policy", "agent.policy=nowhere"], ("agent.policy=nowhere is no policy",)),
-        (["reward={_target_:search.at_all}"], ("reward._target_=search.at_all cannot be found",)),
-        (["agent=null"], ("agent=null chooses nothing",)),
-        (["model=null"], ("model=null chooses nothing",)),
-        (["data="], ("data= chooses nothing",)),
-        (["~agent"], ("agent is needed",)),
-        (["~model"], ("model is needed",)),
-        (["search=5"], ("search=5 is no section",)),
-        (["device=abacus"], ("device=abacus", "device=cpu")),
-        (["export=[tflite]"], ("tflite", "safetensors, pt2, onnx")),
-        (["seed=[1"], ("seed=[1 cannot be read",)),
-        (["--seed=3"], ("write seed=3",)),
-        (["data.path=a=b"], ("put such a value in quotes: \"data.path='a=b'\"",)),
-        (
-            ["budget.ratio=0.001"],
-            ("the least is", "max_ratio", "Not pruned: linear (its channels are the network's output)"),
-        ),
-        (["model.weights=nowhere.pt"], ("model.weights=nowhere.pt", "no such file")),
-        (["model=resnet20", "data=cifar10", "data.path=nowhere"], ("data.path=nowhere: no such folder",)),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_a_mistake_is_one_line_and_nothing_is_scored(
-    amc_search: Command, tmp_path: Path, overrides: list[str], says: tuple[str, ...]
-) -> None:
-    assert_refused(amc_search(*overrides, "hydra.run.dir=run"), *says)
-    assert not (tmp_path / "run" / "evaluations.jsonl").exists()
-    assert not (tmp_path / "run" / "metrics.csv").exists()
 
 
 def test_weights_that_do_not_fit_are_listed(amc_search: Command, tmp_path: Path) -> None:

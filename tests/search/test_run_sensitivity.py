@@ -190,42 +190,6 @@ def test_a_scan_for_latency_serves_other_budgets_and_the_other_way_round(
     assert len(trials_of(tmp_path / "run")) == len(after)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "says"),
-    [
-        (["ratios=[]"], ("ratios=[] must be",)),
-        (["ratios=[0.5,1.5]", "threshold=2"], ("ratios[1]=1.5", "threshold=2 must be below 1")),
-        (
-            ["ratios=half", "threshold=low", "seed=x"],
-            ("ratios=half must be a list", "threshold=low must be a number", "seed=x must be a whole number"),
-        ),
-        (["also.params=2"], ("also.params=2 must be",)),
-        (
-            ["latency.runtime=fast", "budget.ratio=2"],
-            ("latency.runtime=fast must be 'eager'", "budget.ratio=2 must be"),
-        ),
-        (["budget.ratio=0.0001"], ("cannot be reached", "the least is")),
-        (["agent=ddpg"], ("agent",)),
-        (["+agent=ddpg"], ("unknown key agent; there are model, data, task, budget",)),
-        (["finetune.epochs=1"], ("unknown key finetune",)),
-        (["search.episodes=5"], ("unknown key search.episodes; there are images",)),
-        (["repair=glue"], ("glue", "least_squares")),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_a_mistake_is_one_line_and_nothing_is_scored(
-    amc_sensitivity: Command, tmp_path: Path, overrides: list[str], says: tuple[str, ...]
-) -> None:
-    ended = amc_sensitivity(*QUICK, *overrides)
-    (line,) = ended.err.splitlines()
-    assert ended.code == 2
-    assert line.startswith("error: ")
-    assert "agent.ratios" not in line
-    for text in says:
-        assert text in line
-    assert not (tmp_path / "run" / "evaluations.jsonl").exists()
-
-
 def test_help_says_what_it_does_and_what_there_is(amc_sensitivity: Command) -> None:
     ended = amc_sensitivity("--help")
     assert ended.code == 0

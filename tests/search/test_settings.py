@@ -105,6 +105,12 @@ def test_what_is_at_the_edge_is_taken() -> None:
     assert BudgetSettings("params", ratio=1).ratio == 1
     assert BudgetSettings("macs", ratio=None, limit=1.0).limit == 1.0
     assert FinetuneSettings(epochs=0, lr_fraction=1).epochs == 0
+    assert LatencySettings(repeats=0).repeats == 0
+    assert FinalistSettings(count=0).count == 0
+    settings = Settings(Uniform(ratio=0.5), 1, budgets=(), reward=Infinity(), enforce_budget=False)
+    assert settings.budgets == ()
+    rounds = Settings(Random(), 1, schedule=Schedule("linear", 3), finetune=FinetuneSettings(epochs=3))
+    assert rounds.schedule.rounds == rounds.finetune.epochs
 
 
 def test_fine_tuning_follows_the_unpruned_network_where_the_task_can() -> None:
@@ -119,12 +125,6 @@ def test_fine_tuning_follows_the_unpruned_network_where_the_task_can() -> None:
 
 def _nothing(*_given: Any) -> Any:
     raise AssertionError
-    assert LatencySettings(repeats=0).repeats == 0
-    assert FinalistSettings(count=0).count == 0
-    settings = Settings(Uniform(ratio=0.5), 1, budgets=(), reward=Infinity(), enforce_budget=False)
-    assert settings.budgets == ()
-    rounds = Settings(Random(), 1, schedule=Schedule("linear", 3), finetune=FinetuneSettings(epochs=3))
-    assert rounds.schedule.rounds == rounds.finetune.epochs
 
 
 def test_epochs_of_a_whole_run() -> None:

@@ -107,7 +107,8 @@ class Latency(NetworkCost):
                 for layer, inputs in zip(graph.layers, self._sizes[:, 0], strict=True)
             ]
         )
-        self._elements = _elements(activations, inside_units(model, graph), len(graph.groups))
+        self._groups = len(graph.groups)
+        self._elements = _elements(activations, inside_units(model, graph), self._groups)
 
     @classmethod
     def build(cls, problem: CostInputs, settings: LatencyBudget) -> Self:
@@ -117,14 +118,22 @@ class Latency(NetworkCost):
             UserError: The table is another network's, was measured under other conditions, or predicts no time above 0.
         """
         latency = cls(problem.model, problem.graph, *problem.latency_table(settings))
-        unpruned = latency([0] * len(problem.graph.groups))
+        latency.check()
+        return latency
+
+    def check(self) -> None:
+        """Refuses a table by which the unpruned network takes no time.
+
+        Raises:
+            UserError: It is such a table.
+        """
+        unpruned = self([0] * self._groups)
         if not unpruned > 0:
             raise UserError(
                 f"the latency table predicts {unpruned:g} ms for the unpruned network: its correction cannot be right; "
                 "build one with amc-latency build",
                 code="wrong_table",
             )
-        return latency
 
     @classmethod
     def format(cls, value: float) -> str:

@@ -132,41 +132,6 @@ def test_a_stopped_run_goes_on_and_another_strategy_is_refused(amc_apply: Comman
 # ---------------------------------------------------------------------------------------------- mistakes
 
 
-@pytest.mark.parametrize(
-    ("overrides", "says"),
-    [
-        ([], ("nothing is given", "strategy=FILE", "ratio=0.5")),
-        (["ratio=0.5", "strategy=x"], ("strategy and ratio are both given", "one of the two")),
-        (["ratio=1.5"], ("error: ratio=1.5 must be below 1",)),
-        (["ratio=1.5", "finetune.epochs=-1"], ("ratio=1.5 must", "finetune.epochs=-1 must")),
-        (["ratio=half", "seed=x"], ("ratio=half must be a number", "seed=x must be a whole number")),
-        (["strategy=3"], ("strategy=3 must be text",)),
-        (["strategy=nowhere.json"], ("strategy=nowhere.json cannot be read (no such file)",)),
-        (["strategy=broken.json"], ("strategy=broken.json cannot be read (Expecting",)),
-        (["strategy=other.json"], ("strategy=other.json has no object 'decisions'",)),
-        (["ratio=0.5", "+agent=ddpg"], ("agent", "there are model, data")),
-        (["ratio=0.5", "foo=1"], ("unknown key foo",)),
-        (["ratio=0.5", "+search.foo=1"], ("unknown key search.foo; there are episodes, images",)),
-        (["ratio=0.5", "search=5"], ("search=5 is no section",)),
-        (["ratio=0.5", "budget.ratio=0.5"], ("budget",)),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_a_mistake_is_one_line_before_anything_is_read(
-    amc_apply: Command, tmp_path: Path, overrides: list[str], says: tuple[str, ...]
-) -> None:
-    (tmp_path / "broken.json").write_text("{")
-    (tmp_path / "other.json").write_text('{"strategy": {}}')
-    ended = amc_apply(*overrides, "hydra.run.dir=run")
-    assert ended.code == 2
-    assert len(ended.err.splitlines()) == 1, ended.err
-    assert ended.err.startswith("error: ")
-    for text in says:
-        assert text in ended.err
-    assert "data: " not in ended.out
-    assert not (tmp_path / "run" / "evaluations.jsonl").exists()
-
-
 def test_a_strategy_that_does_not_fit_is_refused_before_anything_is_scored(
     amc_apply: Command, tmp_path: Path
 ) -> None:

@@ -204,7 +204,12 @@ def test_weights_that_are_not_the_run_s_are_refused(
 
 def test_what_killed_runs_left_is_swept(small_data: Data, tmp_path: Path) -> None:
     (tmp_path / "starts").mkdir()
-    left = [tmp_path / "starts" / ".tmp-0a0a0a0a-round-1.safetensors", tmp_path / ".tmp-0a0a0a0a-result.json"]
+    (tmp_path / "budgets" / "0.5").mkdir(parents=True)
+    left = [
+        tmp_path / "starts" / ".tmp-0a0a0a0a-round-1.safetensors",
+        tmp_path / ".tmp-0a0a0a0a-result.json",
+        tmp_path / "budgets" / "0.5" / ".tmp-0a0a0a0a-strategy.json",
+    ]
     for path in left:
         path.touch()
     (tmp_path / ".hidden").touch()
