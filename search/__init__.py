@@ -1,7 +1,7 @@
 """Search for a smaller network: the commands, and the same from Python.
 
 `compress` is the main job on a network of one's own, `make_env` its search as a Gymnasium environment, `make_vec_env`
-several of them side by side, and `load_pruned` restores what a run left behind.
+several of them side by side, `Settings` all that can be set, and `load_pruned` restores what a run left behind.
 """
 
 from __future__ import annotations
@@ -40,16 +40,18 @@ if TYPE_CHECKING:
     from search.api import make_env as make_env
     from search.api import make_vec_env as make_vec_env
     from search.output.weights import load_pruned as load_pruned
+    from search.settings import Settings as Settings
 
 _HOMES = {
     "Compressed": "search.api",
+    "Settings": "search.settings",
     "compress": "search.api",
     "make_env": "search.api",
     "make_vec_env": "search.api",
     "load_pruned": "search.output.weights",
 }
 
-__all__ = ["Compressed", "compress", "load_pruned", "make_env", "make_vec_env"]
+__all__ = ["Compressed", "Settings", "compress", "load_pruned", "make_env", "make_vec_env"]
 
 
 def __getattr__(name: str) -> Any:

@@ -49,6 +49,7 @@ from search.output.run_result import FrontRow, RunResult
 from search.output.tracking import CsvTracker
 from search.settings import (
     SAFE_LR,
+    Baseline,
     FinetuneSettings,
     Settings,
     channel_multiple,
@@ -181,6 +182,7 @@ def compress(
     score: Callable[[nn.Module, Batches], float] | None = None,
     loss: Callable[[Any, Any], Tensor] | None = None,
     settings: Settings | None = None,
+    baselines: Sequence[Baseline] | None = None,
     verbose: bool = True,
 ) -> Compressed:
     """Searches pruning ratios for a trained network, prunes and fine-tunes it.
@@ -230,6 +232,8 @@ def compress(
             that is given wins over the same field; one that is not leaves it alone. By default half of the
             MACs, the agent ``surrogate``, 300 episodes, 10 epochs of fine-tuning and seed 0 are used, and layers keep
             multiples of 2 channels; without settings, under a latency budget of its ``vector_width``.
+        baselines: Agents that are scored beside the agent after the search, of ``uniform`` and ``random``; [] for none.
+            By default both, or the first alone where an evaluation is expensive.
         verbose: Print what can be reached, the progress, and the result. Warnings are logged in any case.
 
     Raises:
@@ -238,7 +242,12 @@ def compress(
     _check_types(settings=settings, folder=folder, score=score, loss=loss)
     given: dict[str, Any] = {"episodes": episodes, "original_lr": original_lr, "seed": seed, "device": device}
     given |= {"budget": budget, "ratios": budgets, "agent": agent, "finetune": finetune, "keep": keep}
-    given |= {"granularity": granularity, "criterion": criterion, "strategy": strategy}
+    given |= {
+        "granularity": granularity,
+        "criterion": criterion,
+        "strategy": strategy,
+        "baselines": baselines,
+    }
     base = _settings(settings, given | {"task": _task(task, score, loss)})
     with shown_log() if verbose else nullcontext():
         say_rate(base, known=original_lr is not None or base.original_lr != SAFE_LR)

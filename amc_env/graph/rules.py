@@ -438,11 +438,9 @@ def _pad(labels: Labels, arguments: Arguments, out: Tensor) -> Sequence[Dim]:
     for index in range(len(pad) // 2):
         place, (before, after) = x.ndim - 1 - index, pad[2 * index : 2 * index + 2]
         if dims[place].labels is not None and (before or after):
-            labels.fix(
-                dims[place],
-                "zeros are padded to its channels; model.shortcut=selection cuts them where the network has it",
-            )
-            dims[place] = Dim(labels.fixed(out.shape[place], "its channels meet padded ones"))
+            cure = "model.shortcut=selection cuts them where the network has it"
+            labels.fix(dims[place], f"zeros are padded to its channels; {cure}")
+            dims[place] = Dim(labels.fixed(out.shape[place], f"its channels meet padded ones; {cure}"))
     return dims
 
 

@@ -18,11 +18,14 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 from urllib.parse import urlsplit
 
 from amc_env.errors import UserError
 from search import files
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Pixels
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +223,7 @@ class WandbTracker:
 
         self.run.summary.update(dict(outcome.figures))
         shown: dict[str, Any] = {
-            f"plots/{picture.stem}": wandb.Image(str(picture)) for picture in outcome.pictures
+            f"plots/{picture.stem}": wandb.Image(_opened(picture)) for picture in outcome.pictures
         }
         if outcome.layers:
             shown["layers"] = wandb.Table(list(outcome.titles), [list(row) for row in outcome.layers])
@@ -277,7 +280,7 @@ class WandbTracker:
             if (last := self.run.summary.get(axis)) is not None:
                 self._last[phase] = int(last)
             self.run.define_metric(axis, hidden=True)
-            for prefix in ("episode", "best", "search") if phase == "search" else ("finetune",):
+            for prefix in ("episode", "best", "agent") if phase == "search" else ("finetune",):
                 self.run.define_metric(f"{prefix}/*", step_metric=axis)
         self._note.write(self.run.id, self._last)
         if offline:
@@ -317,7 +320,6 @@ class TensorboardTracker(NoTracker):
 
     def outcome(self, outcome: Outcome) -> None:
         import numpy as np
-        from PIL import Image
 
         figures = "\n".join(f"- {name}: {value}" for name, value in outcome.figures.items())
         self._writer.add_text("summary", figures)
@@ -325,10 +327,7 @@ class TensorboardTracker(NoTracker):
             lines = (outcome.titles, ["---"] * len(outcome.titles), *outcome.layers)
             self._writer.add_text("layers", "\n".join(f"| {' | '.join(line)} |" for line in lines))
         for picture in outcome.pictures:
-            with Image.open(picture, formats=("PNG",)) as image:
-                self._writer.add_image(
-                    f"plots/{picture.stem}", np.asarray(image.convert("RGB")), dataformats="HWC"
-                )
+            self._writer.add_image(f"plots/{picture.stem}", np.asarray(_opened(picture)), dataformats="HWC")
 
     def close(self) -> None:
         self._writer.close()
@@ -384,9 +383,17 @@ def _run_id(known: str | None) -> str | None:
     return given if given and os.environ.get("WANDB_SWEEP_ID") else known or given
 
 
+def _opened(picture: Path) -> Pixels:
+    """A PNG file's image; a file of another kind under such a name is not given to Pillow's other decoders."""
+    from PIL import Image
+
+    with Image.open(picture, formats=("PNG",)) as image:
+        return image.convert("RGB")
+
+
 def _has_key(wandb: Any) -> bool:
     """Whether W&B has an API key without asking for one."""
-    settings = wandb.setup().settings
+    settings = wandb.setup(wandb.Settings(silent=True)).settings  # also its remark on a package called agents
     if settings.api_key:
         return True
     try:

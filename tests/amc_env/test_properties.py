@@ -16,7 +16,9 @@ from networks import images
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from amc_env.costs.base import NetworkCost
 from amc_env.costs.counts import Macs, Params
+from amc_env.costs.memory import Activations, Memory
 from amc_env.encoding import Encoder, describe
 from amc_env.env import EnvHandle, PruningEnv
 from amc_env.errors import UserError
@@ -34,7 +36,7 @@ EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "0"))
 KINDS = ("residual", "concat", "depthwise", "grouped", "shared", "attention", "gate")
 PLANS = st.lists(st.tuples(st.sampled_from(KINDS), st.sampled_from((4, 8, 12))), min_size=1, max_size=3)
 RATIOS = st.lists(st.floats(0, 1), min_size=24, max_size=24)
-COSTS = ("macs", "params", "both")
+COSTS = ("macs", "params", "both", "memory")
 
 
 def examples(count: int) -> settings:
@@ -102,12 +104,16 @@ def made(plan: Sequence[tuple[str, int]], multiple: int) -> tuple[nn.Module, Lay
     return network, *Channel(multiple, 0.9).decisions(trace(network, images(2)))
 
 
-def spaced(graph: LayerGraph, grids: tuple[Grid, ...], costs: str, ratio: float) -> SearchSpace:
+def spaced(
+    network: nn.Module, graph: LayerGraph, grids: tuple[Grid, ...], costs: str, ratio: float
+) -> SearchSpace:
     """Budgets of this share; examples whose budget is out of reach are skipped."""
-    both = [Macs(graph), Params(graph)]
-    limited = [cost for cost in both if costs in (cost.name, "both")]
+    known: list[NetworkCost] = [Macs(graph), Params(graph)]
     try:
-        return SearchSpace(grids, both, [Budget.of(cost, len(grids), ratio=ratio) for cost in limited])
+        if costs == "memory":  # attention is not followed symbolically
+            known.append(Memory(Activations(network, graph, grids, images(1))))
+        limited = [cost for cost in known if costs in (cost.name, "both")]
+        return SearchSpace(grids, known, [Budget.of(cost, len(grids), ratio=ratio) for cost in limited])
     except UserError:
         assume(False)
         raise
@@ -130,12 +136,12 @@ def candidates_of(network: nn.Module, graph: LayerGraph) -> Candidates:
 
 
 @given(PLANS, st.sampled_from((1, 2)), st.sampled_from(COSTS), st.floats(0.2, 0.9), RATIOS)
-@examples(6)
+@examples(8)
 def test_budgets_are_met_and_slim_networks_are_masked_ones(
     plan: list[tuple[str, int]], multiple: int, costs: str, ratio: float, ratios: list[float]
 ) -> None:
     network, graph, grids = made(plan, multiple)
-    space, candidates = spaced(graph, grids, costs, ratio), candidates_of(network, graph)
+    space, candidates = spaced(network, graph, grids, costs, ratio), candidates_of(network, graph)
     removed = space.project(ratios[: len(grids)])
     assert space.met(removed)
     slim = candidates.build(removed)
@@ -146,12 +152,12 @@ def test_budgets_are_met_and_slim_networks_are_masked_ones(
 
 
 @given(PLANS, st.sampled_from((1, 2)), st.sampled_from(COSTS), st.floats(0.2, 0.9), RATIOS)
-@examples(6)
+@examples(8)
 def test_every_episode_can_be_ended_within_the_budget(
     plan: list[tuple[str, int]], multiple: int, costs: str, ratio: float, ratios: list[float]
 ) -> None:
-    _, graph, grids = made(plan, multiple)
-    space = spaced(graph, grids, costs, ratio)
+    network, graph, grids = made(plan, multiple)
+    space = spaced(network, graph, grids, costs, ratio)
     found: list[Strategy] = []
 
     def score(strategy: Strategy) -> Trial:
@@ -169,7 +175,7 @@ def test_every_episode_can_be_ended_within_the_budget(
 
 
 @given(PLANS, RATIOS)
-@examples(1)
+@examples(3)
 def test_exports_compute_what_slim_networks_do(
     tmp_path_factory: pytest.TempPathFactory, plan: list[tuple[str, int]], ratios: list[float]
 ) -> None:

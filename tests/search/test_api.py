@@ -419,6 +419,14 @@ def test_the_result_is_short_in_print_and_has_a_table(
     assert capsys.readouterr() == ("", "")
 
 
+def test_baselines_are_chosen_from_python_too(tmp_path: Path) -> None:
+    for baselines in ((), ("uniform",)):
+        small = compressed(tmp_path / str(len(baselines)), baselines=baselines)
+        assert tuple(other.agent for other in small.result.baselines) == baselines
+    with refused("out_of_range", "baselines[0]"):
+        compressed(tmp_path / "x", baselines=["best"])
+
+
 def test_a_saved_outcome_is_loaded_and_its_strategy_applied_again(tmp_path: Path) -> None:
     small = compressed(tmp_path / "run")
     saved = small.save(tmp_path / "saved")

@@ -98,6 +98,15 @@ def test_a_file_of_a_run_that_may_not_be_written(tmp_path: Path, small_data: Dat
     assert [path for path in tmp_path.iterdir() if path.name.startswith(".tmp")] == []
 
 
+@pytest.mark.plots
+@pytest.mark.parametrize("name", ["report.html", "plots"])
+def test_a_report_that_may_not_be_written(tmp_path: Path, small_data: Data, name: str) -> None:
+    go(tmp_path, small_data, small())
+    (tmp_path / name).mkdir() if name == "report.html" else (tmp_path / name).write_text("a file")
+    with refused("unwritable", ""):
+        write_report(tmp_path)
+
+
 @pytest.mark.parametrize("override", ["hydra.run.dir=", "hydra.run.dir=''", "hydra.sweep.dir=null"])
 def test_an_empty_run_folder_is_not_the_current_one(
     amc_search: Command, tmp_path: Path, override: str

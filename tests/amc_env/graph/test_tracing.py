@@ -48,7 +48,7 @@ def test_resnet20_groups(shortcut: str, groups: int) -> None:
     assert skipped.pop("linear") == "its channels are the network's output"
     streams = {layer.name for layer in graph.layers if layer.name == "conv1" or layer.name.endswith("conv2")}
     assert set(skipped) == (streams if shortcut == "pad" else set())
-    assert all("padded" in reason for reason in skipped.values())
+    assert all("padded" in reason and "model.shortcut=selection" in reason for reason in skipped.values())
 
 
 def test_selection_shortcut_couples_the_streams() -> None:

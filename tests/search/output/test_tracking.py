@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from refusals import refused
 
 from search.output import tracking
@@ -21,6 +21,7 @@ from search.output.tracking import (
     TensorboardTracker,
     Trackers,
     WandbTracker,
+    _opened,
     phase_of,
 )
 
@@ -198,7 +199,12 @@ class TestWandb:
         assert artifact.metadata == {"pruned/accuracy": 0.9}
         assert set(artifact.manifest.entries) == {"model.safetensors"}
 
-    def test_offline_files_hold_the_pictures_and_the_table(self, tmp_path: Path) -> None:
+    def test_offline_files_hold_the_pictures_and_the_table_and_nothing_is_printed(
+        self, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        import agents  # a package of this name makes W&B advertise another product
+
+        assert agents
         tracker = WandbTracker(tmp_path)
         tracker.outcome(outcome(tmp_path))
         tracker.close()
@@ -206,6 +212,14 @@ class TestWandb:
             path.suffix for path in tmp_path.glob("wandb/offline-run-*/files/media/**/*") if path.is_file()
         }
         assert media == {".png", ".json"}
+        assert capfd.readouterr() == ("", "")
+
+    def test_a_picture_of_another_kind_is_not_decoded(self, tmp_path: Path) -> None:
+        picture = tmp_path / "plots" / "x.png"
+        picture.parent.mkdir()
+        picture.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+        with pytest.raises(UnidentifiedImageError):
+            _opened(picture)
 
     def test_without_wandb_a_search_goes_on_with_one_warning(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
