@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,32 @@ def test_launchers_and_sweepers_of_hydra(
         assert f"best_value: {results[0]['search']['search_accuracy']}" in best
 
 
+@pytest.mark.plots
+def test_a_run_says_what_can_be_reached_and_its_report_has_all_parts(
+    amc_search: Command, tmp_path: Path
+) -> None:
+    options = [option for option in QUICK if option != "baselines=[]"]
+    ended = amc_search(*options, "repair=least_squares", "finetune.epochs=2", "hydra.run.dir=run")
+    assert "MACs: " in ended.out
+    assert "least reachable" in ended.out
+    page = (tmp_path / "run" / "report.html").read_text()
+    for text in (
+        "Beside the baselines",
+        "Layers, original → pruned",
+        "were scored again with repair=sequential: the best reward that is stated",
+        "Best strategies",
+    ):
+        assert text in page
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len([row for row in rows if row["finetune/accuracy"]]) == 2
+
+
+def test_the_version_is_printed(amc_search: Command) -> None:
+    ended = amc_search("--version")
+    assert (ended.code, ended.out) == (0, f"amc-netadapt {version('amc-netadapt')}\n")
+
+
 def test_a_job_gives_sweepers_its_search_score(
     amc_search: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,6 +337,8 @@ def test_wandb_offline_keeps_its_run(
     assert amc_search(*options, "search.episodes=6").code == 0
     assert (run / "wandb_id.txt").read_text().split()[0] == identity
     assert {file.name for file in run.glob("wandb/offline-run-*/*.wandb")} == {f"run-{identity}.wandb"}
+    kept = [*run.glob("wandb/offline-run-*/files/media/**/*")]
+    assert {path.suffix for path in kept if path.is_file()} == {".png", ".json"}  # pictures and the layers' table
     table = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     assert [row["step"] for row in table] == ["1", "2", "3", "4", "5", "6"]
 
