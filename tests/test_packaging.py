@@ -1,10 +1,11 @@
-"""The wheel: holds code, configuration and templates, and runs outside the checkout."""
+"""The archives: the wheel holds code, configuration and templates, and runs outside the checkout."""
 
 import importlib
 import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -15,21 +16,54 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built wheel; built without a network, by the build backend that is installed where there is one."""
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source archive; built without a network, by the build backend that is installed where there is one."""
     pytest.importorskip("hatchling", reason="hatchling is not installed, and tests fetch nothing")
-    folder = tmp_path_factory.mktemp("dist")
+    folder = tmp_path_factory.mktemp("sdist")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (built,) = folder.glob("*.tar.gz")
+    return built
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that is built from the source archive."""
+    folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
-    subprocess.run([*command, "--wheel-dir", str(folder), str(ROOT)], check=True)
+    subprocess.run([*command, "--wheel-dir", str(folder), str(sdist)], check=True)
     (built,) = folder.glob("*.whl")
     return built
+
+
+def test_the_source_archive_holds_what_tests_and_documentation_need(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for name in (
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "mkdocs.yml",
+        "tests/conftest.py",
+        "scripts/run.sh",
+    ):
+        assert name in names
+    for path in (*ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*"), *ROOT.glob("conf/weights/*")):
+        if path.is_file():
+            assert str(path.relative_to(ROOT)) in names
+    assert not [name for name in names if name.startswith(("outputs", ".venv", "site"))]
 
 
 def test_the_wheel_holds_packages_configuration_and_templates(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     templates = list(ROOT.glob("search/output/templates/*"))
     assert templates
-    for path in (*ROOT.glob("conf/**/*.yaml"), *ROOT.glob("conf/strategies/*.json"), *templates):
+    for path in (
+        *ROOT.glob("conf/**/*.yaml"),
+        *ROOT.glob("conf/strategies/*.json"),
+        *ROOT.glob("conf/weights/*"),
+        *templates,
+    ):
         assert str(path.relative_to(ROOT)) in names
     for package in ("amc_env", "amc_env/pruning", "agents", "search", "conf"):
         assert f"{package}/__init__.py" in names

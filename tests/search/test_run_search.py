@@ -338,7 +338,10 @@ def test_wandb_offline_keeps_its_run(
     assert (run / "wandb_id.txt").read_text().split()[0] == identity
     assert {file.name for file in run.glob("wandb/offline-run-*/*.wandb")} == {f"run-{identity}.wandb"}
     kept = [*run.glob("wandb/offline-run-*/files/media/**/*")]
-    assert {path.suffix for path in kept if path.is_file()} == {".png", ".json"}  # pictures and the layers' table
+    assert {path.suffix for path in kept if path.is_file()} == {
+        ".png",
+        ".json",
+    }  # pictures and the layers' table
     table = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     assert [row["step"] for row in table] == ["1", "2", "3", "4", "5", "6"]
 
