@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate of AdamW")
     parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--bfloat16", action="store_true", help="1.6 times as fast on processors with AMX")
+    parser.add_argument("--bfloat16", action="store_true", help="1.5 times as fast on processors with AMX")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, help="train on so many images only, to try the script")
     return parser.parse_args()

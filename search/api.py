@@ -242,12 +242,8 @@ def compress(
     _check_types(settings=settings, folder=folder, score=score, loss=loss)
     given: dict[str, Any] = {"episodes": episodes, "original_lr": original_lr, "seed": seed, "device": device}
     given |= {"budget": budget, "ratios": budgets, "agent": agent, "finetune": finetune, "keep": keep}
-    given |= {
-        "granularity": granularity,
-        "criterion": criterion,
-        "strategy": strategy,
-        "baselines": baselines,
-    }
+    given |= {"granularity": granularity, "criterion": criterion, "strategy": strategy}
+    given["baselines"] = baselines
     base = _settings(settings, given | {"task": _task(task, score, loss)})
     with shown_log() if verbose else nullcontext():
         say_rate(base, known=original_lr is not None or base.original_lr != SAFE_LR)
@@ -256,13 +252,17 @@ def compress(
         place = _folder(folder)
         context = _context(place, type(network).__name__, base, quiet=not verbose)
         finished = run(network, data, base.in_folder(place), context)
-        from search.output.report import write_report  # matplotlib takes a third of a second to import
-
-        report, result = write_report(place), finished.result
+        report, result = _reported(place), finished.result
     if verbose:
         final_table(result, place, report)
     models = {ratio: model.cpu() for ratio, model in finished.models.items()}
     return Compressed(finished.model.cpu(), result.strategy, result, place, finished.keeps, models)
+
+
+def _reported(place: Path) -> Path:
+    from search.output.report import write_report  # matplotlib takes a third of a second to import
+
+    return write_report(place)
 
 
 def say_rate(settings: Settings, *, known: bool) -> None:

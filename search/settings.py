@@ -118,7 +118,7 @@ class FinetuneSettings:
         warmup: Share of the epochs in which the learning rate rises linearly.
         clip: Largest norm of the gradient; None: 1 for networks without batch norms, no limit for others.
         precision: What the network computes in; weights and losses stay in float32. None: float16 on CUDA, elsewhere
-            float32. Processors with AMX train ResNets twice as fast in bfloat16, vision transformers 1.6 times, and
+            float32. Processors with AMX train ResNets twice as fast in bfloat16, vision transformers 1.5 times, and
             MobileNet-V1 more slowly.
         keep: ``better`` delivers the network without fine-tuning where fine-tuning lowered its score on the search split
             by more than two standard errors; ``last`` always delivers the fine-tuned one.
