@@ -121,14 +121,14 @@ def delivered_of(problem: PruningProblem, networks: Mapping[str, nn.Module]) -> 
         return "finetuned"
     clearly = after < before - 2 * error
     log.warning(
-        "fine-tuning lowered the %s on the search split from %.2f%% to %.2f%%, %s. Lower finetune.lr_fraction or "
-        "original_lr, or train for longer",
+        "fine-tuning lowered the %s on the search split from %.2f%% to %.2f%%: %s",
         problem.settings.task.metric,
         100 * before,
         100 * after,
-        "so the pruned network is delivered; finetune.keep=last delivers the fine-tuned one"
+        "the pruned network is delivered. Lower finetune.lr_fraction or original_lr, train for longer, or set "
+        "finetune.keep=last"
         if clearly
-        else "which is within two standard errors, so the fine-tuned network is delivered",
+        else "that is within two standard errors, and the fine-tuned network is delivered",
     )
     return "pruned" if clearly else "finetuned"
 
