@@ -35,20 +35,23 @@ class TrainingFile:
         """
         if not self._path.exists():
             return 0
+        before = {name: value.clone() for name, value in model.state_dict().items()}
         try:
             with files.reading(self._path, "the training starts again"):
                 state = torch.load(self._path, weights_only=True)
                 if state["key"] != self._key:
                     return 0
+                epoch, _ = int(state["epoch"]), state["random"].shape
                 model.load_state_dict(state["model"])
                 optimizer.load_state_dict(state["optimizer"])
                 scaler.load_state_dict(state["scaler"])
         except UserError as error:
             log.warning("%s", error)
+            model.load_state_dict(before)
             return 0
         self._state = state
-        log.info("fine-tuning continues after epoch %d", state["epoch"])
-        return int(state["epoch"])
+        log.info("fine-tuning continues after epoch %d", epoch)
+        return epoch
 
     def restore_random_state(self) -> None:
         """Set torch's random state to that on file, which `load` has read."""

@@ -1,6 +1,7 @@
 """A training that is stopped and continued ends at the same bits, with every source of randomness."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -73,3 +74,18 @@ def test_a_training_of_another_kind_and_a_damaged_file_start_again(
     again = trained(training_batches(small_data, 16, 5, "cpu"), TrainingFile(file, key))
     assert again["epochs"].tolist() == [1, 2, 3, 4]
     assert ("the training starts again" in caplog.text) is (content is not None)
+
+
+@pytest.mark.parametrize(
+    "change", [{"optimizer": {}}, {"random": 3}, {"epoch": None}], ids=lambda change: next(iter(change))
+)
+def test_a_state_whose_later_parts_are_damaged_changes_nothing(
+    small_data: Data, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    file = tmp_path / "training.pt"
+    with pytest.raises(Stopped):
+        trained(training_batches(small_data, 16, 5, "cpu"), TrainingFile(file, "a"), stop_at=3)
+    torch.save(torch.load(file, weights_only=True) | change, file)
+    again = trained(training_batches(small_data, 16, 5, "cpu"), TrainingFile(file, "a"))
+    once = trained(training_batches(small_data, 16, 5, "cpu"), None)
+    assert all(torch.equal(value, again[name]) for name, value in once.items())
