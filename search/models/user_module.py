@@ -74,12 +74,20 @@ def _function(factory: str) -> Any:
 def _build(
     factory: str, function: Any, arguments: Mapping[str, Any], shape: tuple[int, int, int], classes: int
 ) -> nn.Module:
+    given, signature = dict(arguments), inspect.Signature()
     try:
-        parameters = list(inspect.signature(function).parameters)
+        signature = inspect.signature(function)
+        given = {name: classes for name in _CLASS_COUNTS if name in signature.parameters} | given
+        signature.bind(**given)
+    except TypeError as error:
+        raise UserError(
+            f"{{field}}={dict(arguments)} do not fit {factory}{signature}: {error}",
+            code="unknown_key",
+            field="model.arguments",
+        ) from error
     except ValueError:  # a builtin has no signature
-        parameters = []
-    counts = {name: classes for name in _CLASS_COUNTS if name in parameters}
-    model = function(**{**counts, **arguments})
+        pass
+    model = function(**given)
     if not isinstance(model, nn.Module):
         raise UserError(
             f"{{field}}={factory} gives a {type(model).__name__}, needed is a torch.nn.Module",

@@ -218,6 +218,8 @@ def test_a_function_that_makes_none_is_refused(small_data: Data) -> None:
             module_model(missing)
     with refused("conflict", "model.weights"):
         module_model(f"{__name__}:small_network", "random")
+    with refused("unknown_key", "model.arguments"):
+        module_model(f"{__name__}:small_network", arguments={"depth": 3}).load(small_data)
 
 
 def test_a_factory_is_imported_from_the_current_folder_if_it_is_trusted(
