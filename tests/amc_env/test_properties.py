@@ -18,6 +18,9 @@ from torch.nn import functional as F
 
 from amc_env.costs.base import NetworkCost
 from amc_env.costs.counts import Macs, Params
+from amc_env.costs.latency.cost import Latency
+from amc_env.costs.latency.table import Conditions, Correction, LatencyTable, Times
+from amc_env.costs.latency.units import units_of
 from amc_env.costs.memory import Activations, Memory
 from amc_env.encoding import Encoder, describe
 from amc_env.env import EnvHandle, PruningEnv
@@ -36,7 +39,7 @@ EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "0"))
 KINDS = ("residual", "concat", "depthwise", "grouped", "shared", "attention", "gate")
 PLANS = st.lists(st.tuples(st.sampled_from(KINDS), st.sampled_from((4, 8, 12))), min_size=1, max_size=3)
 RATIOS = st.lists(st.floats(0, 1), min_size=24, max_size=24)
-COSTS = ("macs", "params", "both", "memory")
+COSTS = ("macs", "params", "both", "memory", "latency")
 
 
 def examples(count: int) -> settings:
@@ -104,6 +107,16 @@ def made(plan: Sequence[tuple[str, int]], multiple: int) -> tuple[nn.Module, Lay
     return network, *Channel(multiple, 0.9).decisions(trace(network, images(2)))
 
 
+def table_of(network: nn.Module, graph: LayerGraph) -> LatencyTable:
+    """A table by which a layer takes (inputs + 2 * outputs) microseconds."""
+    units = {}
+    for unit in units_of(network, graph).values():
+        inputs, outputs = ([1] if unit.depthwise else [1, 256]), [1, 256]
+        ms = 1e-3 * np.add.outer(np.array(inputs), 2 * np.array(outputs))
+        units[unit] = Times.fitted(inputs, outputs, ms)
+    return LatencyTable(Conditions("eager", 1, 1, "here", {}), units, Correction())
+
+
 def spaced(
     network: nn.Module, graph: LayerGraph, grids: tuple[Grid, ...], costs: str, ratio: float
 ) -> SearchSpace:
@@ -112,6 +125,8 @@ def spaced(
     try:
         if costs == "memory":  # attention is not followed symbolically
             known.append(Memory(Activations(network, graph, grids, images(1))))
+        if costs == "latency":
+            known.append(Latency(network, graph, table_of(network, graph)))
         limited = [cost for cost in known if costs in (cost.name, "both")]
         return SearchSpace(grids, known, [Budget.of(cost, len(grids), ratio=ratio) for cost in limited])
     except UserError:
@@ -136,7 +151,7 @@ def candidates_of(network: nn.Module, graph: LayerGraph) -> Candidates:
 
 
 @given(PLANS, st.sampled_from((1, 2)), st.sampled_from(COSTS), st.floats(0.2, 0.9), RATIOS)
-@examples(8)
+@examples(10)
 def test_budgets_are_met_and_slim_networks_are_masked_ones(
     plan: list[tuple[str, int]], multiple: int, costs: str, ratio: float, ratios: list[float]
 ) -> None:
@@ -152,7 +167,7 @@ def test_budgets_are_met_and_slim_networks_are_masked_ones(
 
 
 @given(PLANS, st.sampled_from((1, 2)), st.sampled_from(COSTS), st.floats(0.2, 0.9), RATIOS)
-@examples(8)
+@examples(10)
 def test_every_episode_can_be_ended_within_the_budget(
     plan: list[tuple[str, int]], multiple: int, costs: str, ratio: float, ratios: list[float]
 ) -> None:
