@@ -40,14 +40,12 @@ from agents.replay import EpisodeReplayBuffer
 from agents.vector import GymnasiumVecEnv, check_rounds
 from amc_env.errors import UserError, diverged, first_line, out_of_range
 from amc_env.space import SearchSpace
-from amc_env.validation import Count, Natural, NotNegative, Share, settings
+from amc_env.validation import LARGEST_RATE, Count, Natural, NotNegative, Share, settings
 
 Actions = npt.NDArray[Any]
 Algorithm = Literal["A2C", "CrossQ", "PPO", "SAC", "TD3", "TQC", "TRPO"]
 """Algorithms for continuous actions; DDPG is `agents.ddpg.DDPGAgent`."""
 
-_LARGEST_RATE = 10
-"""Of Adam, which moves each weight by about the learning rate in a step; beyond, numbers overflow."""
 _CONTRIB = ("CrossQ", "TQC", "TRPO")
 """Those of the package sb3_contrib."""
 _OURS = (
@@ -243,8 +241,8 @@ class StableBaselines(Agent):
                 for name in wrong
             )
         rate = self.options.get("learning_rate", 1e-3)
-        if isinstance(rate, int | float) and not 0 < rate <= _LARGEST_RATE:
-            raise out_of_range("options.learning_rate", rate, f"above 0 and at most {_LARGEST_RATE}")
+        if isinstance(rate, int | float) and not 0 < rate <= LARGEST_RATE:
+            raise out_of_range("options.learning_rate", rate, f"above 0 and at most {LARGEST_RATE}")
 
     @property
     def made_by(self) -> type[BaseAlgorithm]:

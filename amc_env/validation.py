@@ -26,8 +26,9 @@ Threads = Annotated[int, Field(ge=1, le=1024)]
 SplitSeed = Annotated[int, Field(ge=0, lt=2**64)]
 """What `torch.Generator.manual_seed` takes."""
 Positive = Annotated[float, Field(gt=0)]
-LearningRate = Annotated[float, Field(gt=0, le=10)]
-"""Of Adam, which moves each weight by about this much in a step."""
+LARGEST_RATE = 10
+LearningRate = Annotated[float, Field(gt=0, le=LARGEST_RATE)]
+"""Of Adam, which moves each weight by about this much in a step; beyond the largest, numbers overflow."""
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 """In (0, 1]."""

@@ -6,7 +6,6 @@ Most are plots that a run leaves behind; two are drawn here. The page on NetAdap
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from shutil import copyfile
 
@@ -43,7 +42,6 @@ def pruned(folder: Path, ratio: float, **more: object) -> object:
     settings = Settings(
         budgets=(), export=(), latency=LatencySettings(repeats=0), repair=RepairSettings("none")
     )
-    settings = replace(settings, **{name: more.pop(name) for name in list(more) if name == "granularity"})
     data = digits()
     given = {"agent": Uniform(ratio), "finetune": 0, "folder": folder}
     return compress(digits_cnn().load(data), data, settings=settings, verbose=False, **given, **more)

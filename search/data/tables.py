@@ -132,8 +132,9 @@ def read_local(
     except UserError as error:
         if not any(cache.rglob("*.arrow")):
             raise
-        log.warning("%s, which may be damaged, is made again: %s", cache, error)
-        return _loaded(str(path), way_out, download_mode="force_redownload", **options)
+        tables = _loaded(str(path), way_out, download_mode="force_redownload", **options)
+        log.warning("%s was damaged and is made again: %s", cache, error)
+        return tables
 
 
 def _loaded(place: str, way_out: str, **options: Any) -> Tables:
